@@ -1,0 +1,42 @@
+"""Console entry points: `alro-fast train` is `python -m alro_fast.train`, and so on."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from .errors import AlroFastError
+
+COMMANDS = {
+    "prepare": "ratings -> ranking lists",
+    "train": "tune a ranker (no arguments: the demo, on the CPU, in about a minute)",
+    "evaluate": "how good its rankings are, beside the baselines",
+    "rank": "order the candidates of a JSON list",
+}
+
+
+def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
+    """Run a command; a user's mistake becomes one line on stderr and exit status 2."""
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except AlroFastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def main() -> None:
+    """`alro-fast COMMAND [options]`."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        print("usage: alro-fast COMMAND [options]\n")
+        for name, purpose in COMMANDS.items():
+            print(f"  {name:<10} {purpose}")
+        raise SystemExit(0 if arguments else 2)
+    if arguments[0] not in COMMANDS:
+        print(f"error: unknown command {arguments[0]!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        raise SystemExit(2)
+    run(importlib.import_module(f"alro_fast.{arguments[0]}").main, arguments[1:])
