@@ -1,0 +1,238 @@
+"""Options of `alro_fast.train`: a field is a command-line flag is a YAML key. The command line wins over the file."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from .errors import AlroFastError
+
+_SECRETS = {"hub_token"}
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    """A dataclass field with its help text; lists get a fresh copy per instance."""
+    metadata = {"help": help} | ({"choices": list(choices)} if choices else {})
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelArguments:
+    """The base model and its adapter."""
+
+    model_name_or_path: str = option(
+        "demo", "Base model: a folder or hub id, `demo` (shipped, tiny) or `scratch` (random, sized by --scratch_*)."
+    )
+    dtype: str = option(
+        "auto",
+        "Type of the base weights. auto: bfloat16 on CUDA, float32 on the CPU.",
+        ["auto", "float32", "bfloat16"],
+    )
+    trust_remote_code: bool = option(False, "Run code that comes with the model.")
+    use_peft: bool = option(True, "Train a LoRA adapter. false: train every weight.")
+    lora_r: int = option(16, "Rank of the LoRA matrices.")
+    lora_alpha: int = option(32, "LoRA scale: updates are multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = option(0.0, "Dropout before the LoRA matrices, 0..1.")
+    lora_target_modules: list[str] = option(["all-linear"], "Modules to adapt: names, or all-linear.")
+    scratch_hidden_size: int = option(128, "Width of a `scratch` model.")
+    scratch_layers: int = option(4, "Layers of a `scratch` model.")
+    scratch_vocab_size: int = option(2048, "Text vocabulary of a `scratch` model's tokenizer, learned from the titles.")
+
+
+@dataclass
+class DataArguments:
+    """Ranking lists: a prepared folder, or raw ratings to prepare first."""
+
+    data_dir: str | None = option(None, "Folder written by alro_fast.prepare. Leave out to prepare `dataset` first.")
+    dataset: str = option("demo", "With no data_dir: `demo`, or a dataset name alro_fast.prepare knows (needs raw_dir).")
+    raw_dir: str | None = option(None, "Folder with the raw files of `dataset`.")
+    history_length: int = option(20, "Rated items shown before a list (when preparing).")
+    list_size: int = option(10, "Candidates in a list (when preparing).")
+    train_stride: int | None = option(None, "Rated items between two training windows (when preparing; default: list_size).")
+    template: str = option("movies", "Prompt template: the name of a ready one, or a YAML file.")
+    identifiers: str = option(
+        "letters", "How candidates are named: letters of the page, or one token per item.", ["letters", "items"]
+    )
+    answer: str = option(
+        "ranking", "ranking: identifiers in order; ratings: one grade per candidate.", ["ranking", "ratings"]
+    )
+    max_length: int | None = option(None, "Longest prompt plus answer in tokens; longer histories drop their oldest items.")
+    max_train_lists: int | None = option(None, "Use at most this many training lists (seeded draw).")
+    max_eval_lists: int | None = option(None, "Use at most this many validation lists during training.")
+    max_test_lists: int | None = option(None, "Use at most this many test lists for the closing table.")
+
+
+@dataclass
+class ObjectiveArguments:
+    """What is minimised. methods.md 1.8: loss = cross-entropy + alpha * soft lambda + beta * permutation."""
+
+    objective: str = option("alro", "Training objective.")
+    alpha: float = option(0.5, "Weight of the soft lambda loss.")
+    beta: float = option(0.5, "Weight of the permutation-sensitive loss.")
+    gamma: float | None = option(None, "Sharpness of the soft-argmax. Default: 1 for score=logprob, 10 for prob.")
+    sigma: float = option(1.0, "Slope of the pairwise logistic in the soft lambda loss.")
+    permutations: int = option(1, "Re-ordered presentations per list and step (0: none, and no permutation loss).")
+    score: str = option("logprob", "Score of item i at slot k (methods.md 1.6).", ["logprob", "prob", "logit"])
+    score_space: str = option("candidates", "What scores are normalised over.", ["candidates", "vocab"])
+    psl: str = option("kl", "Distance of the permutation loss (methods.md 1.7).", ["kl", "ce", "symmetric"])
+    psl_space: str = option("candidates", "Distributions compared by the permutation loss.", ["candidates", "vocab"])
+    psl_detach: bool = option(True, "No gradient through the original order's distribution.")
+    backend: str = option("auto", "Backend of the fused ops.", ["auto", "eager", "cpp", "triton"])
+
+
+@dataclass
+class RankerTrainingArguments(TrainingArguments):
+    """transformers.TrainingArguments with batches measured in tokens and defaults for rankers."""
+
+    output_dir: str | None = option(None, "Where the adapter and reports go. Default: the next free out/<recipe name>.")
+    tokens_per_batch: int = option(
+        4096, "Distinct tokens (shared prompts counted once) in one forward pass, per device."
+    )
+    eval_tokens_per_batch: int | None = option(None, "The same for evaluation. Default: tokens_per_batch.")
+    dry_run: bool = option(False, "Check everything, print the plan (lists, tokens, steps, memory), train nothing.")
+    overwrite_output_dir: bool = option(False, "Replace an earlier run of alro_fast in output_dir.")
+    learning_rate: float = option(2e-4, "Peak learning rate of AdamW.")
+    lr_scheduler_type: str = option("cosine", "Learning-rate schedule, as in transformers.")
+    warmup_steps: float = option(0.05, "Warm-up steps; below 1: a share of all steps.")
+    num_train_epochs: float = option(3.0, "Passes over the training lists.")
+    logging_steps: float = option(10, "Steps between log lines.")
+    logging_first_step: bool = option(True, "Log the first step too.")
+    report_to: str | list[str] = option("none", "Where logs go besides the console: none, tensorboard, wandb, ...")
+    save_total_limit: int | None = option(2, "Checkpoints kept.")
+    remove_unused_columns: bool = option(False, "Not used: batches are built here.")
+    include_num_input_tokens_seen: str | bool = option("no", "Not used: unique_tokens is logged.")
+
+
+ARGUMENTS = (ModelArguments, DataArguments, ObjectiveArguments, RankerTrainingArguments)
+
+
+@dataclass
+class Config:
+    """Everything a run is made of; `recipe` names its output folder."""
+
+    model: ModelArguments
+    data: DataArguments
+    objective: ObjectiveArguments
+    training: RankerTrainingArguments
+    recipe: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Our own fields in full, and those of transformers that differ from their defaults: what config.yaml holds."""
+        resolved: dict[str, Any] = {}
+        for part in (self.model, self.data, self.objective):
+            resolved |= dataclasses.asdict(part)
+        given = self.training.to_dict()
+        for entry in dataclasses.fields(RankerTrainingArguments):
+            ours = entry.name in RankerTrainingArguments.__annotations__
+            value = given.get(entry.name)
+            if ours or (entry.init and _plain(value) and value and value != _default(entry) and entry.name not in _SECRETS):
+                resolved[entry.name] = value
+        return resolved
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """Flags and an optional `--config` (a YAML file, or the name of a ready recipe) -> Config.
+
+    Raises AlroFastError for an unknown flag or key, a value of the wrong type, or a file that is no configuration.
+    """
+    argv = list(argv)
+    parser = _Parser(ARGUMENTS, prog="python -m alro_fast.train", description=__doc__)
+    parser.add_argument("--config", help=f"YAML file, or one of: {', '.join(recipe_names())}. Default: demo.")
+    name = _config_name(argv)
+    if name is None and not any(_flag(a) in {"model_name_or_path", "data_dir", "dataset"} for a in argv):
+        name = "demo"
+    values = read_recipe(name) if name else {}
+    known = {entry.name: entry for part in ARGUMENTS for entry in dataclasses.fields(part) if entry.init}
+    for key in values:
+        if key not in known:
+            parser.error(f"{name}: unknown option {key!r}{_hint(key, known)}")
+    from_file = [word for key, value in values.items() for word in _as_flags(key, value)]
+    try:
+        *parts, extra = parser.parse_args_into_dataclasses(
+            from_file + argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except AlroFastError:
+        raise
+    except (ValueError, TypeError, KeyError, ImportError) as error:  # raised by TrainingArguments' own checks
+        raise AlroFastError(str(error).strip().splitlines()[0]) from error
+    if extra:
+        parser.error(f"unknown option {extra[0]!r}{_hint(_flag(extra[0]), known)}")
+    return Config(*parts[:4], recipe=Path(name).stem if name else "run")
+
+
+def recipe_names() -> list[str]:
+    """Names that `--config` accepts besides a path."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Keys and values of a recipe file; AlroFastError when it is missing or not a flat YAML mapping."""
+    ready = RECIPES / f"{name}.yaml"
+    path = ready if ready.is_file() else Path(name)
+    if not path.is_file():
+        raise AlroFastError(f"--config {name}: no such file or recipe; ready recipes: {', '.join(recipe_names())}")
+    problem = AlroFastError(
+        f"--config {name} is not a configuration: expected YAML lines such as 'learning_rate: 2e-4'; "
+        "prepared data goes to --data_dir"
+    )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise problem from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise problem
+    return values
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise AlroFastError(f"{message}; python -m alro_fast.train --help lists the options")
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _flag(argument: str) -> str:
+    return argument.lstrip("-").split("=")[0].replace("-", "_") if argument.startswith("--") else ""
+
+
+def _config_name(argv: Sequence[str]) -> str | None:
+    for i, argument in enumerate(argv):
+        if argument == "--config":
+            if i + 1 == len(argv):
+                raise AlroFastError("--config needs a YAML file or the name of a recipe")
+            return argv[i + 1]
+        if argument.startswith("--config="):
+            return argument.split("=", 1)[1]
+    return None
+
+
+def _as_flags(key: str, value: Any) -> list[str]:
+    """A YAML entry as command-line words, so that both go through the same checks. None: the option's default."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    if isinstance(value, dict):
+        return [f"--{key}", yaml.safe_dump(value, default_flow_style=True).strip()]
+    return [f"--{key}", str(value)]
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, list))
+
+
+def _default(entry: dataclasses.Field) -> Any:
+    return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
