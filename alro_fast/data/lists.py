@@ -1,0 +1,264 @@
+"""The prepared folder: items, ranking lists and a manifest, written once and read by everything after.
+
+    items.parquet            row i is Item.index i: item_id, title, category, train_count, train_mean (null: unrated)
+    lists-<split>.parquet    one row per list, see LIST_SCHEMA
+    manifest.json            where the lists come from, how they were made, SHA-256 of the files beside it
+
+train_count and train_mean are taken over the ratings that are in no validation or test candidate set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from .. import __version__
+from ..errors import AlroFastError
+from .records import Item, RankingList
+
+SPLITS = ("train", "valid", "test")
+FORMAT, FORMAT_VERSION = "alro_fast ranking lists", 1
+ITEM_SCHEMA = {
+    "item_id": pl.String,
+    "title": pl.String,
+    "category": pl.String,
+    "train_count": pl.Int64,
+    "train_mean": pl.Float64,
+}
+LIST_SCHEMA = {
+    "list_id": pl.String,
+    "user_id": pl.String,
+    "history": pl.List(pl.UInt32),  # item indices, oldest first
+    "history_ratings": pl.List(pl.Float32),
+    "candidates": pl.List(pl.UInt32),  # item indices in presented order
+    "ratings": pl.List(pl.Float32),  # null: an unrated candidate
+    "all_equal": pl.Boolean,
+    "first_time": pl.Int64,  # of the earliest and the latest rated candidate, in the manifest's time_unit
+    "last_time": pl.Int64,
+}
+FILES = ("items.parquet", *(f"lists-{split}.parquet" for split in SPLITS), "manifest.json")
+ROW_GROUP = 1 << 16
+
+
+class Lists(Sequence[RankingList]):
+    """The lists of one split; a record is made when it is asked for. A slice is again a `Lists`.
+
+    user_ids: the user of every list; all_equal: bool [number of lists], True where there is nothing to rank.
+    """
+
+    def __init__(self, items: Sequence[Item], frame: pl.DataFrame):
+        self._items = items
+        self._frame = frame
+        self._history, self._history_offsets = _flat(frame["history"], np.uint32)
+        self._history_ratings, _ = _flat(frame["history_ratings"], np.float32)
+        self._candidates, self._offsets = _flat(frame["candidates"], np.uint32)
+        self._ratings, _ = _flat(frame["ratings"], np.float32)
+
+    def __len__(self) -> int:
+        return self._frame.height
+
+    def __getitem__(self, index: int | slice) -> RankingList | Lists:
+        if isinstance(index, slice):
+            return Lists(self._items, self._frame[index])
+        row = range(len(self))[index]
+        past = slice(*self._history_offsets[row : row + 2])
+        here = slice(*self._offsets[row : row + 2])
+        return RankingList(
+            list_id=self._frame["list_id"][row],
+            user_id=self._frame["user_id"][row],
+            history=tuple(self._items[i] for i in self._history[past].tolist()),
+            history_ratings=tuple(self._history_ratings[past].tolist()),
+            candidates=tuple(self._items[i] for i in self._candidates[here].tolist()),
+            ratings=tuple(self._ratings[here].tolist()),
+        )
+
+    @property
+    def user_ids(self) -> list[str]:
+        return self._frame["user_id"].to_list()
+
+    @property
+    def all_equal(self) -> np.ndarray:
+        return self._frame["all_equal"].to_numpy()
+
+
+class PreparedData:
+    """An opened folder.
+
+    path; manifest: dict; items: list[Item], items[i].index == i; train_count: int64 [items];
+    train_mean: float64 [items], NaN = never rated.
+    """
+
+    def __init__(self, path: Path, manifest: dict):
+        self.path = path
+        self.manifest = manifest
+        frame = self._read("items.parquet", ITEM_SCHEMA)
+        columns = (frame[name].to_list() for name in ("item_id", "title", "category"))
+        self.items: list[Item] = [Item(index, *cells) for index, cells in enumerate(zip(*columns))]
+        self.train_count: np.ndarray = frame["train_count"].to_numpy()
+        self.train_mean: np.ndarray = frame["train_mean"].fill_null(math.nan).to_numpy()
+        self._lists: dict[str, Lists] = {}
+
+    def lists(self, split: str) -> Lists:
+        """The ranking lists of "train", "valid" or "test"; read, and checked against the manifest, on first use."""
+        if split not in SPLITS:
+            raise AlroFastError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
+        if split not in self._lists:
+            self._lists[split] = Lists(self.items, self._read(f"lists-{split}.parquet", LIST_SCHEMA))
+        return self._lists[split]
+
+    def _read(self, name: str, schema: Mapping[str, pl.DataType]) -> pl.DataFrame:
+        file = self.path / name
+        if not file.is_file():
+            raise AlroFastError(f"{self.path} lacks {name}; prepare the data again")
+        with file.open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        if found != self.manifest["files"].get(name, {}).get("sha256"):
+            raise AlroFastError(f"{file} is not the file its manifest.json speaks of; prepare the data again")
+        frame = pl.read_parquet(file)
+        if dict(frame.schema) != dict(schema):
+            raise AlroFastError(f"{file} has columns {frame.columns}; expected {list(schema)}: prepare the data again")
+        return frame
+
+
+def open_prepared(path: str | Path) -> PreparedData:
+    """Open a folder written by `write_prepared` (`python -m alro_fast.prepare`); AlroFastError if it is none."""
+    manifest = read_manifest(Path(path))
+    if manifest is None:
+        raise AlroFastError(f"{path} is not a prepared data folder; make one with: python -m alro_fast.prepare")
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise AlroFastError(
+            f"{path} has format version {manifest['format_version']}; this package reads {FORMAT_VERSION}: "
+            "prepare the data again"
+        )
+    return PreparedData(Path(path), manifest)
+
+
+def read_manifest(path: Path) -> dict | None:
+    """manifest.json of a prepared folder; None where there is none of ours."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+
+
+def write_prepared(
+    path: str | Path,
+    items: Sequence[Item] | pl.DataFrame,
+    lists_by_split: Mapping[str, Sequence[RankingList] | pl.DataFrame],
+    manifest_extra: Mapping | None = None,
+) -> None:
+    """Write a prepared folder, whole or not at all; the same arguments give the same bytes.
+
+    items: records, their train statistics then counted over the lists; or a frame of ITEM_SCHEMA.
+    lists_by_split: records or a frame of LIST_SCHEMA for each split; a split left out is empty.
+    manifest_extra: what the manifest says beyond format, versions and file hashes.
+    An earlier prepared folder at `path` is replaced; any other content is refused.
+    """
+    path = Path(path)
+    check_output_folder(path)
+    unknown = sorted(set(lists_by_split) - set(SPLITS))
+    if unknown:
+        raise AlroFastError(f"unknown splits {unknown}; expected {', '.join(SPLITS)}")
+    frames = {split: _list_frame(lists_by_split.get(split, ())) for split in SPLITS}
+    if not isinstance(items, pl.DataFrame):
+        items = _item_frame(items, frames)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as work:
+        written = {}
+        for name, frame in zip(FILES, [items, *frames.values()]):
+            file = Path(work) / name
+            frame.write_parquet(file, compression="zstd", row_group_size=ROW_GROUP)
+            with file.open("rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            written[name] = {"rows": frame.height, "sha256": digest}
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "package_version": __version__,
+            **(manifest_extra or {}),
+            "files": written,
+        }
+        text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        (Path(work) / "manifest.json").write_text(text, encoding="utf-8")
+        path.mkdir(exist_ok=True)
+        (path / "manifest.json").unlink(missing_ok=True)
+        for name in FILES:
+            shutil.move(Path(work) / name, path / name)
+
+
+def check_output_folder(path: Path) -> None:
+    """AlroFastError unless `path` is new, empty, or a prepared folder and nothing else."""
+    if path.is_file():
+        raise AlroFastError(f"output folder {path} is a file; choose another name")
+    if not path.exists():
+        return
+    found = {p.name for p in path.iterdir()}
+    foreign = sorted(found - set(FILES)) or (sorted(found) if found and read_manifest(path) is None else [])
+    if foreign:
+        names = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
+        raise AlroFastError(f"output folder {path} holds something else ({names}); choose an empty or new one")
+
+
+def _flat(column: pl.Series, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    """Values of a list column end to end (null: NaN) and int64 offsets [rows + 1]."""
+    lengths = column.list.len().to_numpy()
+    values = column.filter(column.list.len() > 0).explode()
+    if values.dtype.is_float():
+        values = values.fill_null(math.nan)
+    return values.to_numpy().astype(dtype, copy=False), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def _list_frame(lists: Sequence[RankingList] | pl.DataFrame) -> pl.DataFrame:
+    if isinstance(lists, pl.DataFrame):
+        if dict(lists.schema) != LIST_SCHEMA:
+            raise AlroFastError(f"list frame has columns {dict(lists.schema)}; expected {LIST_SCHEMA}")
+        return lists
+    rows = [
+        (
+            one.list_id,
+            one.user_id,
+            [item.index for item in one.history],
+            list(one.history_ratings),
+            [item.index for item in one.candidates],
+            [None if math.isnan(rating) else rating for rating in one.ratings],
+            one.all_equal,
+            None,
+            None,
+        )
+        for one in lists
+    ]
+    return pl.DataFrame(rows, schema=LIST_SCHEMA, orient="row")
+
+
+def _item_frame(items: Sequence[Item], frames: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+    """Items with statistics over the distinct (user, item) ratings in the lists, held-out candidates left out."""
+    for index, item in enumerate(items):
+        if item.index != index:
+            raise AlroFastError(f"item {item.item_id!r} has index {item.index} at position {index}; they must agree")
+    seen = [frames["train"].select("user_id", item="candidates", rating="ratings")]
+    seen += [frame.select("user_id", item="history", rating="history_ratings") for frame in frames.values()]
+    held_out = pl.concat([frames[s].select("user_id", item="candidates") for s in ("valid", "test")])
+    ratings = pl.concat([f.filter(pl.col("item").list.len() > 0).explode("item", "rating") for f in seen])
+    ratings = ratings.drop_nulls("rating").unique(subset=["user_id", "item"], keep="first", maintain_order=True)
+    ratings = ratings.join(held_out.explode("item"), on=["user_id", "item"], how="anti", maintain_order="left")
+    count, mean = train_statistics(ratings["item"].to_numpy(), ratings["rating"].to_numpy(), len(items))
+    columns = {name: [getattr(item, name) for item in items] for name in ("item_id", "title", "category")}
+    frame = pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.String))
+    return frame.with_columns(train_count=count, train_mean=mean)
+
+
+def train_statistics(item: np.ndarray, rating: np.ndarray, items: int) -> tuple[pl.Series, pl.Series]:
+    """Number and mean of the ratings of each item; mean null where there is none."""
+    count = np.bincount(item, minlength=items)
+    total = np.bincount(item, weights=rating, minlength=items)
+    mean = np.divide(total, count, out=np.full(items, np.nan), where=count > 0)
+    return pl.Series(count.astype(np.int64)), pl.Series(mean).fill_nan(None)

@@ -1,0 +1,312 @@
+"""Ratings -> ranking lists: `build_lists`.
+
+A user's ratings in chronological order are cut into windows of `list_size` candidates. The last window is the test
+list, the one before it the validation list; training windows slide back from there, `train_stride` ratings at a time.
+The history of a list is the last `history_length` ratings before its window. So an item of a held-out list stands in no
+earlier list or history of its user (each user rates an item once, see interactions.py), and no history item is later
+than a candidate. Equal timestamps are ordered by TIE_RULE.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+
+from ..errors import AlroFastError
+from .interactions import Interactions
+from .lists import LIST_SCHEMA, SPLITS, train_statistics
+
+TIE_RULE = (
+    "ratings of one user with equal timestamps are ordered by a 64-bit hash of (seed, user id, item id): "
+    "splitmix64(splitmix64(seed + blake2b64(user id)) xor blake2b64(item id)), smaller first"
+)
+SPLIT_RULE = (
+    "per user and by time: the last list_size ratings are the test list, the list_size before them the validation "
+    "list, training lists end where the validation list begins and slide back by train_stride; "
+    "history = the last history_length ratings before a list"
+)
+ORDER_RULE = "candidates are presented in the order of a hash of (seed, user id, list position, item id)"
+SORT_ROWS = 4_000_000
+CHUNK_LISTS = 1 << 16
+MAX_DRAWS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ListOptions:
+    """How lists are cut. Every count is of ratings (history, list) or items (negatives)."""
+
+    history_length: int = 20
+    list_size: int = 10  # rated candidates per list
+    min_history: int = 5  # a list with fewer earlier ratings is not made
+    train_stride: int | None = None  # ratings between the starts of two training lists; None: list_size (no overlap)
+    max_train_lists_per_user: int | None = None  # the latest ones are kept; None: all
+    negatives: int = 0  # unrated candidates added to every list: items the user never rated, without a grade
+    negatives_by: str = "uniform"  # or "popularity": drawn with probability proportional to train_count
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        lowest = {"history_length": 1, "list_size": 2, "min_history": 1, "negatives": 0, "seed": 0}
+        for name in ("train_stride", "max_train_lists_per_user"):
+            if getattr(self, name) is not None:
+                lowest[name] = 1
+        for name, least in lowest.items():
+            if getattr(self, name) < least:
+                raise AlroFastError(f"--{name} {getattr(self, name)} is too small; at least {least} is needed")
+        if self.negatives_by not in {"uniform", "popularity"}:
+            raise AlroFastError(f"--negatives_by {self.negatives_by!r}; expected 'uniform' or 'popularity'")
+
+
+class Built(NamedTuple):
+    """items: frame of lists.ITEM_SCHEMA; lists: split -> frame of lists.LIST_SCHEMA; counts for the manifest."""
+
+    items: pl.DataFrame
+    lists: dict[str, pl.DataFrame]
+    counts: dict[str, int | dict[str, int]]
+
+
+class Timeline(NamedTuple):
+    """Ratings grouped by user, each user's in time order; user u has rows offsets[u] to offsets[u + 1]."""
+
+    offsets: np.ndarray  # int64 [users + 1]
+    item: np.ndarray
+    rating: np.ndarray
+    time: np.ndarray
+
+
+def build_lists(interactions: Interactions, options: ListOptions, notice: Callable[[str], None] = print) -> Built:
+    """Cut the lists; time linear in the number of ratings. Raises AlroFastError if no user has enough ratings."""
+    user_hash = hash_ids(interactions.user_ids)
+    item_hash = hash_ids(interactions.items["item_id"])
+    timeline, unsorted_users = chronological(interactions, user_hash, item_hash, options.seed)
+    if unsorted_users:
+        notice(f"ratings of {unsorted_users:,} users were not in time order: sorted")
+    ratings_of = np.diff(timeline.offsets)
+    windows = plan_windows(ratings_of, options)
+    skipped = int((ratings_of < options.min_history + options.list_size).sum())
+    if skipped == len(ratings_of):
+        raise AlroFastError(
+            f"no user has {options.min_history + options.list_size} ratings (min_history {options.min_history} + "
+            f"list_size {options.list_size}; the most is {ratings_of.max()}); lower --list_size or --min_history"
+        )
+    if skipped:
+        least = options.min_history + options.list_size
+        notice(f"{skipped:,} of {len(ratings_of):,} users skipped: fewer than {least} ratings")
+    items = _with_statistics(interactions.items, timeline, windows, options)
+    negatives = _Negatives(timeline, items["train_count"].to_numpy(), item_hash, options) if options.negatives else None
+    cutter = _Cutter(timeline, interactions.user_ids, user_hash, item_hash, options, negatives)
+    lists = {split: cutter.frame(*windows[split]) for split in SPLITS}
+    same_time = np.diff(timeline.time) == 0
+    same_time[timeline.offsets[1:-1] - 1] = False  # the last rating of a user and the first of the next
+    counts = {
+        "users_skipped": skipped,
+        "users_not_in_time_order": unsorted_users,
+        "ratings_sharing_a_timestamp": int((np.append(same_time, False) | np.append(False, same_time)).sum()),
+        "lists": {split: frame.height for split, frame in lists.items()},
+        "lists_all_equal": {split: int(frame["all_equal"].sum()) for split, frame in lists.items()},
+        "lists_with_a_tie_at_their_start": {
+            split: int(same_time[timeline.offsets[users] + starts - 1].sum())
+            for split, (users, starts) in windows.items()
+        },
+    }
+    return Built(items, lists, counts)
+
+
+def hash_ids(ids: pl.Series) -> np.ndarray:
+    """uint64: the first 8 bytes of BLAKE2b of each id, little-endian; the same on every machine and version."""
+    digests = b"".join(hashlib.blake2b(i.encode(), digest_size=8).digest() for i in ids)
+    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
+
+
+def splitmix64(x: np.ndarray) -> np.ndarray:
+    """A bijective mixer of uint64 (Steele, Lea and Flood, 2014); x may be of any shape, at least one-dimensional."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def chronological(
+    interactions: Interactions, user_hash: np.ndarray, item_hash: np.ndarray, seed: int
+) -> tuple[Timeline, int]:
+    """Rows by user, time and TIE_RULE; and how many users' rows were not in time order in the file."""
+    user, item, rating, time = (getattr(interactions, name) for name in ("user", "item", "rating", "time"))
+    if (user[1:] < user[:-1]).any():
+        rows = np.argsort(user, kind="stable")
+        user, item, rating, time = (column[rows] for column in (user, item, rating, time))
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(user_hash)))])
+    backwards = (time[1:] < time[:-1]) & (user[1:] == user[:-1])
+    unsorted_users = len(np.unique(user[1:][backwards]))
+    user_key = splitmix64(user_hash + np.uint64(seed))
+    item, rating, time = (np.array(column) for column in (item, rating, time))
+    for rows in _whole_user_slices(offsets, SORT_ROWS):
+        tie = splitmix64(user_key[user[rows]] ^ item_hash[item[rows]])
+        order = np.lexsort((tie, time[rows], user[rows]))
+        for column in (item, rating, time):
+            column[rows] = column[rows][order]
+    return Timeline(offsets, item, rating, time), unsorted_users
+
+
+def plan_windows(ratings_of: np.ndarray, options: ListOptions) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Split -> (user, position of the first candidate among the user's ratings) of every list, by user, then time.
+
+    ratings_of: number of ratings of each user.
+    """
+    size, stride = options.list_size, options.train_stride or options.list_size
+    windows = {}
+    for split, lists_from_the_end in (("test", 1), ("valid", 2)):
+        start = ratings_of - lists_from_the_end * size
+        users = np.flatnonzero(start >= options.min_history)
+        windows[split] = users, start[users]
+    room = ratings_of - 3 * size - options.min_history
+    many = np.where(room >= 0, room // stride + 1, 0)
+    if options.max_train_lists_per_user is not None:
+        many = np.minimum(many, options.max_train_lists_per_user)
+    users = np.repeat(np.arange(len(ratings_of)), many)
+    nth = np.arange(len(users)) - np.repeat(np.cumsum(many) - many, many)
+    windows["train"] = users, (ratings_of - 3 * size)[users] - (many[users] - 1 - nth) * stride
+    return windows
+
+
+def _whole_user_slices(offsets: np.ndarray, rows: int) -> list[slice]:
+    """Pieces of about `rows` rows that end between two users."""
+    cuts = [0]
+    while cuts[-1] < offsets[-1]:
+        user = np.searchsorted(offsets, cuts[-1] + rows, side="right") - 1
+        cuts.append(int(offsets[user]) if offsets[user] > cuts[-1] else int(offsets[offsets > cuts[-1]][0]))
+    return [slice(a, b) for a, b in itertools.pairwise(cuts)]
+
+
+def _with_statistics(
+    items: pl.DataFrame, timeline: Timeline, windows: dict[str, tuple[np.ndarray, np.ndarray]], options: ListOptions
+) -> pl.DataFrame:
+    held_out = np.zeros(len(timeline.item), dtype=bool)
+    for split in ("valid", "test"):
+        users, starts = windows[split]
+        for k in range(options.list_size):
+            held_out[timeline.offsets[users] + starts + k] = True
+    count, mean = train_statistics(timeline.item[~held_out], timeline.rating[~held_out], items.height)
+    return items.with_columns(train_count=count, train_mean=mean)
+
+
+class _Cutter:
+    """Windows -> rows of LIST_SCHEMA."""
+
+    def __init__(
+        self,
+        timeline: Timeline,
+        user_ids: pl.Series,
+        user_hash: np.ndarray,
+        item_hash: np.ndarray,
+        options: ListOptions,
+        negatives: _Negatives | None,
+    ):
+        self.timeline, self.user_ids, self.item_hash = timeline, user_ids, item_hash
+        self.user_hash, self.options, self.negatives = user_hash, options, negatives
+
+    def frame(self, users: np.ndarray, starts: np.ndarray) -> pl.DataFrame:
+        pieces = range(0, len(users), CHUNK_LISTS)
+        frames = [self._rows(users[a : a + CHUNK_LISTS], starts[a : a + CHUNK_LISTS]) for a in pieces]
+        return pl.concat(frames) if frames else pl.DataFrame(schema=LIST_SCHEMA)
+
+    def _rows(self, users: np.ndarray, starts: np.ndarray) -> pl.DataFrame:
+        timeline, options = self.timeline, self.options
+        first = timeline.offsets[users] + starts
+        window = first[:, None] + np.arange(options.list_size)
+        candidates, ratings = timeline.item[window], timeline.rating[window]
+        all_equal = ratings.min(1) == ratings.max(1)
+        list_key = splitmix64(splitmix64(self.user_hash[users] + np.uint64(options.seed)) + starts.astype(np.uint64))
+        if self.negatives:
+            drawn = self.negatives.draw(users, list_key)
+            candidates = np.concatenate([candidates, drawn], axis=1)
+            ratings = np.concatenate([ratings, np.full(drawn.shape, np.nan, np.float32)], axis=1)
+        presented = np.argsort(splitmix64(list_key[:, None] ^ self.item_hash[candidates]), axis=1, kind="stable")
+        history = first[:, None] + np.arange(-options.history_length, 0)
+        history = np.maximum(history, 0)  # rows before the user's first are cut off below
+        return pl.DataFrame(
+            {
+                "user_id": self.user_ids.gather(users),
+                "start": starts,
+                "history": timeline.item[history],
+                "history_ratings": timeline.rating[history],
+                "candidates": np.take_along_axis(candidates, presented, axis=1),
+                "ratings": np.take_along_axis(ratings, presented, axis=1),
+                "all_equal": all_equal,
+                "first_time": timeline.time[window[:, 0]],
+                "last_time": timeline.time[window[:, -1]],
+            }
+        ).select(
+            pl.format("{}-{}", "user_id", "start").alias("list_id"),
+            "user_id",
+            *(pl.col(name).arr.to_list().list.tail(pl.col("start")) for name in ("history", "history_ratings")),
+            pl.col("candidates").arr.to_list(),
+            pl.col("ratings").arr.to_list().list.eval(pl.element().fill_nan(None)),
+            "all_equal",
+            "first_time",
+            "last_time",
+        )
+
+
+class _Negatives:
+    """Items a user never rated, drawn by hash: the same for the same list whatever else is prepared beside it."""
+
+    def __init__(self, timeline: Timeline, train_count: np.ndarray, item_hash: np.ndarray, options: ListOptions):
+        self.offsets, self.timeline, self.item_hash = timeline.offsets, timeline, item_hash
+        self.per_list = options.negatives
+        self.eligible = np.flatnonzero(train_count)
+        self.items = len(train_count)
+        user = np.repeat(np.arange(len(timeline.offsets) - 1, dtype=np.uint64), np.diff(timeline.offsets))
+        self.rated = user * np.uint64(self.items) + timeline.item
+        self.rated.sort()
+        most = int(np.diff(timeline.offsets).max())
+        if len(self.eligible) - most < options.negatives:
+            raise AlroFastError(
+                f"--negatives {options.negatives} is too many: {len(self.eligible):,} items have training ratings and "
+                f"one user rated {most:,}; lower --negatives"
+            )
+        weights = train_count[self.eligible] if options.negatives_by == "popularity" else np.ones(len(self.eligible))
+        self.cumulative = np.cumsum(weights, dtype=np.float64)
+
+    def draw(self, users: np.ndarray, list_key: np.ndarray) -> np.ndarray:
+        """uint32 [lists, negatives], distinct within a list, none rated by its user."""
+        drawn = np.zeros((len(users), self.per_list), dtype=np.uint32)
+        pending = np.ones(drawn.shape, dtype=bool)
+        slots = np.arange(self.per_list, dtype=np.uint64)
+        for turn in range(MAX_DRAWS):
+            rows = np.flatnonzero(pending.any(1))
+            if not len(rows):
+                return drawn
+            salt = slots + np.uint64(turn * self.per_list + 1)
+            key = splitmix64(list_key[rows, None] ^ splitmix64(salt)[None, :])
+            share = (key >> np.uint64(11)).astype(np.float64) * 2.0**-53
+            pick = np.searchsorted(self.cumulative, share * self.cumulative[-1], side="right")
+            fresh = self.eligible[np.minimum(pick, len(self.eligible) - 1)].astype(np.uint32)
+            drawn[rows] = np.where(pending[rows], fresh, drawn[rows])
+            pending[rows] &= self._taken(users[rows], drawn[rows], pending[rows])
+        for row in np.flatnonzero(pending.any(1)):
+            self._fill(drawn[row], pending[row], users[row], list_key[row])
+        return drawn
+
+    def _taken(self, users: np.ndarray, drawn: np.ndarray, pending: np.ndarray) -> np.ndarray:
+        """Which draws the user has rated, or stand earlier in the same list."""
+        pair = users[:, None].astype(np.uint64) * np.uint64(self.items) + drawn
+        at = np.minimum(np.searchsorted(self.rated, pair), len(self.rated) - 1)
+        bad = self.rated[at] == pair
+        order = np.argsort(drawn.astype(np.uint64) * np.uint64(2) + pending, axis=1, kind="stable")
+        ordered = np.take_along_axis(drawn, order, axis=1)
+        repeats = np.zeros(drawn.shape, dtype=bool)
+        repeats[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+        np.put_along_axis(bad, order, np.take_along_axis(bad, order, axis=1) | repeats, axis=1)
+        return bad
+
+    def _fill(self, drawn: np.ndarray, pending: np.ndarray, user: int, key: np.uint64) -> None:
+        """The rare list whose draws kept failing: choose among all that is left."""
+        rated = self.timeline.item[self.offsets[user] : self.offsets[user + 1]]
+        left = np.setdiff1d(self.eligible, np.concatenate([rated, drawn[~pending]]))
+        order = np.argsort(splitmix64(self.item_hash[left] ^ key), kind="stable")
+        drawn[pending] = left[order[: pending.sum()]]
