@@ -1,0 +1,112 @@
+"""Text -> token ids: template text is trusted, titles are not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Hashable, Iterable, Sequence
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import AlroFastError
+
+CACHED_PIECES = 1 << 17  # pieces of about 20 tokens, some 100 MB at most
+PROBE = "Rank: A B C\n- Plan 9 (1959) | Sci-Fi | 4.5 stars\n  Été ＡＢ ﬁn, naïve №1\t<b>x</b> 12345"
+
+
+class Encoder:
+    """Both ways of encoding with one tokenizer.
+
+    `trusted` parses special tokens, as a template's and a chat template's own text needs. `plain` cannot produce one:
+    it runs on a copy of the tokenizer without its added vocabulary (`split_special_tokens` alone would still parse
+    added tokens that are not marked special, such as <think> or <item_3>), and an id of the added vocabulary that the
+    model's own vocabulary can spell is dropped.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.name = tokenizer.name_or_path or type(tokenizer).__name__
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise AlroFastError(
+                f"tokenizer {self.name!r} is a {type(tokenizer).__name__}, not one of the `tokenizers` library; "
+                "load it with transformers.AutoTokenizer, or convert it to a tokenizer.json"
+            )
+        content = json.loads(backend.to_str())
+        # Runs of whitespace are added tokens in some vocabularies; they are text, not markers.
+        blank = [token for token in content["added_tokens"] if not token["content"].replace("▁", " ").strip()]
+        content.update(added_tokens=blank, post_processor=None, truncation=None, padding=None)
+        self._plain = Tokenizer.from_str(json.dumps(content))
+        self.unk = tokenizer.unk_token_id
+        markers = {id for id, token in tokenizer.added_tokens_decoder.items()} - {token["id"] for token in blank}
+        roles = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+        self.forbidden = frozenset((markers | set(tokenizer.all_special_ids)) - ({self.unk} - set(roles)))
+
+    def trusted(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of text that may hold special tokens; none is added."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=False, padding=False, truncation=False
+        )
+        return encoded["input_ids"]
+
+    def plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of text that must not hold a special token, whatever it says."""
+        encoded = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        forbidden = self.forbidden
+        return [[id for id in encoding.ids if id not in forbidden] for encoding in encoded]
+
+    def anchor(self, anchor: str, text: str) -> tuple[str, int]:
+        """`anchor` and its number of tokens, if `text` after it leaves them as they are; otherwise nothing and 0."""
+        start, whole = self.trusted([anchor, anchor + text])
+        return (anchor, len(start)) if whole[: len(start)] == start else ("", 0)
+
+    def ends_with_marker(self, text: str) -> bool:
+        """True when the last token of a trusted text is a special one."""
+        ids = self.trusted([text])[0]
+        return bool(ids) and ids[-1] in self.forbidden
+
+    def trusted_after(self, anchor: str, text: str) -> list[int]:
+        """Ids of `text` as it reads after `anchor`."""
+        return _continuations(self.trusted, anchor, [text])[0]
+
+    def plain_after(self, anchor: str, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text as it reads after `anchor`: without the word-start mark some tokenizers put first."""
+        return _continuations(self.plain, anchor, texts)
+
+    def fingerprint(self) -> str:
+        """Of the vocabulary, the chat template and how a probe text is split: equal after save_pretrained."""
+        known = [sorted(self.tokenizer.get_vocab().items()), self.trusted([PROBE]), self.tokenizer.chat_template]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+class Pieces:
+    """Token ids of untrusted pieces of text by key, encoded in batches and cached."""
+
+    def __init__(self, encode: Callable[[list[str]], list[list[int]]], text_of: Callable[[Hashable], str]):
+        self._encode, self._text_of = encode, text_of
+        self.ids: dict[Hashable, list[int]] = {}
+
+    def prepare(self, keys: Iterable[Hashable]) -> dict[Hashable, list[int]]:
+        """`ids`, holding at least these keys."""
+        wanted = dict.fromkeys(keys)
+        missing = [key for key in wanted if key not in self.ids]
+        if len(self.ids) + len(missing) > CACHED_PIECES:
+            self.ids.clear()
+            missing = list(wanted)
+        if missing:
+            self.ids.update(zip(missing, self._encode([self._text_of(key) for key in missing])))
+        return self.ids
+
+
+def _continuations(encode: Callable, anchor: str, texts: Sequence[str]) -> list[list[int]]:
+    if not anchor:
+        return encode(texts)
+    start = encode([anchor])[0]
+    encoded = encode([anchor + text for text in texts])
+    merged = [number for number, ids in enumerate(encoded) if ids[: len(start)] != start]
+    for number, alone in zip(merged, encode([texts[number] for number in merged])):
+        encoded[number] = start + alone
+    return [ids[len(start) :] for ids in encoded]

@@ -1,0 +1,161 @@
+"""Labels of candidates: one token each, proven for the tokenizer and for the place where they stand."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Sequence
+from itertools import chain, permutations
+from typing import NamedTuple
+
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import AlroFastError
+from .encoding import Encoder
+
+LETTERS = string.ascii_uppercase + string.ascii_lowercase
+
+Encode = Callable[[Sequence[str]], list[list[int]]]
+
+
+def item_token(index: int) -> str:
+    """The token that names item `index` of the catalogue."""
+    return f"<item_{index}>"
+
+
+def add_item_tokens(tokenizer: PreTrainedTokenizerBase, n_items: int) -> int:
+    """Add <item_0> ... <item_{n_items - 1}> to the tokenizer; returns how many were new.
+
+    They are not marked special, so decoding shows them. The model's embeddings must then have `len(tokenizer)` rows.
+    """
+    return tokenizer.add_tokens([AddedToken(item_token(i), special=False, normalized=False) for i in range(n_items)])
+
+
+def item_labels(encoder: Encoder, n_items: int | None) -> list[str]:
+    """The item tokens the tokenizer has, <item_0> onwards; at least `n_items` of them if that is given."""
+    added = {token.content for token in encoder.tokenizer.added_tokens_decoder.values()}
+    count = 0
+    while item_token(count) in added:
+        count += 1
+    if count < max(2, n_items or 0):
+        raise AlroFastError(
+            f"tokenizer {encoder.name!r} has {count} item tokens, but identifiers: items needs one per item of the "
+            f"catalogue{f', {n_items}' if n_items is not None else ''}; call add_item_tokens on it first"
+        )
+    return [item_token(i) for i in range(count)]
+
+
+class Labels(NamedTuple):
+    """Labels within a text: `left` + [id of the label] + `right` are the ids, the same for every label."""
+
+    left: list[int]
+    ids: list[int]
+    right: list[int]
+
+
+def labels_in_context(encode: Encode, before: str, labels: Sequence[str], after: str, unk: int | None) -> Labels:
+    """The longest run of `labels`, from the first, that are one distinct known token between `before` and `after`.
+
+    The token may hold the space before it, which then is not in `left`. No such run: `ids` is empty.
+    """
+    encoded = encode([before + label + after for label in labels])
+    differing = [place for place, (a, b) in enumerate(zip(*encoded[:2])) if a != b]
+    if len(encoded[0]) != len(encoded[1]) or len(differing) != 1:
+        return Labels([], [], [])
+    place = differing[0]
+    left, right = encoded[0][:place], encoded[0][place + 1 :]
+    ids: dict[int, None] = {}
+    for tokens in encoded:
+        if tokens[:place] != left or tokens[place + 1 :] != right or tokens[place] == unk or tokens[place] in ids:
+            break
+        ids[tokens[place]] = None
+    return Labels(left, list(ids), right)
+
+
+class Answers(NamedTuple):
+    """How answers of the `ranking` form are spelled: `tail` ends the prompt, then labels, `between` them, `end`."""
+
+    tail: list[int]
+    ids: list[int]
+    between: list[int]
+    end: int
+
+    def spell(self, ids: Sequence[int]) -> list[int]:
+        """Token ids of the answer that names these labels."""
+        if not self.between:
+            return [*ids, self.end]
+        spaced = chain.from_iterable((*self.between, id) for id in ids)
+        return [*spaced, self.end][len(self.between) :]
+
+
+def prove_answers(
+    encoder: Encoder, tail: str, labels: Sequence[str], separator: str, end: int, atomic: bool
+) -> Answers:
+    """Labels after `tail` and after one another are one token each; ids(tail) + ids(answer) = ids(tail + answer).
+
+    The labels found may be fewer than those given. `atomic` labels are added tokens, which the tokenizer cuts out
+    before it looks at their neighbours: one text with all of them proves them; otherwise every ordered pair is tried.
+    """
+    anchor, n = encoder.anchor("\n", tail)
+    first = labels_in_context(encoder.trusted, anchor + tail, labels[:2] if atomic else labels, "", encoder.unk)
+    if len(first.ids) < 2 or first.right:
+        return Answers([], [], [], end)
+    ids = encoder.tokenizer.convert_tokens_to_ids(list(labels)) if atomic else first.ids
+    start = anchor + tail
+
+    def between(a: int, b: int, tokens: list[int]) -> list[int] | None:
+        n_left = len(first.left)
+        framed = tokens[: n_left + 1] == [*first.left, ids[a]] and len(tokens) > n_left + 1 and tokens[-1] == ids[b]
+        return tokens[n_left + 1 : -1] if framed else None
+
+    pairs = [(0, 1)] if atomic else list(permutations(range(len(ids)), 2))
+    encoded = encoder.trusted([start + labels[a] + separator + labels[b] for a, b in pairs])
+    gaps = {pair: between(*pair, tokens) for pair, tokens in zip(pairs, encoded)}
+    gap = gaps[0, 1]
+    limit = min((max(pair) for pair in pairs if gaps[pair] != gap or gap is None), default=len(ids))
+    answers = Answers(first.left[n:], ids[:limit] if limit > 1 else [], gap or [], end)
+    ending = encoder.tokenizer.convert_ids_to_tokens(end)
+    whole = encoder.trusted([start + separator.join(labels[: len(answers.ids)]) + ending])[0]
+    if answers.ids and whole != [*first.left, *answers.spell(answers.ids)]:
+        raise AlroFastError(
+            f"tokenizer {encoder.name!r} joins tokens across the answer {separator.join(labels[:3])!r}{ending!r}; "
+            "choose another separator or answer in the prompt template"
+        )
+    return answers
+
+
+class Grading(NamedTuple):
+    """How grades are asked: `tail` ends the prompt, then a label's id, `ask`, and the grade's id."""
+
+    tail: list[int]
+    ids: list[int]
+    ask: list[int]
+    grade_ids: list[int]
+
+
+def prove_grading(
+    encoder: Encoder, tail: str, labels: Sequence[str], ask: str, grades: Sequence[str], atomic: bool
+) -> Grading:
+    """Every label's question after `tail` and every grade after every question: one token each."""
+    anchor, n = encoder.anchor("\n", tail)
+    start = anchor + tail
+    some = labels[:2] if atomic else labels
+    asked = labels_in_context(encoder.trusted, start, some, ask + grades[0], encoder.unk)
+    graded = labels_in_context(encoder.trusted, start + labels[0] + ask, grades, "", encoder.unk)
+    if len(graded.ids) < len(grades) or graded.right:
+        raise AlroFastError(
+            f"tokenizer {encoder.name!r} has single tokens for {len(graded.ids)} of the grades {', '.join(grades)} "
+            f"after {ask!r}; choose other texts for ratings.grades or ratings.answer in the prompt template"
+        )
+    if len(asked.ids) < 2:
+        return Grading([], [], [], graded.ids)
+    left, after = asked.left, asked.right[:-1]
+    encoded = encoder.trusted([start + label + ask + grade for label in some[: len(asked.ids)] for grade in grades])
+    expected = [[*left, label, *after, grade] for label in asked.ids for grade in graded.ids]
+    if encoded != expected:
+        raise AlroFastError(
+            f"tokenizer {encoder.name!r} joins tokens across the question {labels[0] + ask + grades[0]!r}; "
+            "choose another ratings.answer in the prompt template"
+        )
+    ids = encoder.tokenizer.convert_tokens_to_ids(list(labels)) if atomic else asked.ids
+    return Grading(left[n:], ids, after, graded.ids)

@@ -1,0 +1,190 @@
+"""The words of a prompt: a YAML file, read and checked before anything runs."""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import AlroFastError
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+MAX_BYTES = 65536  # a template is a page of text; anything larger is some other file
+
+FIELDS = {  # every key of a template file -> the placeholders its text may hold
+    "system": (),
+    "introduction": (),
+    "history": (),
+    "candidates": (),
+    "category": ("category",),
+    "rating": ("rating",),
+    "rating_format": (),
+    "letters.history_line": ("title", "category", "rating"),
+    "letters.candidate_line": ("identifier", "title", "category"),
+    "letters.separator": (),
+    "items.history_line": ("identifier", "title", "category", "rating"),
+    "items.candidate_line": ("identifier", "title", "category"),
+    "items.separator": (),
+    "ranking.question": (),
+    "ranking.answer": ("identifiers",),
+    "ratings.question": (),
+    "ratings.answer": ("identifier", "grade"),
+    "ratings.grades": (),
+}
+REQUIRED = {  # placeholders without which the text makes no sense
+    "category": ("category",),
+    "rating": ("rating",),
+    "letters.history_line": ("title",),
+    "letters.candidate_line": ("identifier", "title"),
+    "items.history_line": ("identifier",),
+    "items.candidate_line": ("identifier",),
+    "ranking.answer": ("identifiers",),
+    "ratings.answer": ("identifier", "grade"),
+}
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """One template. `texts` holds the string of every key of FIELDS but `ratings.grades`, dots as above."""
+
+    name: str
+    source: str  # the file as written
+    texts: Mapping[str, str]
+    grades: Mapping[str, float]  # text of a grade -> the rating it stands for
+
+    def __getitem__(self, key: str) -> str:
+        return self.texts[key]
+
+
+def ready_templates() -> list[str]:
+    """Names of the templates shipped with the package."""
+    return sorted(path.stem for path in TEMPLATES.glob("*.yaml"))
+
+
+def load_template(template: str | Path) -> PromptTemplate:
+    """Read a ready template by its name, or any YAML file by its path.
+
+    Raises:
+        AlroFastError: no such template, not a template (a data file, say), an unknown or missing key or placeholder.
+    """
+    path = Path(template)
+    if str(template) in ready_templates():
+        path = TEMPLATES / f"{template}.yaml"
+    elif not path.is_file():
+        ready = ", ".join(ready_templates())
+        raise AlroFastError(
+            f"no prompt template {str(template)!r}: expected one of {ready}, or the path of a YAML file"
+        )
+    return parse_template(_read(path), name=path.stem, origin=str(path))
+
+
+def parse_template(source: str, *, name: str, origin: str) -> PromptTemplate:
+    """Check the text of a template file; `origin` says in errors where it came from."""
+    try:
+        content = yaml.safe_load(source)
+    except yaml.YAMLError as error:
+        raise AlroFastError(f"{origin} is not a prompt template: not valid YAML ({_one_line(error)})") from None
+    if not isinstance(content, dict):
+        raise AlroFastError(
+            f"{origin} is not a prompt template: found {'nothing' if content is None else f'a {type(content).__name__}'}, "
+            f"expected the keys {', '.join(_sections())}; was a data file given for the template?"
+        )
+    flat = _flatten(content, origin)
+    grades = _grades(flat.pop("ratings.grades"), origin)
+    for key, text in flat.items():
+        _check_text(key, text, origin)
+    try:
+        f"{4.5:{flat['rating_format']}}"
+    except ValueError:
+        raise AlroFastError(
+            f"{origin}: rating_format {flat['rating_format']!r} is no format of a number; expected one such as g or .1f"
+        ) from None
+    return PromptTemplate(name, source, flat, grades)
+
+
+def placeholders(text: str) -> list[tuple[str, str | None]]:
+    """`text` as (literal, placeholder after it or None) pairs; doubled braces are literal ones."""
+    return [(literal, field) for literal, field, _, _ in string.Formatter().parse(text)]
+
+
+def _read(path: Path) -> str:
+    if path.stat().st_size > MAX_BYTES:
+        raise AlroFastError(
+            f"{path} is not a prompt template: {path.stat().st_size} bytes, where a template has at most {MAX_BYTES}; "
+            "was a data file given for the template?"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise AlroFastError(f"{path} is not a prompt template: it is not UTF-8 text") from None
+
+
+def _flatten(content: dict, origin: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict) and key in {"letters", "items", "ranking", "ratings"}:
+            flat.update({f"{key}.{inner}": text for inner, text in value.items()})
+        else:
+            flat[str(key)] = value
+    unknown, missing = sorted(flat.keys() - FIELDS.keys()), sorted(FIELDS.keys() - flat.keys() - {"system"})
+    if unknown:
+        raise AlroFastError(f"{origin}: unknown key {unknown[0]!r}; a prompt template has the keys {', '.join(FIELDS)}")
+    if missing:
+        raise AlroFastError(f"{origin}: the key {missing[0]!r} is missing; a prompt template has {', '.join(FIELDS)}")
+    return {key: flat.get(key, "") for key in FIELDS}
+
+
+def _check_text(key: str, text: Any, origin: str) -> None:
+    if not isinstance(text, str):
+        raise AlroFastError(f"{origin}: {key} must be a text in quotes, not {text!r}")
+    try:
+        found = [field for _, field, spec, conversion in string.Formatter().parse(text) if field is not None]
+        decorated = any(spec or conversion for _, _, spec, conversion in string.Formatter().parse(text))
+    except ValueError as error:
+        raise AlroFastError(f"{origin}: {key} {text!r} cannot be read: {error}; write a literal brace twice") from None
+    allowed = FIELDS[key]
+    expected = ", ".join(f"{{{name}}}" for name in allowed) or "none"
+    for field in found:
+        if field not in allowed or decorated:
+            raise AlroFastError(f"{origin}: unknown placeholder {{{field}}} in {key} {text!r}; expected {expected}")
+    required = REQUIRED.get(key, ())
+    if len(found) != len(set(found)) or set(required) - set(found):
+        needed = " and ".join(f"{{{name}}}" for name in required or allowed)
+        raise AlroFastError(f"{origin}: {key} {text!r} must hold {needed}, and no placeholder twice")
+    if key.endswith("_line") and "rating" in found and found[-1] != "rating":
+        raise AlroFastError(f"{origin}: in {key} {text!r} the {{rating}} must come after the other placeholders")
+    if key.endswith("_line") and "identifier" in found and found[0] != "identifier":
+        raise AlroFastError(f"{origin}: in {key} {text!r} the {{identifier}} must come before the other placeholders")
+    if key.endswith(".answer") and (found[-1] not in {"identifiers", "grade"} or not text.endswith("}")):
+        raise AlroFastError(f"{origin}: {key} {text!r} must end with {{{allowed[-1]}}}")
+    if "\n" in text and (key.endswith(("_line", "separator")) or key in {"category", "rating"}):
+        raise AlroFastError(f"{origin}: {key} must be a single line")
+
+
+def _grades(grades: Any, origin: str) -> dict[str, float]:
+    fine = (
+        isinstance(grades, dict)
+        and len(grades) >= 2
+        and all(isinstance(value, int | float) and not isinstance(value, bool) for value in grades.values())
+        and all(math.isfinite(value) for value in grades.values())
+        and len(set(grades.values())) == len(grades)
+    )
+    if not fine:
+        raise AlroFastError(
+            f'{origin}: ratings.grades must map at least two texts to different numbers, such as {{"1": 1, "2": 2}}; '
+            f"found {grades!r:.80}"
+        )
+    return {str(text): float(value) for text, value in grades.items()}
+
+
+def _sections() -> list[str]:
+    return list(dict.fromkeys(key.split(".")[0] for key in FIELDS))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]

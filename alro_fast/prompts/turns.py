@@ -1,0 +1,68 @@
+"""What surrounds the prompt's text: the tokenizer's chat template where it has one, else start and end of text."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jinja2 import TemplateError
+
+from ..errors import AlroFastError
+from .encoding import Encoder
+
+USER, ASSISTANT = "ALROFASTUSERTURN", "ALROFASTASSISTANTTURN"  # stand-ins for the contents when a chat is rendered
+
+
+class Turns(NamedTuple):
+    """`start` ids, `before` the user's text, `between` it and the answer, and the one token that ends the answer."""
+
+    start: list[int]
+    before: str
+    between: str
+    end: int
+
+
+def find_turns(encoder: Encoder, system: str) -> Turns:
+    """Render the chat template around stand-ins, so that contents never pass through it.
+
+    A template that refuses a system message gets the system text at the head of the user's.
+    """
+    tokenizer = encoder.tokenizer
+    if tokenizer.chat_template is None:
+        first = tokenizer("x")["input_ids"][0]
+        start = [first] if first == tokenizer.bos_token_id else []
+        return Turns(start, system + "\n" if system else "", "\n", _end_of_text(encoder))
+    user, answer = {"role": "user", "content": USER}, {"role": "assistant", "content": ASSISTANT}
+    messages, lead = [user], ""
+    if system:
+        messages = [{"role": "system", "content": system}, user]
+        try:
+            _render(encoder, messages)
+        except AlroFastError:
+            messages, lead = [user], system + "\n"
+    before, _, between = _render(encoder, messages).partition(USER)
+    if not between[-1:].isspace() and not encoder.ends_with_marker(between):
+        between += " "
+    _, _, closing = _render(encoder, [*messages, answer], add_generation_prompt=False).partition(ASSISTANT)
+    end = next((id for id in encoder.trusted([closing])[0] if id in encoder.forbidden), None)
+    return Turns([], before + lead, between, _end_of_text(encoder) if end is None else end)
+
+
+def _render(encoder: Encoder, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    try:
+        text = encoder.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+        )
+    except (TemplateError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise AlroFastError(f"the chat template of tokenizer {encoder.name!r} cannot be rendered: {reason}") from None
+    if text.count(USER) != 1 or text.count(ASSISTANT) != sum(turn["role"] == "assistant" for turn in messages):
+        raise AlroFastError(f"the chat template of tokenizer {encoder.name!r} does not show every turn exactly once")
+    return text
+
+
+def _end_of_text(encoder: Encoder) -> int:
+    if encoder.tokenizer.eos_token_id is None:
+        raise AlroFastError(
+            f"tokenizer {encoder.name!r} has no end-of-text token, which ends every answer; set tokenizer.eos_token"
+        )
+    return encoder.tokenizer.eos_token_id
