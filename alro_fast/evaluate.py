@@ -1,0 +1,123 @@
+"""How good a tuned model's rankings are, beside the baselines, on the same lists.
+
+`python -m alro_fast.evaluate --adapter DIR --lists PREPARED [--split test]` prints NDCG@1/3/5/10 with intervals, states
+every convention behind them, and writes results.json, predictions.jsonl, run.trec and qrels.trec.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from . import metrics
+from .cli import run
+from .data.lists import open_prepared
+from .data.records import RankingList
+from .errors import AlroFastError
+from .rank import add_ranking_options
+from .ranking import Ranker, Ranking, check_options
+from .results import baseline_scores, evaluate_lists, write_predictions, write_trec
+
+__all__ = ["baseline_scores", "evaluate_lists", "main"]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Check, load, rank with and without the adapter, compare, write."""
+    options = parser().parse_args(argv)
+    check_options(options.method, options.shuffles, options.merge, options.beams)
+    if options.limit is not None and options.limit < 1:
+        raise AlroFastError(f"--limit is at least 1; given {options.limit}")
+    prepared = open_prepared(options.lists)
+    lists = prepared.lists(options.split)
+    if not len(lists):
+        raise AlroFastError(f"{options.lists} holds no {options.split} lists; choose another --split")
+    lists = [lists[i] for i in range(min(options.limit or len(lists), len(lists)))]
+    ranker = Ranker.load(
+        options.adapter, device=options.device, base_model=options.base_model, token_budget=options.token_budget
+    )
+    folder = Path(options.output_dir or options.adapter)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    how = {
+        "method": options.method,
+        "shuffles": options.shuffles,
+        "merge_by": options.merge,
+        "beams": options.beams,
+        "seed": options.seed,
+    }
+    rankings: dict[str, list[Ranking]] = {}
+    seconds: dict[str, float] = {}
+    if hasattr(ranker.model, "disable_adapter"):
+        with ranker.untuned():
+            rankings["untuned"], seconds["untuned"] = timed(ranker, lists, how)
+    rankings["tuned"], seconds["tuned"] = timed(ranker, lists, how)
+    scores = {name: [ranking.scores for ranking in each] for name, each in rankings.items()}
+    results = evaluate_lists(
+        lists,
+        baseline_scores(prepared, lists) | scores,
+        prepared=prepared,
+        split=options.split,
+        gain=options.gain,
+        bootstrap=options.bootstrap,
+    )
+    method = options.method or ranker.default_method
+    presented = f", {options.shuffles} presentations merged by {options.merge}" if options.shuffles > 1 else ""
+    results = dataclasses.replace(
+        results,
+        seconds=seconds,
+        sensitivity={name: order_sensitivity(each) for name, each in rankings.items()} if options.shuffles > 1 else {},
+        conventions=results.conventions | {"rankings": f"method {method}{presented}, seed {options.seed}"},
+    )
+    print(results.table())
+    results.save(folder)
+    write_predictions(folder / "predictions.jsonl", lists, rankings)
+    factor = write_trec(folder, lists, scores["tuned"], tag="alro_fast")
+    times = "" if factor == 1 else f" (ratings x {factor} in qrels.trec, which holds whole numbers)"
+    print(f"results.json, predictions.jsonl, run.trec and qrels.trec are in {folder}{times}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alro_fast.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_ranking_options(parser)
+    parser.add_argument("--lists", required=True, help="folder that alro_fast.prepare wrote")
+    parser.add_argument("--split", default="test", help="train, valid or test (default)")
+    parser.add_argument("--limit", type=int, help="only the first N lists")
+    parser.add_argument("--output_dir", help="where the files go; default: the adapter's folder")
+    parser.add_argument("--gain", default="exp2", help="exp2: 2^rating - 1 (default); linear: the rating")
+    parser.add_argument("--bootstrap", type=int, default=1000, help="resamples behind an interval (default 1000)")
+    return parser
+
+
+def timed(ranker: Ranker, lists: Sequence[RankingList], how: dict) -> tuple[list[Ranking], float]:
+    """Rankings, and the seconds they took: prompts, forward passes and sorting, no loading."""
+    start = time.perf_counter()
+    rankings = ranker.rank(lists, **how)
+    return rankings, time.perf_counter() - start
+
+
+def order_sensitivity(rankings: Sequence[Ranking]) -> float:
+    """Mean Kendall tau between the presentations of a list, over all pairs and lists; 1: order never matters.
+
+    NaN when no list was presented twice.
+    """
+    most = max((len(ranking.presentation_scores) for ranking in rankings), default=0)
+    taus = []
+    for first, second in itertools.combinations(range(most), 2):
+        both = [ranking.presentation_scores[[first, second]] for ranking in rankings if len(ranking.presented) > second]
+        taus.append(metrics.kendall_tau(*(metrics.pad([pair[side] for pair in both]) for side in (0, 1))))
+    values = np.concatenate(taus) if taus else np.array([])
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else float("nan")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,187 @@
+"""Order the candidates of JSON lists with a tuned model: `python -m alro_fast.rank --adapter DIR [FILE]`.
+
+Reads one JSON list, an array of them, or JSON lines, from FILE or standard input:
+
+    {"history": [{"title": "Heat", "category": "Crime", "rating": 4.5}],
+     "candidates": [{"id": 7, "title": "Casino", "category": "Crime"}, {"title": "Clueless"}]}
+
+`id` and `category` may be left out, `history` too; `list_id` is passed through. Prints a JSON line per list, best
+candidate first: {"list_id": ..., "ranking": [{"rank": 1, "id": 7, "title": "Casino", "score": -0.4}, ...]}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .cli import run
+from .data.records import Item, RankingList
+from .errors import AlroFastError
+
+if TYPE_CHECKING:
+    from .ranking import Ranker, Ranking
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read and check everything, load the model, print rankings as they come."""
+    options = parser().parse_args(argv)
+    documents = read_documents(options.file)
+    from .ranking import Ranker, check_options
+
+    check_options(options.method, options.shuffles, options.merge, options.beams)
+    lists = [parse_list(document, number) for number, document in enumerate(documents, start=1)]
+    ranker = Ranker.load(
+        options.adapter, device=options.device, base_model=options.base_model, token_budget=options.token_budget
+    )
+    lists = name_items(ranker, lists, documents)
+    rankings = ranker.stream(
+        lists,
+        method=options.method,
+        shuffles=options.shuffles,
+        merge_by=options.merge,
+        beams=options.beams,
+        seed=options.seed,
+    )
+    for document, ranking in zip(documents, rankings, strict=True):
+        print(json.dumps(answer(document, ranking, options.top_k), ensure_ascii=False), flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alro_fast.rank", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", nargs="?", default="-", help="JSON or JSON lines; -: standard input (default)")
+    add_ranking_options(parser)
+    parser.add_argument("--top_k", type=int, help="print only the best K")
+    return parser
+
+
+def add_ranking_options(parser: argparse.ArgumentParser) -> None:
+    """What `rank` and `evaluate` have in common."""
+    parser.add_argument("--adapter", required=True, help="folder that alro_fast.train wrote")
+    parser.add_argument("--base_model", help="base model in place of the one the adapter names")
+    parser.add_argument("--method", help="first, expected, greedy or beam; default: first (expected for grades)")
+    parser.add_argument("--shuffles", type=int, default=1, help="presentations of each list, merged (default 1)")
+    parser.add_argument("--merge", default="mean", help="how they are merged: mean (of scores), borda or kemeny")
+    parser.add_argument("--beams", type=int, default=4, help="partial orders kept by method beam (default 4)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffles")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    parser.add_argument(
+        "--token_budget", type=int, default=8192, help="tokens of one forward pass; 0: lists one by one"
+    )
+
+
+def read_documents(file: str) -> list[Any]:
+    """The JSON values in a file or on standard input: one, an array of them, or one per line."""
+    if file == "-":
+        text, name = sys.stdin.read(), "standard input"
+    else:
+        path = Path(file)
+        if not path.is_file():
+            raise AlroFastError(f"{file}: no such file; expected JSON lists to rank")
+        try:
+            text, name = path.read_text(encoding="utf-8"), file
+        except UnicodeDecodeError:
+            raise AlroFastError(f"{file} is not UTF-8 text; expected JSON lists to rank") from None
+    if not text.strip():
+        raise AlroFastError(f"{name} is empty; expected a JSON list to rank")
+    try:
+        whole = json.loads(text)
+        documents = whole if isinstance(whole, list) else [whole]
+    except json.JSONDecodeError as error:
+        lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        if len(lines) == 1:
+            raise AlroFastError(f"{name} is not JSON: {error}") from None
+        documents = []
+        for number, line in lines:
+            try:
+                documents.append(json.loads(line))
+            except json.JSONDecodeError as broken:
+                raise AlroFastError(
+                    f"{name}, line {number} is not JSON: {broken.msg} at column {broken.colno}"
+                ) from None
+    if not documents:
+        raise AlroFastError(f"{name} holds an empty array; expected at least one list to rank")
+    return documents
+
+
+def parse_list(document: Any, number: int) -> RankingList:
+    """One JSON object -> a ranking list without labels; AlroFastError naming the list and the place."""
+    place = f"list {number}"
+    if not isinstance(document, dict):
+        raise AlroFastError(f'{place}: expected an object with "history" and "candidates", found {_kind(document)}')
+    candidates = document.get("candidates")
+    if not isinstance(candidates, list) or not candidates:
+        found = "no candidates" if candidates in (None, []) else f'{_kind(candidates)} as "candidates"'
+        raise AlroFastError(f'{place}: {found}; expected a non-empty array of objects with a "title"')
+    history = document.get("history", [])
+    if not isinstance(history, list):
+        raise AlroFastError(f'{place}: {_kind(history)} as "history"; expected an array of objects')
+    past = [_item(entry, f"{place}, history {at}", f"past {at}") for at, entry in enumerate(history, start=1)]
+    ratings = [_rating(entry, f"{place}, history {at}") for at, entry in enumerate(history, start=1)]
+    shown = [_item(entry, f"{place}, candidate {at}", f"new {at}") for at, entry in enumerate(candidates, start=1)]
+    first: dict[str, int] = {}
+    for at, item in enumerate(shown, start=1):
+        if first.setdefault(item.item_id, at) != at:
+            raise AlroFastError(
+                f"{place}: candidates {first[item.item_id]} and {at} have the same id {candidates[at - 1]['id']!r}; "
+                "give every candidate once"
+            )
+    name = str(document.get("list_id", number))
+    return RankingList(name, name, tuple(past), tuple(ratings), tuple(shown), (math.nan,) * len(shown))
+
+
+def name_items(ranker: Ranker, lists: list[RankingList], documents: list[Any]) -> list[RankingList]:
+    """Lists whose items carry their numbers in the catalogue, for a model that names items by tokens of their own."""
+    return lists
+
+
+def answer(document: Any, ranking: Ranking, top_k: int | None) -> dict[str, Any]:
+    """The output line of one list."""
+    ordered = []
+    for rank, i in enumerate(ranking.order[:top_k], start=1):
+        entry = document["candidates"][i]
+        ordered.append(
+            {"rank": rank, "id": entry.get("id"), "title": entry["title"], "score": float(ranking.scores[i])}
+        )
+    return {"list_id": document.get("list_id"), "ranking": ordered}
+
+
+def _item(entry: Any, place: str, unnamed: str) -> Item:
+    if not isinstance(entry, dict):
+        raise AlroFastError(f'{place}: expected an object with a "title", found {_kind(entry)}')
+    title, category, known = entry.get("title"), entry.get("category") or "", entry.get("id")
+    if not isinstance(title, str) or not title.strip():
+        raise AlroFastError(f'{place}: expected a "title" that is a non-empty text, found {_kind(title)}')
+    if not isinstance(category, str):
+        raise AlroFastError(f'{place}: "category" is {_kind(category)}; expected a text')
+    if known is not None and (isinstance(known, bool) or not isinstance(known, str | int)):
+        raise AlroFastError(f'{place}: "id" is {_kind(known)}; expected a text or a whole number')
+    return Item(0, unnamed if known is None else f"id {known}", title, category)
+
+
+def _rating(entry: Any, place: str) -> float:
+    rating = entry.get("rating")
+    if isinstance(rating, bool) or not isinstance(rating, int | float) or not math.isfinite(rating):
+        raise AlroFastError(f'{place}: expected a "rating" that is a number, found {_kind(rating)}')
+    return float(rating)
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, str):
+        return f"the text {value!r:.40}" if value.strip() else "an empty text"
+    names = {bool: "true or false", int: "a number", float: "a number", list: "an array", dict: "an object"}
+    return names[type(value)]
+
+
+if __name__ == "__main__":
+    run(main)

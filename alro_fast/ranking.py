@@ -1,0 +1,391 @@
+"""From a tuned model to ordered lists. Orders come from identifier (or grade) logits, never from parsed text, so every
+ranking is a full permutation of its candidates.
+
+| method | reads | forwards |
+| --- | --- | --- |
+| first | log-probabilities of the identifiers at the first slot | 1, presentations share the history |
+| expected | `ratings` answers: the expected grade of each candidate (methods.md 1.11) | 1 |
+| | `ranking` answers: the expected slot of each candidate along the greedy answer (soft-argmax) | m steps |
+| greedy | the best identifier left, slot after slot | m steps, KV cache |
+| beam | the likeliest order among `beams` partial ones | m steps, KV cache |
+
+Scores are float64, higher is better: log-probability, grade, minus the expected slot, or (greedy, beam) minus the slot.
+Several presentations of a list (`shuffles`) are merged by the mean of their scores, or by Borda or Kemeny counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+from .attention import tree_hidden_states
+from .decoding import decode, token_logits
+from .errors import AlroFastError
+from .fused_head import head_of
+from .merging import MERGES, merge
+from .packing import Branch, Tree, collate, plan_batches
+
+if TYPE_CHECKING:
+    from .data.records import RankingList
+    from .prompts import PromptBuilder
+
+METHODS = ("first", "expected", "greedy", "beam")
+CHUNK = 256  # lists whose prompts are held and packed together; rankings come out after each
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """One ordered list. `order`: candidate numbers, best first; `scores` [m] per candidate, higher is better."""
+
+    list_id: str
+    order: tuple[int, ...]
+    scores: np.ndarray
+    presented: np.ndarray  # int64 [B, m]: presentation b shows candidate presented[b, p] at place p
+    presentation_scores: np.ndarray  # float64 [B, m] per candidate
+
+
+class Ranker:
+    """A causal LM, its tokenizer and its prompt format, ranking lists.
+
+    token_budget: tokens of one forward pass (a longer list still gets one of its own). 0: every list alone, so that a
+    ranking is bitwise the same whatever lists come with it; otherwise the company changes scores by rounding only.
+    gamma: sharpness of the soft-argmax of `expected` (as trained).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        prompts: PromptBuilder,
+        *,
+        answer: str = "ranking",
+        gamma: float = 1.0,
+        token_budget: int = 8192,
+    ) -> None:
+        if answer not in ("ranking", "ratings"):
+            raise AlroFastError(f"unknown answer form {answer!r}; expected 'ranking' or 'ratings'")
+        self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
+        self.answer, self.gamma, self.token_budget = answer, gamma, token_budget
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        base_model: str | None = None,
+        token_budget: int = 8192,
+    ) -> Ranker:
+        """The ranker that a training run left in `folder`; `base_model` replaces the base recorded there."""
+        from .model import load_for_inference
+        from .prompts import PromptBuilder
+
+        folder = Path(folder)
+        model, tokenizer = load_for_inference(folder, device=device, dtype=dtype, base_model=base_model)
+        prompts = PromptBuilder.load(folder, tokenizer)
+        path = folder / "config.yaml"
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return cls(
+            model,
+            tokenizer,
+            prompts,
+            answer=config.get("answer", "ranking"),
+            gamma=config.get("gamma") or 1.0,
+            token_budget=token_budget,
+        )
+
+    @property
+    def default_method(self) -> str:
+        return "first" if self.answer == "ranking" else "expected"
+
+    def rank(self, lists: Sequence[RankingList], **options: Any) -> list[Ranking]:
+        """All of `stream(lists, ...)`."""
+        return list(self.stream(lists, **options))
+
+    def scores(self, lists: Sequence[RankingList], **options: Any) -> list[np.ndarray]:
+        """Per list, float64 [m]: a score per candidate in the list's own order, higher is better."""
+        return [ranking.scores for ranking in self.stream(lists, **options)]
+
+    def stream(
+        self,
+        lists: Sequence[RankingList] | Iterator[RankingList],
+        *,
+        method: str | None = None,
+        shuffles: int = 1,
+        merge_by: str = "mean",
+        beams: int = 4,
+        seed: int = 0,
+    ) -> Iterator[Ranking]:
+        """Rankings in the order of `lists`, as they come.
+
+        method: see the module; default: `first`, or `expected` for `ratings` answers. shuffles: presentations of each
+        list, the stored one first; the others depend on (seed, list_id) alone. More candidates than identifiers are
+        ranked by windows that slide from the end of the list to its start.
+        Raises AlroFastError for an unknown method, an empty list or one that names a candidate twice.
+        """
+        check_options(method, shuffles, merge_by, beams)
+        method = self._method(method)
+        source = iter(lists)
+        while chunk := list(islice(source, CHUNK)):
+            with self._inference():
+                rankings = self._rank([_unlabelled(entry) for entry in chunk], method, shuffles, merge_by, beams, seed)
+            yield from rankings
+
+    @contextlib.contextmanager
+    def untuned(self) -> Iterator[Ranker]:
+        """The same ranker with its adapter off; AlroFastError when the weights themselves were tuned."""
+        if not hasattr(self.model, "disable_adapter"):
+            raise AlroFastError("the model has no adapter to switch off; load its base model to rank untuned")
+        with self.model.disable_adapter():
+            yield self
+
+    # ---- one chunk of lists
+
+    def _rank(
+        self, lists: list[RankingList], method: str, shuffles: int, merge_by: str, beams: int, seed: int
+    ) -> list[Ranking]:
+        capacity = self.prompts.max_candidates
+        fits = [len(entry.candidates) <= capacity for entry in lists]
+
+        def direct(entries: list[RankingList]) -> list[Ranking]:
+            presented = [presentations(entry, shuffles, seed) for entry in entries]
+            read = self._read_slots if method in ("greedy", "beam") or self._expects_slots(method) else self._read_rows
+            by_presentation = read(entries, presented, method, beams)
+            return [
+                _ranking(entry, shown, scores, merge_by)
+                for entry, shown, scores in zip(entries, presented, by_presentation, strict=True)
+            ]
+
+        short = iter(direct([entry for entry, fit in zip(lists, fits, strict=True) if fit]))
+        long = iter(_slide([entry for entry, fit in zip(lists, fits, strict=True) if not fit], capacity, direct))
+        return [next(short if fit else long) for fit in fits]
+
+    def _expects_slots(self, method: str) -> bool:
+        return method == "expected" and self.answer == "ranking"
+
+    def _read_rows(
+        self, lists: list[RankingList], presented: list[np.ndarray], method: str, beams: int
+    ) -> list[np.ndarray]:
+        """`first`, and `expected` for grades: one tree per list, one forward per packed batch of trees."""
+        flat = [entry for entry, orders in zip(lists, presented, strict=True) for _ in orders]
+        orders = [order.tolist() for shown in presented for order in shown]
+        if self.answer == "ranking":
+            prompts = iter(self.prompts.rankings(flat, orders))
+        else:
+            prompts = iter(self.prompts.rates(flat, orders))
+        trees, tokens = [], []
+        for entry, shown in zip(lists, presented, strict=True):
+            branches = []
+            for prompt in islice(prompts, len(shown)):
+                if self.answer == "ranking":
+                    start = prompt.prompt_ids + prompt.answer_ids[: prompt.slot_offsets[0]]
+                    branches.append(_predicting(start, prompt.candidate_ids))
+                    tokens.append(prompt.candidate_ids)
+                else:
+                    for question in prompt.branches:
+                        branches.append(_predicting(prompt.prompt_ids + question.question_ids, prompt.grade_ids))
+                        tokens.append(prompt.grade_ids)
+            trees.append(Tree(branches, name=f"list {entry.list_id}"))
+            self._check_length(entry, max(len(branch.ids) for branch in branches))
+        rows = iter(self._logits(trees, tokens))
+        if self.answer == "ranking":
+            return [np.stack([_log_softmax(next(rows)) for _ in shown]) for shown in presented]
+        grades = np.asarray(self.prompts.grade_values, dtype=np.float64)
+        read = [[next(rows) for _ in range(shown.size)] for shown in presented]
+        return [
+            np.asarray([_expected_grade(row, grades) for row in each]).reshape(shown.shape)
+            for each, shown in zip(read, presented, strict=True)
+        ]
+
+    def _logits(self, trees: list[Tree], tokens: list[list[int]]) -> list[np.ndarray]:
+        """Float32 logits of `tokens[n]` at answer row n (rows counted over all trees), as float64 arrays."""
+        firsts = np.cumsum([0, *(tree.num_answer_rows for tree in trees)])
+        sizes = [tree.num_tokens for tree in trees]
+        if self.token_budget:
+            plan = plan_batches(sizes, max(self.token_budget, *sizes)) if sizes else []
+        else:
+            plan = [[index] for index in range(len(trees))]
+        found: list[np.ndarray | None] = [None] * len(tokens)
+        head = head_of(self.model)
+        for indices in plan:
+            rows = list(chain.from_iterable(range(firsts[index], firsts[index + 1]) for index in indices))
+            with _memory(sum(sizes[index] for index in indices), str(trees[indices[0]])):
+                batch = collate(trees, indices).to(self._device)
+                logits = token_logits(tree_hidden_states(self.model, batch), head, [tokens[row] for row in rows])
+            for row, values in zip(rows, logits, strict=True):
+                found[row] = values
+        return found
+
+    def _read_slots(
+        self, lists: list[RankingList], presented: list[np.ndarray], method: str, beams: int
+    ) -> list[np.ndarray]:
+        """`greedy`, `beam`, and `expected` over slots: every presentation decoded with a KV cache."""
+        flat = [entry for entry, orders in zip(lists, presented, strict=True) for _ in orders]
+        prompts = self.prompts.rankings(flat, [order.tolist() for shown in presented for order in shown])
+        for entry, prompt in zip(flat, prompts, strict=True):
+            self._check_length(entry, len(prompt.prompt_ids) + len(prompt.answer_ids))
+        with _memory(self.token_budget, "a batch of lists"):
+            answers = iter(decode(self.model, prompts, beams if method == "beam" else 1, self.token_budget))
+        scores = []
+        for entry, shown in zip(lists, presented, strict=True):
+            rows = []
+            for _ in shown:
+                slots, logprobs = next(answers)
+                _check_finite(entry, logprobs)
+                rows.append(-expected_slots(logprobs, self.gamma) if method == "expected" else -np.argsort(slots) - 1.0)
+            scores.append(np.stack(rows))
+        return scores
+
+    # ---- small things
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _check_length(self, entry: RankingList, tokens: int) -> None:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and tokens > limit:
+            raise AlroFastError(
+                f"list {entry.list_id} takes {tokens} tokens, but the model reads at most {limit}; shorten its "
+                "history, or rank fewer candidates"
+            )
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(training)
+
+    def _method(self, method: str | None) -> str:
+        if self.answer == "ratings" and method not in (None, "expected"):
+            raise AlroFastError(
+                f"method {method!r} reads identifiers, but this model answers with grades: use 'expected'"
+            )
+        return method or self.default_method
+
+
+def check_options(method: str | None, shuffles: int, merge_by: str, beams: int) -> None:
+    """AlroFastError for a value that no ranker takes."""
+    if method is not None and method not in METHODS:
+        raise AlroFastError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
+    for name, value in (("shuffles", shuffles), ("beams", beams)):
+        if value < 1:
+            raise AlroFastError(f"{name} is at least 1; given {value}")
+    if merge_by not in MERGES:
+        raise AlroFastError(f"unknown merge {merge_by!r}; expected one of {', '.join(MERGES)}")
+
+
+def presentations(entry: RankingList, shuffles: int, seed: int) -> np.ndarray:
+    """int64 [shuffles, m]: the stored order, then permutations that depend on (seed, list_id) alone."""
+    m = len(entry.candidates)
+    digest = hashlib.blake2b(entry.list_id.encode(), digest_size=8).digest()
+    generator = np.random.default_rng([seed, int.from_bytes(digest, "little")])
+    return np.stack([np.arange(m), *(generator.permutation(m) for _ in range(shuffles - 1))])
+
+
+def expected_slots(logprobs: np.ndarray, gamma: float) -> np.ndarray:
+    """s_i = sum_k k softmax_k(gamma y_ki), k from 1 (methods.md 1.6); logprobs y [m slots, m candidates] -> [m]."""
+    weights = np.exp(gamma * (logprobs - logprobs.max(axis=0)))
+    return np.arange(1, len(logprobs) + 1) @ (weights / weights.sum(axis=0))
+
+
+def _slide(lists: list[RankingList], width: int, rank: Any) -> list[Ranking]:
+    """Windows of `width` candidates from the end of each list to its start, half a window at a time, each ranked and
+    put back: the best half of every window meets the next. Scores are minus the final place."""
+    if lists and width < 2:
+        raise AlroFastError(f"only {width} identifier is available; ranking a list by windows needs at least 2")
+    orders = [np.arange(len(entry.candidates)) for entry in lists]
+    starts = [[*range(len(order) - width, 0, -(width // 2)), 0] for order in orders]
+    for turn in range(max(map(len, starts), default=0)):
+        due = [i for i in range(len(lists)) if turn < len(starts[i])]
+        windows = [orders[i][starts[i][turn] : starts[i][turn] + width] for i in due]
+        parts = [_subset(lists[i], window) for i, window in zip(due, windows, strict=True)]
+        for i, window, ranking in zip(due, windows, rank(parts), strict=True):
+            orders[i][starts[i][turn] : starts[i][turn] + width] = window[list(ranking.order)]
+    rankings = []
+    for entry, order in zip(lists, orders, strict=True):
+        scores = -np.argsort(order) - 1.0
+        shown = np.arange(len(order))[None]
+        rankings.append(Ranking(entry.list_id, tuple(order.tolist()), scores, shown, scores[None]))
+    return rankings
+
+
+def _subset(entry: RankingList, kept: np.ndarray) -> RankingList:
+    return replace(
+        entry,
+        candidates=tuple(entry.candidates[i] for i in kept),
+        ratings=tuple(entry.ratings[i] for i in kept),
+    )
+
+
+def _ranking(entry: RankingList, presented: np.ndarray, by_presentation: np.ndarray, merge_by: str) -> Ranking:
+    _check_finite(entry, by_presentation)
+    scores = merge(by_presentation, merge_by)
+    order = np.argsort(-scores, kind="stable")
+    return Ranking(entry.list_id, tuple(order.tolist()), scores, presented, by_presentation)
+
+
+def _check_finite(entry: RankingList, values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise AlroFastError(
+            f"list {entry.list_id}: the model's scores are not finite numbers; did its training diverge?"
+        )
+
+
+def _unlabelled(entry: RankingList) -> RankingList:
+    """The list without its ratings, so that none can reach a prompt; AlroFastError when it cannot be ranked."""
+    if not entry.candidates:
+        raise AlroFastError(f"list {entry.list_id} has no candidates; give at least one")
+    seen: set[str] = set()
+    for item in entry.candidates:
+        if item.item_id in seen:
+            raise AlroFastError(
+                f"list {entry.list_id} names candidate {item.item_id!r} twice; give every candidate once"
+            )
+        seen.add(item.item_id)
+    return replace(entry, ratings=(math.nan,) * len(entry.candidates))
+
+
+def _predicting(ids: list[int], tokens: list[int]) -> Branch:
+    """A branch with one answer row, the one that predicts what follows `ids`; the token put there is read by nobody."""
+    return Branch([*ids, tokens[0]], len(ids))
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def _expected_grade(logits: np.ndarray, grades: np.ndarray) -> float:
+    """e = sum_c v_c P(c), P over the grade tokens (methods.md 1.11)."""
+    return float(np.exp(_log_softmax(logits)) @ grades)
+
+
+@contextlib.contextmanager
+def _memory(tokens: int, name: str) -> Iterator[None]:
+    """Running out of memory as one clear line."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+            raise
+        raise AlroFastError(
+            f"{name}: not enough memory for a forward pass of {tokens} tokens; lower the token budget, the shuffles or "
+            "the history length"
+        ) from error
