@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.records import Item, RankingList, target_ranks
 from ..errors import AlroFastError
-from .encoding import Encoder, Pieces
+from .encoding import Encoder, Pieces, line_start
 from .identifiers import LETTERS, Grading, item_labels, labels_in_context, prove_answers, prove_grading
 from .line import Line, shown_rating
 from .template import PromptTemplate, load_template, parse_template, placeholders
@@ -22,7 +22,6 @@ from .turns import find_turns
 
 TEMPLATE_FILE, IDENTIFIERS_FILE = "prompt_template.yaml", "identifiers.json"
 CHUNK = 1024  # lists whose new pieces are encoded together
-SAMPLE = Item(0, "sample", "Sample (2000)", "Sample")
 
 
 @dataclass(slots=True)
@@ -110,9 +109,8 @@ class PromptBuilder:
             self._line_ids = tokenizer.convert_tokens_to_ids(labels)
             history_anchor = candidate_anchor = ""  # an added token cuts the text: what follows it stands alone
         else:
-            anchor, n = encoder.anchor("\n", lead)
-            body = self._candidate_line.body(SAMPLE)
-            shown = labels_in_context(encoder.plain, anchor + lead, LETTERS, body, encoder.unk)
+            anchor, n = line_start(encoder.plain, lead)
+            shown = labels_in_context(encoder.plain, anchor + lead, LETTERS, "", encoder.unk)
             labels = LETTERS[: len(shown.ids)]
             self._history_lead, self._line_lead, self._line_ids = [], shown.left[n:], shown.ids
             history_anchor, candidate_anchor = "\n", anchor + lead + LETTERS[0]
@@ -124,8 +122,8 @@ class PromptBuilder:
         if len(labels) < 2:
             raise AlroFastError(
                 f"tokenizer {encoder.name!r} has no single-token letters: A and B are not one distinct token each "
-                f"in {text['letters.candidate_line']!r} and {text['ranking.answer']!r}; use another tokenizer, other lines "
-                "in the prompt template, or identifiers: items"
+                f"in {text['letters.candidate_line']!r} and {text['ranking.answer']!r}; use another tokenizer, other "
+                "lines in the prompt template, or identifiers: items"
             )
         self.labels = list(labels)
         rating_anchor = "x" if self._history_line.has_body else history_anchor
@@ -281,7 +279,8 @@ class PromptBuilder:
         if not m or len(one.ratings) != m or len(one.history) != len(one.history_ratings):
             raise AlroFastError(
                 f"list {one.list_id!r} has {m} candidates with {len(one.ratings)} ratings and {len(one.history)} "
-                f"history items with {len(one.history_ratings)}; expected at least one candidate and a rating (or NaN) for each"
+                f"history items with {len(one.history_ratings)}; expected a candidate at least, and a rating "
+                "(or NaN) for every item"
             )
         if self._by_item:
             self._check_items(one)
@@ -359,8 +358,8 @@ class PromptBuilder:
         grading = self._grading
         if len(order) > len(grading.ids):
             raise AlroFastError(
-                f"list {one.list_id!r} has {len(order)} candidates, but tokenizer {self._encoder.name!r} has single-token "
-                f"letters for {len(grading.ids)} in {self.template['ratings.answer']!r}; use a smaller list_size"
+                f"list {one.list_id!r} has {len(order)} candidates, but tokenizer {self._encoder.name!r} has "
+                f"single-token letters for {len(grading.ids)} in {self.template['ratings.answer']!r}; lower list_size"
             )
         prompt_ids, dropped = self._prompt(one, order, grading.tail, 2 + len(grading.ask))
         branches = [

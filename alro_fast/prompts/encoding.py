@@ -15,6 +15,9 @@ CACHED_PIECES = 1 << 17  # pieces of about 20 tokens, some 100 MB at most
 PROBE = "Rank: A B C\n- Plan 9 (1959) | Sci-Fi | 4.5 stars\n  Été ＡＢ ﬁn, naïve №1\t<b>x</b> 12345"
 
 
+Encode = Callable[[Sequence[str]], list[list[int]]]
+
+
 class Encoder:
     """Both ways of encoding with one tokenizer.
 
@@ -58,11 +61,6 @@ class Encoder:
         forbidden = self.forbidden
         return [[id for id in encoding.ids if id not in forbidden] for encoding in encoded]
 
-    def anchor(self, anchor: str, text: str) -> tuple[str, int]:
-        """`anchor` and its number of tokens, if `text` after it leaves them as they are; otherwise nothing and 0."""
-        start, whole = self.trusted([anchor, anchor + text])
-        return (anchor, len(start)) if whole[: len(start)] == start else ("", 0)
-
     def ends_with_marker(self, text: str) -> bool:
         """True when the last token of a trusted text is a special one."""
         ids = self.trusted([text])[0]
@@ -85,7 +83,7 @@ class Encoder:
 class Pieces:
     """Token ids of untrusted pieces of text by key, encoded in batches and cached."""
 
-    def __init__(self, encode: Callable[[list[str]], list[list[int]]], text_of: Callable[[Hashable], str]):
+    def __init__(self, encode: Encode, text_of: Callable[[Hashable], str]):
         self._encode, self._text_of = encode, text_of
         self.ids: dict[Hashable, list[int]] = {}
 
@@ -101,12 +99,25 @@ class Pieces:
         return self.ids
 
 
-def _continuations(encode: Callable, anchor: str, texts: Sequence[str]) -> list[list[int]]:
-    if not anchor:
-        return encode(texts)
-    start = encode([anchor])[0]
-    encoded = encode([anchor + text for text in texts])
-    merged = [number for number, ids in enumerate(encoded) if ids[: len(start)] != start]
-    for number, alone in zip(merged, encode([texts[number] for number in merged])):
-        encoded[number] = start + alone
-    return [ids[len(start) :] for ids in encoded]
+def line_start(encode: Encode, text: str) -> tuple[str, int]:
+    """A newline and its number of tokens, if `text` after it leaves them as they are; otherwise nothing and 0."""
+    start, whole = encode(["\n", "\n" + text])
+    return ("\n", len(start)) if whole[: len(start)] == start else ("", 0)
+
+
+def _continuations(encode: Encode, anchor: str, texts: Sequence[str]) -> list[list[int]]:
+    """A text that merges with the end of its anchor is encoded after a simpler anchor instead."""
+    found: list[list[int]] = [[] for _ in texts]
+    left = range(len(texts))
+    for before in (anchor, "\n", "x", ""):
+        start = encode([before])[0] if before else []
+        merged = []
+        for number, ids in zip(left, encode([before + texts[number] for number in left])):
+            if ids[: len(start)] == start:
+                found[number] = ids[len(start) :]
+            else:
+                merged.append(number)
+        left = merged
+        if not left or not before:
+            break
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain, permutations
 from typing import NamedTuple
 
@@ -11,11 +11,9 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import AlroFastError
-from .encoding import Encoder
+from .encoding import Encode, Encoder, line_start
 
 LETTERS = string.ascii_uppercase + string.ascii_lowercase
-
-Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
 def item_token(index: int) -> str:
@@ -96,7 +94,7 @@ def prove_answers(
     The labels found may be fewer than those given. `atomic` labels are added tokens, which the tokenizer cuts out
     before it looks at their neighbours: one text with all of them proves them; otherwise every ordered pair is tried.
     """
-    anchor, n = encoder.anchor("\n", tail)
+    anchor, n = line_start(encoder.trusted, tail)
     first = labels_in_context(encoder.trusted, anchor + tail, labels[:2] if atomic else labels, "", encoder.unk)
     if len(first.ids) < 2 or first.right:
         return Answers([], [], [], end)
@@ -137,7 +135,7 @@ def prove_grading(
     encoder: Encoder, tail: str, labels: Sequence[str], ask: str, grades: Sequence[str], atomic: bool
 ) -> Grading:
     """Every label's question after `tail` and every grade after every question: one token each."""
-    anchor, n = encoder.anchor("\n", tail)
+    anchor, n = line_start(encoder.trusted, tail)
     start = anchor + tail
     some = labels[:2] if atomic else labels
     asked = labels_in_context(encoder.trusted, start, some, ask + grades[0], encoder.unk)

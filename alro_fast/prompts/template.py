@@ -90,8 +90,9 @@ def parse_template(source: str, *, name: str, origin: str) -> PromptTemplate:
     except yaml.YAMLError as error:
         raise AlroFastError(f"{origin} is not a prompt template: not valid YAML ({_one_line(error)})") from None
     if not isinstance(content, dict):
+        found = "nothing" if content is None else f"a {type(content).__name__}"
         raise AlroFastError(
-            f"{origin} is not a prompt template: found {'nothing' if content is None else f'a {type(content).__name__}'}, "
+            f"{origin} is not a prompt template: found {found}, "
             f"expected the keys {', '.join(_sections())}; was a data file given for the template?"
         )
     flat = _flatten(content, origin)
