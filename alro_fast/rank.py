@@ -12,6 +12,8 @@ candidate first: {"list_id": ..., "ranking": [{"rank": 1, "id": 7, "title": "Cas
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import math
 import sys
@@ -19,26 +21,37 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from .cli import run
 from .data.records import Item, RankingList
 from .errors import AlroFastError
 
 if TYPE_CHECKING:
-    from .ranking import Ranker, Ranking
+    from .ranking import Ranking
 
 
 def main(argv: Sequence[str]) -> None:
     """Read and check everything, load the model, print rankings as they come."""
     options = parser().parse_args(argv)
     documents = read_documents(options.file)
-    from .ranking import Ranker, check_options
+    lists = [parse_list(document, number) for number, document in enumerate(documents, start=1)]
+    from .ranking import (  # torch takes seconds to import: not before the input is known to be good
+        Ranker,
+        check_options,
+    )
 
     check_options(options.method, options.shuffles, options.merge, options.beams)
-    lists = [parse_list(document, number) for number, document in enumerate(documents, start=1)]
     ranker = Ranker.load(
         options.adapter, device=options.device, base_model=options.base_model, token_budget=options.token_budget
     )
-    lists = name_items(ranker, lists, documents)
+    if ranker.prompts.identifiers == "items":
+        items = catalogue(options.adapter)
+        lists = [numbered(*pair, items) for pair in zip(lists, documents, strict=True)]
+    long = sum(len(entry.candidates) > ranker.prompts.max_candidates for entry in lists)
+    if long:
+        most = ranker.prompts.max_candidates
+        print(f"{long} lists have more than {most} candidates: ranked by sliding windows of {most}", file=sys.stderr)
     rankings = ranker.stream(
         lists,
         method=options.method,
@@ -137,9 +150,35 @@ def parse_list(document: Any, number: int) -> RankingList:
     return RankingList(name, name, tuple(past), tuple(ratings), tuple(shown), (math.nan,) * len(shown))
 
 
-def name_items(ranker: Ranker, lists: list[RankingList], documents: list[Any]) -> list[RankingList]:
-    """Lists whose items carry their numbers in the catalogue, for a model that names items by tokens of their own."""
-    return lists
+@functools.cache
+def catalogue(folder: str) -> dict[str, Item]:
+    """Items by id, of the prepared data that the model in `folder` was trained on."""
+    from .data.lists import open_prepared
+
+    path = Path(folder) / "config.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    data = Path(config.get("data_dir") or Path(folder) / "data")
+    if not data.is_dir():
+        raise AlroFastError(
+            f"{folder} names items by tokens of their own, but its prepared data {data} is gone; put it back there"
+        )
+    return {item.item_id: item for item in open_prepared(data).items}
+
+
+def numbered(entry: RankingList, document: Any, items: dict[str, Item]) -> RankingList:
+    """The list with the catalogue's items, for a model that names items by tokens of their own."""
+    found = {}
+    for part in ("history", "candidates"):
+        found[part] = []
+        for at, given in enumerate(document.get(part, []), start=1):
+            name = given.get("id")
+            if str(name) not in items:
+                raise AlroFastError(
+                    f"list {entry.list_id}, {part} {at}: id {name!r} is not in the catalogue this model was trained "
+                    "on; it names items by tokens of their own, so every item needs its id"
+                )
+            found[part].append(items[str(name)])
+    return dataclasses.replace(entry, history=tuple(found["history"]), candidates=tuple(found["candidates"]))
 
 
 def answer(document: Any, ranking: Ranking, top_k: int | None) -> dict[str, Any]:
@@ -179,6 +218,8 @@ def _kind(value: Any) -> str:
         return "nothing"
     if isinstance(value, str):
         return f"the text {value!r:.40}" if value.strip() else "an empty text"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     names = {bool: "true or false", int: "a number", float: "a number", list: "an array", dict: "an object"}
     return names[type(value)]
 

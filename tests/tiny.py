@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from alro_fast.attention import use_tree_attention
 from alro_fast.data.records import Item, RankingList
+from alro_fast.prompts import PromptBuilder
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -46,6 +50,22 @@ def tiny_llama(vocab_size: int, seed: int = 0, **overrides) -> LlamaForCausalLM:
     model = LlamaForCausalLM(config).eval()
     use_tree_attention(model)
     return model
+
+
+def make_run(folder: Path, *, answer: str = "ranking", seed: int = 0) -> Path:
+    """A base model and, over it, the folder a training run leaves: a LoRA adapter that changes the scores."""
+    tokenizer = byte_tokenizer()
+    base = tiny_llama(len(tokenizer), seed)
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    base.config._name_or_path = base.name_or_path = str(folder / "base")
+    torch.manual_seed(seed + 1)
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False, r=4)
+    get_peft_model(base, lora).save_pretrained(folder / "run")
+    tokenizer.save_pretrained(folder / "run")
+    PromptBuilder(tokenizer, "movies").save(folder / "run")
+    (folder / "run" / "config.yaml").write_text(f"answer: {answer}\ngamma: null\n", encoding="utf-8")
+    return folder / "run"
 
 
 def catalogue(count: int) -> list[Item]:

@@ -218,7 +218,7 @@ class PromptBuilder:
             )
         template = parse_template(source, name=name, origin=str(directory / TEMPLATE_FILE))
         builder = cls(tokenizer, template, identifiers=kind, max_length=max_length)
-        if builder._record() != record:
+        if builder._record() | {"tokenizer": record["tokenizer"]} != record:  # its folder may have moved
             raise AlroFastError(f"{directory / IDENTIFIERS_FILE} does not fit {TEMPLATE_FILE} beside it; restore both")
         return builder
 

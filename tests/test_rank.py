@@ -1,0 +1,163 @@
+"""The rank command: JSON in, JSON lines out, one clear line for what cannot be ranked."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiny import byte_tokenizer, make_run, tiny_llama
+
+from alro_fast import rank
+from alro_fast.cli import run
+from alro_fast.errors import AlroFastError
+from alro_fast.ranking import Ranker
+
+HEAT = {
+    "history": [{"title": "Heat", "category": "Crime", "rating": 4.5}, {"title": "Ran", "rating": 3}],
+    "candidates": [
+        {"id": 7, "title": "Casino", "category": "Crime"},
+        {"title": "Clueless"},
+        {"id": "x", "title": "Babe"},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("rank"))
+
+
+def ranked(capsys, adapter, documents, *options):
+    """The command's output lines for a JSON text on standard input."""
+    text = documents if isinstance(documents, str) else json.dumps(documents)
+    sys.stdin, former = io.StringIO(text), sys.stdin
+    try:
+        rank.main(["--adapter", str(adapter), *options])
+    finally:
+        sys.stdin = former
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_orders_candidates_and_passes_ids_through(capsys, adapter):
+    (line,) = ranked(capsys, adapter, HEAT | {"list_id": "first"})
+    assert line["list_id"] == "first"
+    assert [entry["rank"] for entry in line["ranking"]] == [1, 2, 3]
+    shown = {(entry["id"], entry["title"]) for entry in line["ranking"]}
+    assert shown == {(7, "Casino"), (None, "Clueless"), ("x", "Babe")}
+    scores = [entry["score"] for entry in line["ranking"]]
+    assert scores == sorted(scores, reverse=True)
+    assert np.exp(scores).sum() == pytest.approx(1)
+    direct = Ranker.load(adapter, device="cpu").rank([rank.parse_list(HEAT, 1)])[0]
+    assert scores == pytest.approx([direct.scores[i] for i in direct.order], abs=1e-6)
+
+
+def test_one_list_an_array_and_json_lines_agree(capsys, adapter, tmp_path):
+    other = {"candidates": [{"title": "Only"}]}
+    (alone,) = ranked(capsys, adapter, HEAT, "--token_budget", "0")
+    array = ranked(capsys, adapter, [HEAT, other], "--token_budget", "0")
+    lines = ranked(capsys, adapter, json.dumps(HEAT) + "\n\n" + json.dumps(other) + "\n", "--token_budget", "0")
+    assert array == lines
+    assert array[0] == alone
+    file = tmp_path / "lists.json"
+    file.write_text(json.dumps([HEAT, other]), encoding="utf-8")
+    rank.main(["--adapter", str(adapter), str(file), "--token_budget", "0", "--top_k", "1"])
+    best = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [entry["ranking"] for entry in best] == [entry["ranking"][:1] for entry in array]
+
+
+def test_titles_may_repeat_and_history_may_be_empty(capsys, adapter):
+    same = {"candidates": [{"title": "Twin"}, {"title": "Twin"}, {"id": 1, "title": "Twin"}], "history": []}
+    (line,) = ranked(capsys, adapter, same)
+    assert len(line["ranking"]) == 3
+
+
+@pytest.mark.parametrize("options", [("--method", "beam", "--beams", "2"), ("--shuffles", "3", "--merge", "kemeny")])
+def test_options_reach_the_ranker(capsys, adapter, options):
+    (line,) = ranked(capsys, adapter, HEAT, *options)
+    assert [entry["score"] for entry in line["ranking"]] in ([-1.0, -2.0, -3.0], [0.0, -1.0, -2.0])
+
+
+def test_long_lists_are_announced_and_ranked(capsys, adapter):
+    long = {"candidates": [{"title": f"T{i}"} for i in range(60)]}
+    sys.stdin, former = io.StringIO(json.dumps(long)), sys.stdin
+    try:
+        rank.main(["--adapter", str(adapter)])
+    finally:
+        sys.stdin = former
+    printed = capsys.readouterr()
+    assert "sliding windows of 52" in printed.err
+    assert sorted(entry["title"] for entry in json.loads(printed.out)["ranking"]) == sorted(f"T{i}" for i in range(60))
+
+
+MANY = [{"id": "a", "title": "One"}, {"title": "Two"}, {"id": "a", "title": "Three"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "standard input is empty"),
+        ("not json", "standard input is not JSON"),
+        ('{"candidates": [{"title": "A"}]}\n{"candidates":', "standard input, line 2 is not JSON"),
+        ("[]", "empty array"),
+        ("[3]", 'list 1: expected an object with "history" and "candidates", found a number'),
+        ('{"history": []}', "list 1: no candidates"),
+        ('{"candidates": []}', "list 1: no candidates"),
+        ('{"candidates": "A"}', "list 1: the text 'A' as \"candidates\""),
+        ('{"candidates": [{"title": "A"}], "history": {}}', 'list 1: an object as "history"'),
+        ('{"candidates": ["A"]}', "list 1, candidate 1: expected an object"),
+        (
+            '{"candidates": [{"title": " "}]}',
+            'candidate 1: expected a "title" that is a non-empty text, found',
+        ),
+        ('{"candidates": [{"title": "A", "category": 3}]}', 'candidate 1: "category" is a number'),
+        ('{"candidates": [{"title": "A", "id": true}]}', 'candidate 1: "id" is true or false'),
+        ('{"candidates": [{"title": "A"}], "history": [{"title": "B"}]}', 'history 1: expected a "rating"'),
+        (
+            '{"candidates": [{"title": "A"}], "history": [{"title": "B", "rating": NaN}]}',
+            'history 1: expected a "rating"',
+        ),
+        (json.dumps({"candidates": MANY}), "list 1: candidates 1 and 3 have the same id 'a'"),
+    ],
+)
+def test_bad_input_is_one_clear_line(capsys, text, message):
+    sys.stdin, former = io.StringIO(text), sys.stdin
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run(rank.main, ["--adapter", "nowhere"])  # found before the model is looked for
+    finally:
+        sys.stdin = former
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert not printed.out
+
+
+def test_bad_options_and_folders(capsys, adapter, tmp_path):
+    with pytest.raises(AlroFastError, match="unknown method 'random'"):
+        ranked(capsys, adapter, HEAT, "--method", "random")
+    with pytest.raises(AlroFastError, match="no such folder"):
+        ranked(capsys, tmp_path / "missing", HEAT)
+    with pytest.raises(AlroFastError, match="no such file"):
+        rank.main(["--adapter", str(adapter), str(tmp_path / "missing.json")])
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(AlroFastError, match="not UTF-8"):
+        rank.main(["--adapter", str(adapter), str(tmp_path / "binary")])
+    tokenizer = byte_tokenizer()
+    tiny_llama(len(tokenizer), hidden_size=64).save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    with pytest.raises(AlroFastError, match="does not fit"):
+        ranked(capsys, adapter, HEAT, "--base_model", str(tmp_path / "wide"))
+
+
+def test_a_process_of_its_own_prints_no_traceback(adapter):
+    done = subprocess.run(
+        [sys.executable, "-m", "alro_fast.rank", "--adapter", str(adapter)], input="{}", capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: list 1: no candidates")
+    assert done.stderr.count("\n") == 1
