@@ -19,11 +19,8 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """A dataclass field with its help text; lists get a fresh copy per instance."""
-    metadata = {"help": help} | ({"choices": list(choices)} if choices else {})
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    """A dataclass field with its help text."""
+    return field(default=default, metadata={"help": help} | ({"choices": list(choices)} if choices else {}))
 
 
 @dataclass
@@ -43,7 +40,9 @@ class ModelArguments:
     lora_r: int = option(16, "Rank of the LoRA matrices.")
     lora_alpha: int = option(32, "LoRA scale: updates are multiplied by lora_alpha / lora_r.")
     lora_dropout: float = option(0.0, "Dropout before the LoRA matrices, 0..1.")
-    lora_target_modules: list[str] = option(["all-linear"], "Modules to adapt: names, or all-linear.")
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Modules to adapt: names, or all-linear."}
+    )
     scratch_hidden_size: int = option(128, "Width of a `scratch` model.")
     scratch_layers: int = option(4, "Layers of a `scratch` model.")
     scratch_vocab_size: int = option(2048, "Text vocabulary of a `scratch` model's tokenizer, learned from the titles.")
@@ -54,11 +53,15 @@ class DataArguments:
     """Ranking lists: a prepared folder, or raw ratings to prepare first."""
 
     data_dir: str | None = option(None, "Folder written by alro_fast.prepare. Leave out to prepare `dataset` first.")
-    dataset: str = option("demo", "With no data_dir: `demo`, or a dataset name alro_fast.prepare knows (needs raw_dir).")
+    dataset: str = option(
+        "demo", "With no data_dir: `demo`, or a dataset name alro_fast.prepare knows (needs raw_dir)."
+    )
     raw_dir: str | None = option(None, "Folder with the raw files of `dataset`.")
     history_length: int = option(20, "Rated items shown before a list (when preparing).")
     list_size: int = option(10, "Candidates in a list (when preparing).")
-    train_stride: int | None = option(None, "Rated items between two training windows (when preparing; default: list_size).")
+    train_stride: int | None = option(
+        None, "Rated items between two training windows (when preparing; default: list_size)."
+    )
     template: str = option("movies", "Prompt template: the name of a ready one, or a YAML file.")
     identifiers: str = option(
         "letters", "How candidates are named: letters of the page, or one token per item.", ["letters", "items"]
@@ -66,7 +69,9 @@ class DataArguments:
     answer: str = option(
         "ranking", "ranking: identifiers in order; ratings: one grade per candidate.", ["ranking", "ratings"]
     )
-    max_length: int | None = option(None, "Longest prompt plus answer in tokens; longer histories drop their oldest items.")
+    max_length: int | None = option(
+        None, "Longest prompt plus answer in tokens; longer histories drop their oldest items."
+    )
     max_train_lists: int | None = option(None, "Use at most this many training lists (seeded draw).")
     max_eval_lists: int | None = option(None, "Use at most this many validation lists during training.")
     max_test_lists: int | None = option(None, "Use at most this many test lists for the closing table.")
@@ -107,10 +112,7 @@ class RankerTrainingArguments(TrainingArguments):
     num_train_epochs: float = option(3.0, "Passes over the training lists.")
     logging_steps: float = option(10, "Steps between log lines.")
     logging_first_step: bool = option(True, "Log the first step too.")
-    report_to: str | list[str] = option("none", "Where logs go besides the console: none, tensorboard, wandb, ...")
     save_total_limit: int | None = option(2, "Checkpoints kept.")
-    remove_unused_columns: bool = option(False, "Not used: batches are built here.")
-    include_num_input_tokens_seen: str | bool = option("no", "Not used: unique_tokens is logged.")
 
 
 ARGUMENTS = (ModelArguments, DataArguments, ObjectiveArguments, RankerTrainingArguments)
@@ -133,9 +135,9 @@ class Config:
             resolved |= dataclasses.asdict(part)
         given = self.training.to_dict()
         for entry in dataclasses.fields(RankerTrainingArguments):
-            ours = entry.name in RankerTrainingArguments.__annotations__
             value = given.get(entry.name)
-            if ours or (entry.init and _plain(value) and value and value != _default(entry) and entry.name not in _SECRETS):
+            changed = _plain(value) and value and value != _default(entry) and entry.name not in _SECRETS
+            if entry.name in RankerTrainingArguments.__annotations__ or (entry.init and changed):
                 resolved[entry.name] = value
         return resolved
 

@@ -1,0 +1,102 @@
+"""ALRO (arXiv 2403.19181): cross-entropy + soft lambda + permutation-sensitive loss (methods.md 1.4-1.8, 1.11)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data.records import RankingList
+from ..losses import Grades, RankingLists, alro_loss
+from ..packing import PackedBatch
+from .base import Example, LossTerm
+from .sft import SFTObjective
+
+if TYPE_CHECKING:
+    from ..fused_head import Head
+
+
+class ALROTargets(NamedTuple):
+    """The lists of a batch in tensors, and the counts its means run over (Python ints: no sync)."""
+
+    lists: RankingLists
+    rows: int
+    presented: int
+    twins: int
+
+
+class ALROObjective(SFTObjective):
+    """Each list in its stored order and in `permutations` random re-orderings, drawn anew every epoch.
+
+    Every re-ordering is the twin of the stored order; cross-entropy and soft lambda run over all of them.
+    """
+
+    def orders(self, ranking_list: RankingList, index: int, epoch: int) -> list[list[int] | None]:
+        """The stored order, then `permutations` others, never the identity."""
+        size = len(ranking_list.candidates)
+        draw = random.Random(f"{self.seed}/{epoch}/{index}")
+        return [None, *(permutation(size, draw) for _ in range(self.arguments.permutations if size > 1 else 0))]
+
+    def targets(self, packed: PackedBatch, examples: Sequence[Example]) -> tuple[ALROTargets, dict[str, int]]:
+        """Rows, identifiers, ratings and target ranks of every presentation, padded to the longest list."""
+        views = [(t, v) for t, example in enumerate(examples) for v in range(len(example.views))]
+        width = max(len(example.source.candidates) for example in examples)
+        slot_rows = torch.full((len(views), width), -1, dtype=torch.long)
+        candidate_ids = torch.full((len(views), width), -1, dtype=torch.long)
+        ratings = torch.full((len(views), width), torch.nan)
+        ranks = torch.zeros((len(views), width), dtype=torch.long)
+        twin = torch.full((len(views),), -1, dtype=torch.long)
+        grades = None
+        original = 0
+        for l, (t, v) in enumerate(views):
+            example, view = examples[t], examples[t].views[v]
+            m = len(example.source.candidates)
+            if v == 0:
+                original = l
+            else:
+                twin[l] = original
+            ratings[l, :m] = torch.tensor(example.source.ratings)
+            ranks[l, :m] = torch.tensor(view.ranks)
+            if self.answer == "ranking":
+                slot_rows[l, :m] = packed.branch_rows[t][v] + torch.tensor(view.slot_offsets)
+                candidate_ids[l, :m] = torch.tensor(view.candidate_ids)
+            else:
+                rated = [i for i, branch in enumerate(view.branches) if branch.answer_ids]
+                starts = packed.branch_rows[t][v * len(rated) : (v + 1) * len(rated)]
+                for i, start in zip(rated, starts):
+                    slot_rows[l, i] = start + view.branches[i].grade_offset
+                grades = Grades(torch.tensor(view.grade_ids), torch.tensor(view.grade_values))
+        twins = sum(len(example.views) - 1 for example in examples)
+        targets = ALROTargets(
+            RankingLists(slot_rows, candidate_ids, ratings, ranks, twin, grades), len(packed.labels), len(views), twins
+        )
+        return targets, {"sft": targets.rows, "soft_lambda": targets.presented, "permutation": targets.twins}
+
+    def loss(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: ALROTargets) -> list[LossTerm]:
+        """The three terms; methods.md 1.8 weighs them 1, alpha, beta."""
+        options = self.arguments
+        gamma = options.gamma if options.gamma is not None else (10.0 if options.score == "prob" else 1.0)
+        out = alro_loss(
+            hidden, head.weight, packed.labels, targets.lists,
+            alpha=options.alpha, beta=options.beta, gamma=gamma, sigma=options.sigma,
+            score=options.score, score_space=options.score_space,
+            psl=options.psl, psl_space=options.psl_space, psl_detach=options.psl_detach,
+            bias=head.bias, softcap=head.softcap, scale=head.scale, backend=options.backend,
+        )  # fmt: skip
+        return [
+            LossTerm("sft", out.sft, 1.0, targets.rows),
+            LossTerm("soft_lambda", out.soft_lambda, options.alpha, targets.presented),
+            LossTerm("permutation", out.permutation, options.beta, targets.twins),
+        ]
+
+
+def permutation(size: int, draw: random.Random) -> list[int]:
+    """A uniform draw from the permutations of range(size) other than the identity; size >= 2."""
+    identity = list(range(size))
+    while True:
+        order = draw.sample(identity, size)
+        if order != identity:
+            return order

@@ -1,0 +1,66 @@
+"""Supervised fine-tuning: cross-entropy of the answer tokens (methods.md 1.4), for both answer forms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..data.records import RankingList
+from ..ops import linear_logprobs
+from ..packing import Branch, PackedBatch, Tree
+from .base import Example, LossTerm
+
+if TYPE_CHECKING:
+    from ..config import ObjectiveArguments
+    from ..fused_head import Head
+    from ..prompts import PromptBuilder, RankingPrompt, RatingPrompt
+
+
+class SFTObjective:
+    """One presentation per list, as stored; loss = mean over answer tokens of -log p(token)."""
+
+    def __init__(self, arguments: ObjectiveArguments, builder: PromptBuilder, *, answer: str, seed: int) -> None:
+        self.arguments, self.builder, self.answer, self.seed = arguments, builder, answer, seed
+
+    def orders(self, ranking_list: RankingList, index: int, epoch: int) -> list[list[int] | None]:
+        """The presentations of one list; None is the order in which its candidates are stored."""
+        return [None]
+
+    def examples(self, lists: Sequence[RankingList], indices: Sequence[int], epoch: int) -> list[Example]:
+        """One tree per list: the shared prompt, and a branch per presentation (and candidate, for grades)."""
+        orders = [self.orders(source, index, epoch) for source, index in zip(lists, indices)]
+        repeated = [source for source, each in zip(lists, orders) for _ in each]
+        build = self.builder.rankings if self.answer == "ranking" else self.builder.rates
+        views = iter(build(repeated, [order for each in orders for order in each]))
+        examples = []
+        for source, each in zip(lists, orders):
+            mine = tuple(next(views) for _ in each)
+            branches = [branch for view in mine for branch in branches_of(view)]
+            examples.append(Example(Tree(branches, name=source.list_id), mine, source))
+        return examples
+
+    def targets(self, packed: PackedBatch, examples: Sequence[Example]) -> tuple[Any, dict[str, int]]:
+        """Nothing beyond the labels that the packed batch carries."""
+        return None, {"sft": len(packed.labels)}
+
+    def loss(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: Any) -> list[LossTerm]:
+        """The mean cross-entropy, full vocabulary."""
+        logprobs, _ = linear_logprobs(
+            hidden, head.weight, packed.labels,
+            bias=head.bias, softcap=head.softcap, scale=head.scale, backend=self.arguments.backend,
+        )  # fmt: skip
+        return [LossTerm("sft", -logprobs.mean(), 1.0, len(packed.labels))]
+
+
+def branches_of(view: RankingPrompt | RatingPrompt) -> list[Branch]:
+    """The token branches of one presentation: one for a ranking answer, one per rated candidate for grades."""
+    if hasattr(view, "branches"):
+        return [
+            Branch(question + branch.answer_ids, len(question))
+            for branch in view.branches
+            if branch.answer_ids
+            for question in [view.prompt_ids + branch.question_ids]
+        ]
+    return [Branch(view.prompt_ids + view.answer_ids, len(view.prompt_ids))]

@@ -1,0 +1,304 @@
+"""Tune a ranker: `python -m alro_fast.train [--config RECIPE] [options]`. No arguments: the demo, on the CPU.
+
+Steps: options -> prepared lists -> base model and adapter -> objective -> Trainer -> closing table on the test lists.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
+
+from . import __version__
+from .cli import run
+from .config import Config, parse
+from .data.lists import PreparedData, open_prepared
+from .data.records import RankingList
+from .errors import AlroFastError
+from .model import add_lora, load_base, load_tokenizer, make_scratch, resolve_dtype
+from .objectives.base import build_objective
+from .prompts import PromptBuilder, add_item_tokens
+from .ranking import Ranker
+from .results import baseline_scores, evaluate_lists, write_predictions, write_trec
+from .trainer import NonFiniteLoss, RankerTrainer, TreeDataset
+
+logger = logging.getLogger(__name__)
+RESUMABLE = {  # options that may differ between a checkpoint and the run that resumes it
+    "output_dir", "dry_run", "overwrite_output_dir", "report_to", "disable_tqdm", "logging_steps", "save_total_limit",
+    "resume_from_checkpoint", "data_dir", "raw_dir", "save_steps", "save_strategy", "max_test_lists",
+}  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, check, build, train, compare."""
+    config = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("httpx", "torch", "accelerate"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    session = Run(config)
+    session.describe()
+    if not config.training.dry_run:
+        session.train()
+
+
+class Run:
+    """One training run, checked and built; `train()` starts it."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.training = config, config.training
+        self.folder = claim_folder(config)
+        self.checkpoint = find_checkpoint(config, self.folder)
+        if not self.training.dry_run:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.save_config(self.folder)
+        set_seed(self.training.seed)
+        self.prepared = prepare(config, self.folder)
+        splits = {split: self.prepared.lists(split) for split in ("train", "valid", "test")}
+        limits = {
+            "train": config.data.max_train_lists,
+            "valid": config.data.max_eval_lists,
+            "test": config.data.max_test_lists,
+        }
+        self.lists = {name: draw(lists, limits[name], self.training.seed) for name, lists in splits.items()}
+        if not self.lists["train"]:
+            raise AlroFastError(f"{self.prepared.path} holds no training lists; prepare it with a smaller --list_size")
+        self.model, tokenizer = self.build_model()
+        self.builder = PromptBuilder(
+            tokenizer, config.data.template, identifiers=config.data.identifiers, max_length=config.data.max_length,
+            items=self.prepared.items,
+        )  # fmt: skip
+        self.objective = build_objective(
+            config.objective, self.builder, answer=config.data.answer, seed=self.training.seed
+        )
+        self.ranker = Ranker(self.model, tokenizer, self.builder, answer=config.data.answer)
+        show = not self.training.disable_tqdm
+        self.datasets = {name: TreeDataset(self.lists[name], self.objective, show) for name in ("train", "valid")}
+        self.trainer = RankerTrainer(
+            self.model,
+            self.training,
+            self.objective,
+            self.datasets["train"],
+            self.datasets["valid"],
+            evaluate_ranking=self.validation_ndcg if len(self.lists["valid"]) else None,
+            save_extras=self.save_extras,
+            callbacks=[NonFiniteLoss()],
+            processing_class=tokenizer,
+        )
+
+    def build_model(self) -> tuple[Any, Any]:
+        """The base model with its adapter, and the tokenizer."""
+        options, training = self.config.model, self.training
+        items_named = self.config.data.identifiers == "items"
+        if items_named and options.use_peft:
+            raise AlroFastError(
+                "--identifiers items adds a token per item, which an adapter cannot learn; add --use_peft false"
+            )
+        if options.model_name_or_path == "scratch":
+            if options.use_peft:
+                raise AlroFastError("--model_name_or_path scratch has nothing to adapt; add --use_peft false")
+            model, tokenizer = make_scratch(options, self.prepared.items, training.seed)
+        else:
+            dtype = resolve_dtype(options.dtype)
+            tokenizer = load_tokenizer(options.model_name_or_path, options.trust_remote_code)
+            model = load_base(options.model_name_or_path, dtype, options.trust_remote_code)
+        if items_named:
+            add_item_tokens(tokenizer, len(self.prepared.items))
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        if options.use_peft:
+            model = add_lora(model, options)
+            model.enable_input_require_grads() if training.gradient_checkpointing else None
+        return model, tokenizer
+
+    def describe(self) -> None:
+        """The plan, before anything is trained."""
+        data, training, steps = self.datasets["train"], self.training, self.trainer.planned_steps()
+        tokens = sum(data.sizes)
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.model.parameters())
+        splits = ", ".join(f"{len(lists):,} {split}" for split, lists in self.lists.items())
+        passes = (
+            f"{training.tokens_per_batch:,} tokens x {training.gradient_accumulation_steps} x {training.world_size}"
+        )
+        rows = {
+            "data": f"{self.prepared.path}: {splits} lists",
+            "model": f"{self.config.model.model_name_or_path}: {total:,} weights, {trainable:,} trained",
+            "objective": f"{self.config.objective.objective}, answers as {self.config.data.answer}",
+            "tokens": f"{tokens:,} distinct of {data.unshared_tokens:,} per epoch "
+            f"({data.unshared_tokens / tokens:.2f}x shared), {data.answer_rows:,} head rows, "
+            f"longest list {max(data.sizes):,}",
+            "steps": f"{steps:,} in {training.num_train_epochs:g} epochs, up to {passes}",
+            "memory": f"about {self.estimate_memory() / 2**30:.2f} GiB for weights, optimiser and activations",
+            "output": str(self.folder),
+        }
+        if data.dropped_history:
+            rows["histories"] = f"{data.dropped_history:,} oldest items dropped to fit --max_length"
+        for name, text in rows.items():
+            print(f"{name:<10} {text}", flush=True)
+
+    def estimate_memory(self) -> int:
+        """Bytes, roughly: weights, gradients, Adam's moments and the activations of one packed batch."""
+        config = self.model.config.get_text_config()
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        trained = sum(p.numel() * (p.element_size() + 8) for p in self.model.parameters() if p.requires_grad)
+        tokens = min(self.training.tokens_per_batch, sum(self.datasets["train"].sizes))
+        width = 14 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
+        layers = 1 if self.training.gradient_checkpointing else config.num_hidden_layers
+        item = 2 if next(self.model.parameters()).dtype == torch.bfloat16 else 4
+        return weights + trained + tokens * width * layers * item
+
+    def train(self) -> None:
+        """Rank untuned, train, rank tuned; then the table and the files of the run."""
+        started, test = time.perf_counter(), self.lists["test"]
+        rankings = {"untuned": self.ranker.rank(test)}
+        self.trainer.train(resume_from_checkpoint=self.checkpoint)
+        self.trainer.save_model()
+        self.trainer.save_state()
+        rankings["tuned"] = self.ranker.rank(test)
+        if not self.training.should_save:
+            return
+        if test:
+            scores = {name: [ranking.scores for ranking in each] for name, each in rankings.items()}
+            results = evaluate_lists(test, baseline_scores(self.prepared, test) | scores, prepared=self.prepared)
+            results.save(self.folder)
+            write_predictions(self.folder / "predictions.jsonl", test, rankings)
+            write_trec(self.folder, test, scores["tuned"], tag="alro_fast")
+            print(f"\n{results.table()}\n")
+        print(f"{time.perf_counter() - started:.0f} s; everything is in {self.folder}")
+
+    def validation_ndcg(self) -> dict[str, float]:
+        """NDCG of the model as it stands, on the validation lists."""
+        lists = self.lists["valid"]
+        results = evaluate_lists(lists, {"model": self.ranker.scores(lists)}, split="valid", bootstrap=0)
+        return {name: results.mean("model", name) for name in ("ndcg@1", "ndcg@3", "ndcg@5", "ndcg@10")}
+
+    def save_extras(self, folder: Path) -> None:
+        """What a run leaves beside the weights: prompt format, data manifest, options, model card."""
+        self.builder.save(folder)
+        (folder / "data_manifest.json").write_text(
+            json.dumps(self.prepared.manifest, indent=2) + "\n", encoding="utf-8"
+        )
+        self.save_config(folder)
+        (folder / "README.md").write_text(model_card(self.config, self.prepared), encoding="utf-8")
+
+    def save_config(self, folder: Path) -> None:
+        resolved = {"alro_fast_version": __version__, **self.config.to_dict()}
+        (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+
+
+def claim_folder(config: Config) -> Path:
+    """The output folder: given, or the next free out/<recipe>; emptied of a run that never began a step.
+
+    AlroFastError when it holds something else, or a run that is neither resumed nor to be replaced.
+    """
+    training = config.training
+    if training.output_dir is None:
+        folder, n = Path("out") / config.recipe, 1
+        while folder.exists():
+            n += 1
+            folder = Path("out") / f"{config.recipe}-{n}"
+        training.output_dir = str(folder)
+    folder = Path(training.output_dir)
+    if folder.is_file():
+        raise AlroFastError(f"--output_dir {folder} is a file; give a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / "config.yaml").is_file() or "alro_fast_version" not in (folder / "config.yaml").read_text():
+            raise AlroFastError(
+                f"--output_dir {folder} holds something else than a run of alro_fast; give another folder"
+            )
+        begun = any(folder.glob("checkpoint-*")) or (folder / "trainer_state.json").is_file()
+        if begun and not training.resume_from_checkpoint and not training.overwrite_output_dir:
+            raise AlroFastError(
+                f"--output_dir {folder} holds an earlier run; add --resume_from_checkpoint true or "
+                "--overwrite_output_dir true, or give another folder"
+            )
+        if not training.resume_from_checkpoint and not training.dry_run:
+            shutil.rmtree(folder)
+    return folder
+
+
+def find_checkpoint(config: Config, folder: Path) -> str | None:
+    """The checkpoint to resume from, or None; AlroFastError when there is none or its configuration differs."""
+    wanted = config.training.resume_from_checkpoint
+    if not wanted or str(wanted).lower() == "false":
+        return None
+    latest = str(wanted).lower() == "true"
+    path = get_last_checkpoint(str(folder)) if latest and folder.is_dir() else (None if latest else str(wanted))
+    if path is None or not Path(path).is_dir():
+        raise AlroFastError(f"--resume_from_checkpoint: no checkpoint in {folder if latest else wanted}")
+    recorded = Path(path) / "config.yaml"
+    if not recorded.is_file():
+        raise AlroFastError(f"--resume_from_checkpoint: {path} was not written by alro_fast.train (no config.yaml)")
+    before, now = yaml.safe_load(recorded.read_text(encoding="utf-8")), config.to_dict()
+    for key in sorted((before.keys() | now.keys()) - RESUMABLE - {"alro_fast_version"}):
+        if before.get(key) != now.get(key):
+            raise AlroFastError(
+                f"--resume_from_checkpoint: {path} was trained with {key}={before.get(key)}, "
+                f"this run has {now.get(key)}; "
+                "resume with the same options, or start in another --output_dir"
+            )
+    return path
+
+
+def prepare(config: Config, folder: Path) -> PreparedData:
+    """The prepared lists: `data_dir` as it is, or `dataset` prepared into <output_dir>/data."""
+    data = config.data
+    if data.data_dir is not None:
+        return open_prepared(data.data_dir)
+    target = folder / "data"
+    if not (target / "manifest.json").is_file():
+        if data.dataset == "demo":
+            from .data.demo import make_demo
+
+            make_demo(target, seed=config.training.seed)
+        else:
+            from . import prepare as prepare_command
+
+            if data.raw_dir is None:
+                raise AlroFastError(
+                    f"--dataset {data.dataset} needs --raw_dir (or --data_dir with lists prepared before)"
+                )
+            words = ["--dataset", data.dataset, "--raw_dir", data.raw_dir, "--output_dir", str(target)]
+            words += ["--history_length", str(data.history_length), "--list_size", str(data.list_size)]
+            words += ["--seed", str(config.training.seed)]
+            words += ["--train_stride", str(data.train_stride)] if data.train_stride else []
+            prepare_command.main(words)
+    return open_prepared(target)
+
+
+def draw(lists: Sequence[RankingList], limit: int | None, seed: int) -> Sequence[RankingList]:
+    """All lists, or a seeded draw of `limit` of them in their own order."""
+    if limit is None or limit >= len(lists):
+        return lists
+    chosen = torch.randperm(len(lists), generator=torch.Generator().manual_seed(seed))[:limit].sort().values
+    return [lists[i] for i in chosen.tolist()]
+
+
+def model_card(config: Config, prepared: PreparedData) -> str:
+    """README.md of the output folder, with the front matter the Hub reads."""
+    options = config.to_dict()
+    front = {"library_name": "peft" if config.model.use_peft else "transformers", "tags": ["recommendation", "ranking"]}
+    front |= {"base_model": config.model.model_name_or_path} if Path(config.model.model_name_or_path).parts[1:] else {}
+    lines = [
+        f"---\n{yaml.safe_dump(front)}---\n",
+        f"# A ranker tuned with alro_fast {__version__}\n",
+        f"Objective `{options['objective']}` on `{prepared.manifest.get('dataset', 'unnamed')}`, answers as "
+        f"`{options['answer']}`, candidates named by `{options['identifiers']}`. Options: config.yaml; data: "
+        "data_manifest.json; prompt: prompt_template.yaml and identifiers.json; figures: results.json.\n",
+        "Rank with it: `python -m alro_fast.rank --adapter <this folder> lists.json`.\n",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,215 @@
+"""One ALRO training step, ours beside the ordinary way, in one process: `pytest bench/bench_step.py -s`.
+
+Same model, LoRA, lists, loss and optimiser. Ordinary: Hugging Face model and PEFT, the batch padded, one forward for
+the stored order and one for its re-ordering, logits of every position, `labels=` for the cross-entropy. Ours: both
+orders of a list in one tree, all trees packed, the head on answer rows. Rounds alternate; ratios are medians.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from alro_fast.losses import RankingLists, alro_loss
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from alro_fast.attention import tree_hidden_states, use_tree_attention
+from alro_fast.fused_head import head_of
+from alro_fast.packing import Branch, Tree, collate
+
+LISTS, CANDIDATES, BLOCK, ANSWER = 8, 10, 100, 30
+VOCAB, HIDDEN, LAYERS = 32_000, 512, 8
+WEIGHTS = {"alpha": 0.5, "beta": 0.5, "gamma": 1.0, "sigma": 1.0}
+ROUNDS = 7
+ROOT = Path(__file__).parents[1]
+
+
+def make_model() -> torch.nn.Module:
+    """8 layers of 512, LoRA of rank 16 on every linear layer of the trunk, some way from its start."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=1536, num_hidden_layers=LAYERS,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=1024,
+    )  # fmt: skip
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def make_lists(seed: int) -> list[dict]:
+    """Token lists: 150-400 prompt tokens shared by both orders, ten candidates of ten tokens, a 30-token answer."""
+    draw = torch.Generator().manual_seed(seed)
+    lists = []
+    for _ in range(LISTS):
+        prefix = torch.randint(
+            100, VOCAB, (int(torch.randint(150, 401, (1,), generator=draw)),), generator=draw
+        ).tolist()
+        titles = torch.randint(100, VOCAB, (CANDIDATES, BLOCK // CANDIDATES - 1), generator=draw).tolist()
+        ratings = torch.randint(1, 6, (CANDIDATES,), generator=draw)
+        ranks = torch.empty(CANDIDATES, dtype=torch.long)
+        ranks[torch.sort(ratings, descending=True, stable=True).indices] = torch.arange(1, CANDIDATES + 1)
+        views = []
+        for order in (list(range(CANDIDATES)), torch.randperm(CANDIDATES, generator=draw).tolist()):
+            letter = {item: 10 + place for place, item in enumerate(order)}
+            block = [token for item in order for token in (letter[item], *titles[item])]
+            best_first = sorted(range(CANDIDATES), key=lambda item: ranks[item])
+            answer = [token for item in best_first for token in (letter[item], 5, 6)]
+            views.append((prefix + block, answer, [letter[item] for item in range(CANDIDATES)]))
+        lists.append({"views": views, "ratings": ratings, "ranks": ranks})
+    return lists
+
+
+def ranking_lists(lists: list[dict], first_rows: list[list[int]]) -> RankingLists:
+    """The batch's RankingLists; first_rows[list][view] is the row that predicts the first answer token."""
+    pairs = [(i, v) for i in range(len(lists)) for v in (0, 1)]
+    return RankingLists(
+        slot_rows=torch.tensor([[first_rows[i][v] + 3 * k for k in range(CANDIDATES)] for i, v in pairs]),
+        candidate_ids=torch.tensor([lists[i]["views"][v][2] for i, v in pairs]),
+        ratings=torch.stack([lists[i]["ratings"] for i, _ in pairs]).float(),
+        ranks=torch.stack([lists[i]["ranks"] for i, _ in pairs]),
+        twin=torch.tensor([2 * i if v else -1 for i, v in pairs]),
+    )
+
+
+class Ours:
+    """Both orders of a list are one tree; eight trees are one stream."""
+
+    def __init__(self, model: torch.nn.Module, lists: list[dict]) -> None:
+        self.model = use_tree_attention(model)
+        trees = [Tree([Branch(prompt + answer, len(prompt)) for prompt, answer, _ in one["views"]]) for one in lists]
+        self.batch = collate(trees, range(len(trees)))
+        self.lists = ranking_lists(lists, [[(2 * i + v) * ANSWER for v in (0, 1)] for i in range(len(lists))])
+
+    def loss(self) -> torch.Tensor:
+        head = head_of(self.model)
+        hidden = tree_hidden_states(self.model, self.batch)
+        return alro_loss(hidden, head.weight, self.batch.labels, self.lists, **WEIGHTS).loss
+
+
+class Ordinary:
+    """Padded batches, two forwards, all logits."""
+
+    def __init__(self, model: torch.nn.Module, lists: list[dict]) -> None:
+        self.model, self.forwards = model, []
+        width = max(len(prompt) + len(answer) for one in lists for prompt, answer, _ in one["views"])
+        for view in (0, 1):
+            ids, mask = (
+                torch.zeros(len(lists), width, dtype=torch.long),
+                torch.zeros(len(lists), width, dtype=torch.long),
+            )
+            labels = torch.full((len(lists), width), -100)
+            slots = torch.empty(len(lists), CANDIDATES, dtype=torch.long)
+            for i, one in enumerate(lists):
+                prompt, answer, _ = one["views"][view]
+                n = len(prompt) + len(answer)
+                ids[i, :n], mask[i, :n] = torch.tensor(prompt + answer), 1
+                labels[i, len(prompt) : n] = torch.tensor(answer)
+                slots[i] = len(prompt) - 1 + 3 * torch.arange(CANDIDATES)
+            letters = torch.tensor([one["views"][view][2] for one in lists])
+            self.forwards.append((ids, mask, labels, slots, letters))
+        ratings = torch.stack([one["ratings"] for one in lists]).float()
+        ranks = torch.stack([one["ranks"] for one in lists])
+        gains = 2**ratings - 1
+        ideal = (gains.sort(descending=True).values / torch.log2(torch.arange(CANDIDATES) + 2.0)).sum(1)
+        distance = (ranks[:, :, None] - ranks[:, None, :]).abs()
+        delta = (
+            1 / torch.log2(1 + distance.clamp(min=1).float()) - 1 / torch.log2(2 + distance.clamp(min=1).float())
+        ).abs()
+        weight = delta * (gains[:, :, None] - gains[:, None, :]).abs() / ideal[:, None, None]
+        self.pairs = weight * (ratings[:, :, None] > ratings[:, None, :])
+
+    def loss(self) -> torch.Tensor:
+        sft, soft_lambda, logps = [], [], []
+        slot = torch.arange(1, CANDIDATES + 1.0)
+        for ids, mask, labels, slots, letters in self.forwards:
+            out = self.model(input_ids=ids, attention_mask=mask, labels=labels)
+            sft.append(out.loss)
+            rows = out.logits.gather(1, slots[..., None].expand(-1, -1, VOCAB))
+            logp = rows.gather(2, letters[:, None, :].expand(-1, CANDIDATES, -1)).float().log_softmax(-1)
+            expected = (logp.softmax(1) * slot[None, :, None]).sum(1)
+            penalty = torch.nn.functional.softplus(expected[:, :, None] - expected[:, None, :]) / math.log(2)
+            soft_lambda.append((self.pairs * penalty).sum((1, 2)))
+            logps.append(logp)
+        teacher = logps[0].detach()
+        kl = (teacher.exp() * (teacher - logps[1])).sum(-1)[:, :-1].sum(1) / (CANDIDATES - 1)
+        return sum(sft) / 2 + WEIGHTS["alpha"] * torch.cat(soft_lambda).mean() + WEIGHTS["beta"] * kl.mean()
+
+
+def step(way: Ours | Ordinary, optimizer: torch.optim.Optimizer) -> float:
+    """Forward, backward and optimiser; the loss."""
+    optimizer.zero_grad(set_to_none=True)
+    loss = way.loss()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def build(name: str, seed: int = 1) -> tuple[Ours | Ordinary, torch.optim.Optimizer]:
+    model = make_model()
+    way = {"ours": Ours, "ordinary": Ordinary}[name](model, make_lists(seed))
+    return way, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+
+def peak_memory(name: str) -> int:
+    """Peak resident bytes that two steps add over the built model, in a process of their own."""
+    code = f"from bench.bench_step import measure_memory; measure_memory({name!r})"
+    return int(
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    )
+
+
+def measure_memory(name: str) -> None:
+    way, optimizer = build(name)
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2):
+        step(way, optimizer)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+@pytest.mark.benchmark(group="alro step")
+def test_alro_step(benchmark) -> None:
+    """Equal losses and gradients to 1e-4, then lists per second of both, interleaved."""
+    ours, ordinary = build("ours"), build("ordinary")
+    losses = [step(*ours), step(*ordinary)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    gradients = [
+        {n: p.grad for n, p in way.model.named_parameters() if p.grad is not None} for way, _ in (ours, ordinary)
+    ]
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, mine in gradients[0].items():
+        torch.testing.assert_close(mine, gradients[1][name], rtol=1e-3, atol=1e-5)
+    seconds = {"ours": [], "ordinary": []}
+    for _ in range(ROUNDS):
+        for name, way in (("ours", ours), ("ordinary", ordinary)):
+            started = time.perf_counter()
+            step(*way)
+            seconds[name].append(time.perf_counter() - started)
+    ratio = statistics.median(o / m for m, o in zip(seconds["ours"], seconds["ordinary"]))
+    memory = {name: peak_memory(name) for name in seconds}
+    benchmark.extra_info |= {
+        "ours_lists_per_second": LISTS / statistics.median(seconds["ours"]),
+        "ordinary_lists_per_second": LISTS / statistics.median(seconds["ordinary"]),
+        "speedup": ratio,
+        "ours_peak_bytes": memory["ours"],
+        "ordinary_peak_bytes": memory["ordinary"],
+        "unique_tokens": ours[0].batch.unique_tokens,
+        "threads": torch.get_num_threads(),
+    }
+    for key, value in benchmark.extra_info.items():
+        print(f"{key}: {value:,.2f}" if isinstance(value, float) else f"{key}: {value:,}")
+    benchmark.pedantic(step, args=copy.copy(ours), rounds=3)
+    assert ratio > 1
+    assert memory["ours"] < memory["ordinary"]
