@@ -1,0 +1,12 @@
+// Included once per instruction set, with ALRO_ISA (a namespace) and ALRO_LANES (floats per vector) defined.
+#pragma once
+
+#include "kernels.h"
+#include "listwise.inl.h"
+#include "simd.h"
+#include "vocab.inl.h"
+
+namespace alro::ALRO_ISA {
+static const Kernels table = {ALRO_NAME, kLanes,     kBlock, vocab_tile, grad_tile, grad_product,
+                              widen,     dot,        axpy,   listwise};
+}  // namespace alro::ALRO_ISA

@@ -1,0 +1,32 @@
+#include "listwise.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "buffer.h"
+#include "kernels.h"
+#include "threads.h"
+
+namespace alro {
+
+int64_t listwise_scratch(const ListwiseArgs& args) {
+  const int64_t widest = (std::max(args.columns, args.width) + 63) / 64 * 64;
+  return 6 * args.rows * widest + 12 * widest;
+}
+
+void listwise(ListwiseArgs args, int threads) {
+  std::vector<float> discount(args.width + 2);
+  for (size_t d = 1; d < discount.size(); ++d) discount[d] = float(1.0 / std::log2(1.0 + double(d)));
+  args.discount = discount.data();
+  const Kernels& kernels = active_kernels();
+  const int64_t cells = args.lists * args.rows * args.columns;
+  const int useful = int(std::min<int64_t>(cells / 4096 + 1, args.lists));  // a thread is not worth less work than this
+  const int count = std::clamp(threads, 1, std::max(useful, 1));
+  parallel(count, [&](int thread) {
+    Floats scratch(listwise_scratch(args));
+    kernels.listwise(args, args.lists * thread / count, args.lists * (thread + 1) / count, scratch.get());
+  });
+}
+
+}  // namespace alro

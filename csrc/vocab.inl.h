@@ -1,0 +1,341 @@
+// The vocabulary pass, one tile for one unit of rows. Lanes are rows of `hidden`, so every statistic of the softmax is
+// plain vertical arithmetic, W is read where it lies, and logits never leave the first-level cache.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace alro::ALRO_ISA {
+
+// Accumulators of a micro-kernel: kBlock rows x 2 vectors, leaving registers for two loads and a broadcast.
+#if defined(__AVX512F__)
+constexpr int kBlock = 14;
+#elif defined(__aarch64__)
+constexpr int kBlock = 12;
+#else
+constexpr int kBlock = 6;
+#endif
+constexpr int64_t kDepth = 256;  // of one block of H: keeps [kDepth, lanes] of the rows in the first-level cache
+constexpr int64_t kPrefetch = 8;
+
+// z [B, lanes] = (or +=) W [B, depth] * rows [depth, lanes]
+template <int B, int V>
+static void logits_block(const float* w, int64_t stride, const float* rows, int64_t depth, bool add, float* z) {
+  vf sum[B][V];
+  ALRO_UNROLL for (int i = 0; i < B; ++i) ALRO_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = vf{};
+  for (int64_t k = 0; k < depth; ++k) {
+    vf x[V];
+    ALRO_UNROLL for (int j = 0; j < V; ++j) x[j] = load(rows + (k * V + j) * kLanes);
+    ALRO_UNROLL for (int i = 0; i < B; ++i) {
+      vf a = splat(w[i * stride + k]);
+      ALRO_UNROLL for (int j = 0; j < V; ++j) sum[i][j] += a * x[j];
+    }
+  }
+  ALRO_UNROLL for (int i = 0; i < B; ++i) ALRO_UNROLL for (int j = 0; j < V; ++j) {
+    float* at = z + (i * V + j) * kLanes;
+    store(at, add ? load(at) + sum[i][j] : sum[i][j]);
+  }
+}
+
+// u [B, lanes] = u * decay + sum over the listed columns v of W[v, B values] * p [v, lanes]
+template <int B, int V>
+static void column_sum_block(const float* w, int64_t stride, const float* p, const int32_t* index, int64_t count,
+                             const vf* decay, float* u) {
+  vf sum[B][V];
+  ALRO_UNROLL for (int i = 0; i < B; ++i) ALRO_UNROLL for (int j = 0; j < V; ++j)
+      sum[i][j] = load(u + (i * V + j) * kLanes) * decay[j];
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t v = index[k];
+    const float* row = w + v * stride;
+    vf x[V];
+    ALRO_UNROLL for (int j = 0; j < V; ++j) x[j] = load(p + (v * V + j) * kLanes);
+    ALRO_UNROLL for (int i = 0; i < B; ++i) {
+      vf a = splat(row[i]);
+      ALRO_UNROLL for (int j = 0; j < V; ++j) sum[i][j] += a * x[j];
+    }
+  }
+  ALRO_UNROLL for (int i = 0; i < B; ++i) ALRO_UNROLL for (int j = 0; j < V; ++j)
+      store(u + (i * V + j) * kLanes, sum[i][j]);
+}
+
+// Calls f(start, size as a constant) over [0, n) in blocks of nearly equal size, at most kBlock.
+template <template <int> class F, int B = kBlock>
+struct WithBlock {
+  template <class... A>
+  ALRO_INLINE void run(int size, A... a) {
+    if (size == B) F<B>::run(a...);
+    else WithBlock<F, B - 1>::run(size, a...);
+  }
+};
+template <template <int> class F>
+struct WithBlock<F, 0> {
+  template <class... A>
+  ALRO_INLINE void run(int, A...) {}
+};
+template <class F>
+ALRO_INLINE void blocks(int64_t n, F f) {
+  if (n <= 0) return;
+  const int64_t count = (n + kBlock - 1) / kBlock, size = n / count, larger = n % count;
+  for (int64_t b = 0, start = 0; b < count; ++b) {
+    const int64_t here = size + (b < larger);
+    f(start, int(here));
+    start += here;
+  }
+}
+
+template <int V>
+struct LogitsBlock {
+  template <int B>
+  struct F {
+    static void run(const float* w, int64_t stride, const float* rows, int64_t depth, bool add, float* z) {
+      logits_block<B, V>(w, stride, rows, depth, add, z);
+    }
+  };
+};
+template <int V>
+struct ColumnSumBlock {
+  template <int B>
+  struct F {
+    static void run(const float* w, int64_t stride, const float* p, const int32_t* index, int64_t count,
+                    const vf* decay, float* u) {
+      column_sum_block<B, V>(w, stride, p, index, count, decay, u);
+    }
+  };
+};
+
+// z [tile rows, lanes], before scale, bias and softcap
+template <int V>
+static void tile_logits(const Tile& tile, int64_t hidden_size, const float* rows, float* z) {
+  for (int64_t k = 0; k == 0 || k < hidden_size; k += kDepth) {
+    const int64_t depth = hidden_size - k < kDepth ? hidden_size - k : kDepth;
+    blocks(tile.rows, [&](int64_t v, int size) {
+      WithBlock<LogitsBlock<V>::template F>::run(size, tile.weight + v * tile.stride + k, tile.stride,
+                                                 rows + k * V * kLanes, depth, k > 0, z + v * V * kLanes);
+    });
+  }
+}
+
+template <int V>
+static void add_columns(const Tile& tile, int64_t hidden_size, const float* p, const int32_t* index, int64_t count,
+                        const vf* decay, float* u) {
+  blocks(hidden_size, [&](int64_t h, int size) {
+    WithBlock<ColumnSumBlock<V>::template F>::run(size, tile.weight + h, tile.stride, p, index, count, decay,
+                                                  u + h * V * kLanes);
+  });
+}
+
+// z = softcap(scale * (z + bias)) in place; largest [V] is raised to the tile's largest logit of each lane
+template <int V>
+static void finish_logits(const Tile& tile, const Head& head, float* z, vf* largest) {
+  const vf scale = splat(head.scale), cap = splat(head.softcap), per_cap = splat(1.0f / head.softcap);
+  for (int v = 0; v < tile.rows; ++v) {
+    const vf bias = splat(tile.bias ? tile.bias[v] : 0.0f);
+    ALRO_UNROLL for (int j = 0; j < V; ++j) {
+      float* at = z + (v * V + j) * kLanes;
+      vf x = scale * (load(at) + bias);
+      if (head.softcap > 0) x = cap * hyperbolic_tangent(x * per_cap);
+      largest[j] = maximum(x, largest[j]);
+      store(at, x);
+    }
+  }
+}
+
+ALRO_INLINE vf slope_of(const Head& head, vf z) {
+  if (head.softcap <= 0) return splat(1.0f);
+  vf share = z * splat(1.0f / head.softcap);
+  return splat(1.0f) - share * share;
+}
+
+template <int V>
+static int64_t vocab_unit(const Unit& unit, const Tile& tile, const Head& head, const Scratch& scratch, float bound) {
+  const int panels = unit.panels;
+  vf highest[2][V], decay[2][V], total[2][V], dropped[2][V], cross[2][V], budget[2][V];
+  for (int q = 0; q < panels; ++q) {
+    const Panel& panel = unit.panel[q];
+    tile_logits<V>(tile, head.hidden_size, panel.hidden, scratch.weights[q]);
+    ALRO_UNROLL for (int j = 0; j < V; ++j) highest[q][j] = load(panel.highest + j * kLanes);
+    finish_logits<V>(tile, head, scratch.weights[q], highest[q]);
+    ALRO_UNROLL for (int j = 0; j < V; ++j) {
+      decay[q][j] = exponential(load(panel.highest + j * kLanes) - highest[q][j]);
+      total[q][j] = load(panel.total + j * kLanes) * decay[q][j];
+      dropped[q][j] = load(panel.dropped + j * kLanes) * decay[q][j];
+      cross[q][j] = panel.cross ? load(panel.cross + j * kLanes) * decay[q][j] : vf{};
+      budget[q][j] = total[q][j] * splat(bound * tile.progress) + load(panel.slack + j * kLanes);
+    }
+  }
+
+  int count[2] = {0, 0};
+  vf fresh[2][V], moment[2][V];  // this tile's part of total and cross
+  for (int q = 0; q < 2; ++q) ALRO_UNROLL for (int j = 0; j < V; ++j) fresh[q][j] = moment[q][j] = vf{};
+  for (int v = 0; v < tile.rows; ++v) {
+    vf z[2][V], p[2][V];
+    for (int q = 0; q < panels; ++q) ALRO_UNROLL for (int j = 0; j < V; ++j) {
+      z[q][j] = load(scratch.weights[q] + (v * V + j) * kLanes);
+      p[q][j] = exponential(z[q][j] - highest[q][j]);
+      fresh[q][j] += p[q][j];
+    }
+    for (int q = 0; q < panels; ++q) {
+      const Panel& panel = unit.panel[q];
+      if (panel.cross) {
+        float* mixed = panel.mixed ? scratch.mixed[q] : nullptr;
+        float* spread = panel.spread ? scratch.spread[q] : nullptr;
+        ALRO_UNROLL for (int j = 0; j < V; ++j) {
+          const int64_t at = (v * V + j) * kLanes;
+          vf tilt = p[q][j] * (head.entropy ? z[q][j] - z[1 - q][j] : -z[1 - q][j]);
+          moment[q][j] += tilt;
+          if (mixed) store(mixed + at, p[q][j] * slope_of(head, z[1 - q][j]));
+          if (spread) store(spread + at, tilt * slope_of(head, z[q][j]));
+        }
+      }
+      if (!panel.expected && !panel.mixed) continue;
+      bool keep = false;
+      vf after[V];
+      ALRO_UNROLL for (int j = 0; j < V; ++j) {
+        after[j] = dropped[q][j] + p[q][j];
+        keep |= any_above(after[j], budget[q][j]);
+        store(scratch.weights[q] + (v * V + j) * kLanes, p[q][j] * slope_of(head, z[q][j]));
+      }
+      if (!keep) ALRO_UNROLL for (int j = 0; j < V; ++j) dropped[q][j] = after[j];
+      scratch.index[q][count[q]] = v;
+      count[q] += keep;
+    }
+  }
+
+  int64_t multiplied = 0;
+  for (int q = 0; q < panels; ++q) {
+    const Panel& panel = unit.panel[q];
+    ALRO_UNROLL for (int j = 0; j < V; ++j) {
+      store(panel.highest + j * kLanes, highest[q][j]);
+      store(panel.total + j * kLanes, total[q][j] + fresh[q][j]);
+      store(panel.dropped + j * kLanes, dropped[q][j]);
+      if (panel.cross) store(panel.cross + j * kLanes, cross[q][j] + moment[q][j]);
+    }
+    vf since[V];  // from the reference of the sums to the present highest logit
+    ALRO_UNROLL for (int j = 0; j < V; ++j) since[j] = exponential(load(panel.reference + j * kLanes) - highest[q][j]);
+    const bool sums = count[q] > 0 || panel.spread;
+    if (!sums) continue;
+    ALRO_UNROLL for (int j = 0; j < V; ++j) store(panel.reference + j * kLanes, highest[q][j]);
+    const int64_t h = head.hidden_size;
+    if (panel.expected) {
+      add_columns<V>(tile, h, scratch.weights[q], scratch.index[q], count[q], since, panel.expected);
+      multiplied += count[q];
+    }
+    if (panel.mixed) {
+      add_columns<V>(tile, h, scratch.mixed[q], scratch.index[q], count[q], since, panel.mixed);
+      multiplied += count[q];
+    }
+    if (panel.spread) {
+      for (int v = 0; v < tile.rows; ++v) scratch.index[q][v] = v;  // its terms are not bounded by p: nothing is dropped
+      add_columns<V>(tile, h, scratch.spread[q], scratch.index[q], tile.rows, since, panel.spread);
+      multiplied += tile.rows;
+    }
+  }
+  return multiplied;
+}
+
+static int64_t vocab_tile(const Unit& unit, const Tile& tile, const Head& head, const Scratch& scratch, float bound) {
+  return unit.vectors == 2 ? vocab_unit<2>(unit, tile, head, scratch, bound)
+                           : vocab_unit<1>(unit, tile, head, scratch, bound);
+}
+
+// ---- gradient of a trainable head ----
+
+template <int V>
+static void grad_unit(const Unit& unit, const GradLanes* lanes, const Tile& tile, const Head& head, float* const* out) {
+  for (int q = 0; q < unit.panels; ++q) {
+    vf unused[V];
+    ALRO_UNROLL for (int j = 0; j < V; ++j) unused[j] = splat(-1e30f);
+    tile_logits<V>(tile, head.hidden_size, unit.panel[q].hidden, out[q]);
+    finish_logits<V>(tile, head, out[q], unused);
+  }
+  for (int v = 0; v < tile.rows; ++v) ALRO_UNROLL for (int j = 0; j < V; ++j) {
+    const int64_t lane = j * kLanes, at = int64_t(v) * V * kLanes + lane;
+    vf z[2], p[2], grad[2];
+    for (int q = 0; q < unit.panels; ++q) {
+      z[q] = load(out[q] + at);
+      p[q] = exponential(z[q] - load(lanes[q].lse + lane));
+      grad[q] = p[q] * load(lanes[q].grad_lse + lane);
+    }
+    for (int q = 0; q < unit.panels; ++q) {
+      if (!lanes[q].cross) continue;
+      vf moment = (head.entropy ? splat(1.0f) + z[q] - z[1 - q] : -z[1 - q]) - load(lanes[q].cross + lane);
+      grad[q] += load(lanes[q].grad_first + lane) * p[q] * moment;
+      grad[1 - q] -= load(lanes[q].grad_second + lane) * p[q];
+    }
+    for (int q = 0; q < unit.panels; ++q) store(out[q] + at, grad[q] * slope_of(head, z[q]));
+  }
+}
+
+static void grad_tile(const Unit& unit, const GradLanes* lanes, const Tile& tile, const Head& head, float* const* out) {
+  if (unit.vectors == 2) grad_unit<2>(unit, lanes, tile, head, out);
+  else grad_unit<1>(unit, lanes, tile, head, out);
+}
+
+// out [B, 2 vectors] = sum over rows n of grad [B, n] * hidden [n, 2 vectors]; grad lies in panels of `lanes` rows
+template <int B>
+struct GradBlock {
+  static void run(const float* grad, int64_t panels, int lanes, int64_t panel_stride, const float* hidden,
+                  int64_t padded, float* out, int64_t out_stride) {
+    vf sum[B][2];
+    ALRO_UNROLL for (int i = 0; i < B; ++i) sum[i][0] = sum[i][1] = vf{};
+    for (int64_t q = 0; q < panels; ++q) {
+      const float* g = grad + q * panel_stride;
+      for (int n = 0; n < lanes; ++n, hidden += padded) {
+        const vf x0 = load(hidden), x1 = load(hidden + kLanes);
+        ALRO_UNROLL for (int i = 0; i < B; ++i) {
+          vf a = splat(g[i * lanes + n]);
+          sum[i][0] += a * x0;
+          sum[i][1] += a * x1;
+        }
+      }
+    }
+    ALRO_UNROLL for (int i = 0; i < B; ++i) {
+      store_any(out + i * out_stride, sum[i][0]);
+      store_any(out + i * out_stride + kLanes, sum[i][1]);
+    }
+  }
+};
+
+static void grad_product(const float* grad, int64_t panels, int lanes, int rows, const float* hidden, int64_t padded,
+                         int64_t hidden_size, float* out, int64_t out_stride, float* spare) {
+  for (int64_t h = 0; h < hidden_size; h += 2 * kLanes) {
+    const int64_t width = hidden_size - h < 2 * kLanes ? hidden_size - h : 2 * kLanes;
+    const bool whole = width == 2 * kLanes;
+    blocks(rows, [&](int64_t v, int size) {
+      float* to = whole ? out + v * out_stride + h : spare;
+      WithBlock<GradBlock>::run(size, grad + v * lanes, panels, lanes, int64_t(rows) * lanes, hidden + h, padded, to,
+                                whole ? out_stride : 2 * kLanes);
+      if (!whole)
+        for (int i = 0; i < size; ++i)
+          memcpy(out + (v + i) * out_stride + h, spare + i * 2 * kLanes, sizeof(float) * width);
+    });
+  }
+}
+
+// ---- small things ----
+
+static void widen(const uint16_t* in, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits = uint32_t(in[i]) << 16;
+    memcpy(out + i, &bits, sizeof bits);
+  }
+}
+
+static float dot(const float* a, const float* b, int64_t n) {
+  vf sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+    ALRO_UNROLL for (int j = 0; j < 4; ++j) sum[j] += load_any(a + i + j * kLanes) * load_any(b + i + j * kLanes);
+  for (; i + kLanes <= n; i += kLanes) sum[0] += load_any(a + i) * load_any(b + i);
+  float rest = 0;
+  for (; i < n; ++i) rest += a[i] * b[i];
+  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
+}
+
+static void axpy(float a, const float* x, float* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store_any(y + i, load_any(y + i) + splat(a) * load_any(x + i));
+  for (; i < n; ++i) y[i] += a * x[i];
+}
+
+}  // namespace alro::ALRO_ISA
