@@ -20,7 +20,7 @@ from .cli import run
 from .data.lists import open_prepared
 from .data.records import RankingList
 from .errors import AlroFastError
-from .rank import add_ranking_options
+from .rank import OneLineParser, add_ranking_options
 from .ranking import Ranker, Ranking, check_options
 from .results import baseline_scores, evaluate_lists, write_predictions, write_trec
 
@@ -33,6 +33,7 @@ def main(argv: Sequence[str]) -> None:
     check_options(options.method, options.shuffles, options.merge, options.beams)
     if options.limit is not None and options.limit < 1:
         raise AlroFastError(f"--limit is at least 1; given {options.limit}")
+    metrics.gains(np.empty(0), options.gain)  # an unknown one is an error now, not after the ranking
     prepared = open_prepared(options.lists)
     lists = prepared.lists(options.split)
     if not len(lists):
@@ -84,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m alro_fast.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_ranking_options(parser)

@@ -19,7 +19,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
@@ -66,13 +66,20 @@ def main(argv: Sequence[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m alro_fast.rank", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", nargs="?", default="-", help="JSON or JSON lines; -: standard input (default)")
     add_ranking_options(parser)
     parser.add_argument("--top_k", type=int, help="print only the best K")
     return parser
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, like every other mistake's."""
+
+    def error(self, message: str) -> NoReturn:
+        raise AlroFastError(f"{message}; {self.prog} --help lists the options")
 
 
 def add_ranking_options(parser: argparse.ArgumentParser) -> None:

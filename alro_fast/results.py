@@ -74,7 +74,7 @@ class Results:
             row = f"{LABELS.get(ranker, ranker):<15}"
             for k in self.cutoffs:
                 mean, low, high = self.interval(ranker, f"ndcg@{k}")
-                row += f"{mean:.4f} [{low:.3f}, {high:.3f}]".center(20)
+                row += (f"{mean:.4f} [{low:.3f}, {high:.3f}]" if self.bootstrap else f"{mean:.4f}").center(20)
             if ranker in self.seconds:
                 row += f"{self.lists / max(self.seconds[ranker], 1e-9):>9.1f}"
             lines.append(row.rstrip())
