@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ def use_tree_attention(model: nn.Module) -> None:
 
     Raises:
         AlroFastError: the architecture mixes tokens by other means than causal attention through transformers'
-            attention interface (state-space or convolution layers, chunked or bidirectional attention, attention sinks, ...).
+            attention interface (state-space or convolution layers, chunked or bidirectional attention, sinks, ...).
     """
     trunk = trunk_of(model)
     if trunk.config._attn_implementation == ATTENTION:
@@ -208,75 +209,120 @@ def _mask(span: TreeSpan, window: int | None, like: Tensor) -> Tensor:
 
 # --- cascade: the CPU ------------------------------------------------------------------------------------------------
 
+CHUNK = 96  # query rows of a causal call: torch's CPU kernel skips no key of a block of 512, smaller chunks waste fewer
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-class _Call(NamedTuple):
-    """One kernel call: `count` runs of `length` query rows from row `query`, on as many runs of keys from row `key`."""
+class _Rows(NamedTuple):
+    """Rows `low:high` of each of `count` runs of `length` rows, the first run at row `start` of the stream."""
 
-    query: int
-    key: int
+    start: int
     count: int
     length: int
-    key_length: int
+    low: int
+    high: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """[1, heads, T, D] -> the view [count, heads, high - low, D]."""
+        if self.count == 1:
+            return tensor[:, :, self.start + self.low : self.start + self.high]
+        runs = tensor[0, :, self.start : self.start + self.count * self.length].unflatten(1, (self.count, self.length))
+        return runs[:, :, self.low : self.high].transpose(0, 1)
+
+
+class _Call(NamedTuple):
+    """One kernel call: which queries on which keys, in which order."""
+
+    queries: _Rows
+    keys: _Rows
     causal: bool
+    mask: Tensor | None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """The output of `queries` over `keys` alone, and its log-sum-exp with a last axis of 1."""
+        out, lse = _flash(
+            self.queries.of(query),
+            self.keys.of(key),
+            self.keys.of(value),
+            is_causal=self.causal,
+            attn_mask=self.mask,
+            scale=scale,
+        )
+        return out, lse.unsqueeze(-1)
+
+    def backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What this call adds to the gradients of its queries, keys and values; out, lse: over all keys of a query."""
+        return _flash_backward(
+            self.queries.of(grad),
+            self.queries.of(query),
+            self.keys.of(key),
+            self.keys.of(value),
+            self.queries.of(out),
+            self.queries.of(lse).squeeze(-1),
+            0.0,
+            self.causal,
+            attn_mask=self.mask,
+            scale=scale,
+        )
 
 
-def _calls(layout: Segments) -> tuple[list[_Call], list[_Call]]:
-    """The calls that write a row's output, and the calls whose output is merged into what a row already has."""
-    if "calls" not in layout.masks:
+def _calls(layout: Segments, dtype: torch.dtype) -> tuple[list[_Call], list[_Call]]:
+    """The calls that write a row's output first, and the calls that are merged into what a row already has."""
+    where = ("cascade", dtype)
+    if where not in layout.masks:
+        corner = torch.full((CHUNK, layout.longest), -torch.inf, dtype=dtype).triu(layout.longest - CHUNK + 1)
         first, second = [], []
         for span in layout.spans:
-            trunk = span.prefix + span.lengths[0]
-            first.append(_Call(span.start, span.start, 1, trunk, trunk, True))
-            row = span.start + trunk
-            for count, length in _runs(span.lengths[1:]):
-                first.append(_Call(row, row, count, length, length, True))
+            row = span.start
+            for count, length in _runs((span.prefix + span.lengths[0], *span.lengths[1:])):
+                first += _causal_calls(row, count, length, corner)
                 row += count * length
-            rest = span.end - span.start - trunk
-            if rest and span.prefix:
-                second.append(_Call(span.start + trunk, span.start, 1, rest, span.prefix, False))
-        layout.masks["calls"] = first, second
-    return layout.masks["calls"]
+            head, rows = span.prefix + span.lengths[0], span.end - span.start
+            if span.prefix and rows > head:
+                prefix = _Rows(span.start, 1, span.prefix, 0, span.prefix)
+                second.append(_Call(_Rows(span.start, 1, rows, head, rows), prefix, False, None))
+        layout.masks[where] = first, second
+    return layout.masks[where]
+
+
+def _causal_calls(start: int, count: int, length: int, corner: Tensor) -> Iterator[_Call]:
+    """Each of `count` runs attends to itself: chunk by chunk, to the keys up to the chunk's end."""
+    chunks = -(-length // CHUNK)
+    edges = [length * chunk // chunks for chunk in range(chunks + 1)]
+    for low, high in itertools.pairwise(edges):
+        queries, keys = _Rows(start, count, length, low, high), _Rows(start, count, length, 0, high)
+        mask = corner[CHUNK - (high - low) :, corner.shape[1] - high :] if low else None
+        yield _Call(queries, keys, not low, mask)
 
 
 def _runs(lengths: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """Neighbours of equal length as (how many, length), empty ones left out."""
-    run = 0
-    for place, length in enumerate(lengths):
-        run += 1
-        if place + 1 == len(lengths) or lengths[place + 1] != length:
-            if length:
-                yield run, length
-            run = 0
-
-
-def _rows(tensor: Tensor, start: int, count: int, length: int) -> Tensor:
-    """[1, heads, T, D] -> the view [count, heads, length, D] of `count` runs from row `start`."""
-    if count == 1:
-        return tensor[:, :, start : start + length]
-    return tensor[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
+    for length, run in itertools.groupby(lengths):
+        if length:
+            yield len(list(run)), length
 
 
 class _Cascade(torch.autograd.Function):
-    """Attention of a packed stream by unmasked or square causal calls; see the module's docstring."""
+    """Attention of a packed stream without scores of pairs that may not see each other; see the module's docstring."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Segments, scale: float) -> Tensor:
-        first, second = _calls(layout)
-        heads, rows, width = query.shape[1:]
+        first, second = _calls(layout, query.dtype)
+        _, heads, rows, width = query.shape
         out = query.new_zeros(1, rows, heads, width).transpose(1, 2)
         lse = query.new_zeros(1, rows, heads, 1, dtype=torch.promote_types(query.dtype, torch.float32)).transpose(1, 2)
         for call in first:
-            part, part_lse = _flash(*_inputs(call, query, key, value), 0.0, call.causal, scale=scale)
-            _rows(out, call.query, call.count, call.length).copy_(part)
-            _rows(lse, call.query, call.count, call.length).copy_(part_lse.unsqueeze(-1))
+            part, part_lse = call.forward(query, key, value, scale)
+            call.queries.of(out).copy_(part)
+            call.queries.of(lse).copy_(part_lse)
         for call in second:
-            part, part_lse = _flash(*_inputs(call, query, key, value), 0.0, call.causal, scale=scale)
-            own, own_lse = (_rows(tensor, call.query, 1, call.length) for tensor in (out, lse))
-            part_lse = part_lse.unsqueeze(-1)
-            share = torch.sigmoid(part_lse - own_lse)  # of the part in the merged softmax
+            part, part_lse = call.forward(query, key, value, scale)
+            own, own_lse = call.queries.of(out), call.queries.of(lse)
+            share = torch.sigmoid(part_lse - own_lse)  # of the part's keys in the softmax over both
             own.lerp_(part, share.to(part.dtype))
             own_lse.copy_(torch.logaddexp(own_lse, part_lse))
         ctx.save_for_backward(query, key, value, out, lse)
@@ -287,30 +333,13 @@ class _Cascade(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
-        grad = grad.transpose(1, 2)
-        gradients = [torch.zeros_like(tensor) for tensor in (query, key, value)]
-        for calls in _calls(ctx.layout):
-            for call in calls:
-                parts = _flash_backward(
-                    _rows(grad, call.query, call.count, call.length),
-                    *_inputs(call, query, key, value),
-                    _rows(out, call.query, call.count, call.length),
-                    _rows(lse, call.query, call.count, call.length).squeeze(-1),
-                    0.0,
-                    call.causal,
-                    scale=ctx.scale,
-                )
-                for total, part in zip(_inputs(call, *gradients), parts):
-                    total.add_(part)
-        return *gradients, None, None
-
-
-def _inputs(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        _rows(query, call.query, call.count, call.length),
-        _rows(key, call.key, call.count, call.key_length),
-        _rows(value, call.key, call.count, call.key_length),
-    )
+        grad_query, grad_key, grad_value = (torch.zeros_like(tensor) for tensor in (query, key, value))
+        for call in itertools.chain(*_calls(ctx.layout, query.dtype)):
+            parts = call.backward(grad.transpose(1, 2), query, key, value, out, lse, ctx.scale)
+            call.queries.of(grad_query).add_(parts[0])
+            call.keys.of(grad_key).add_(parts[1])
+            call.keys.of(grad_value).add_(parts[2])
+        return grad_query, grad_key, grad_value, None, None
 
 
 # --- varlen: CUDA ----------------------------------------------------------------------------------------------------

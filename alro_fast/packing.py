@@ -270,9 +270,7 @@ def collate(trees: Sequence[Tree], indices: Sequence[int], pad_to_multiple: int 
 def _checked_ids(tree: Tree, number: int, branch: Branch) -> np.ndarray:
     ids = np.asarray(branch.ids)
     if ids.ndim != 1 or not len(ids):
-        raise AlroFastError(
-            f"{tree}, branch {number}: no token ids; expected a flat, non-empty sequence of whole numbers"
-        )
+        raise AlroFastError(f"{tree}, branch {number}: expected a flat, non-empty sequence of token ids")
     if ids.dtype.kind not in "iu" or ids.min() < 0:
         raise AlroFastError(f"{tree}, branch {number}: token ids must be whole numbers >= 0")
     if not 1 <= branch.answer_start < len(ids):
