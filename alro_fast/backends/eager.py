@@ -139,7 +139,7 @@ def weight_grad(
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradient of a trainable head, logits recomputed tile by tile: dW [V, H] and db [V], float32 (float64 for float64).
+    """Gradient of a trainable head, logits recomputed tile by tile: dW [V, H] and db [V], float32 (or float64).
 
     grad_lse [N] is the upstream gradient of lse; grad_first, grad_second [P] that of cross as seen by row a and by row
     b of each pair (they differ where one side is detached):
@@ -253,14 +253,15 @@ def listwise(
 
         y = log softmax_i(z_k) over the list's candidates (normalise) or z itself;  s_i = sum_k k softmax_k(gamma y_ki)
         soft_lambda = sum_{r_i > r_j} delta_ij |G_i - G_j| log2(1 + exp(sigma (s_i - s_j)))
-            G_i = (2^r_i - 1) / maxDCG (0 where maxDCG is 0), delta_ij = 1/log2(1 + d) - 1/log2(2 + d), d = |rank_i - rank_j|
+            G_i = (2^r_i - 1) / maxDCG (0 where maxDCG is 0)
+            delta_ij = 1/log2(1 + d) - 1/log2(2 + d), d = |rank_i - rank_j|
             ratings form: e_i = sum_c values_c softmax_c(z_i) in place of s_i, the sign of sigma flipped; gamma,
             normalise and mask_emitted are not used
         permutation[l] = 1/(m-1) sum_{k<m} D(P_k, Q_k), P from list twin[l], Q from list l, over the candidates
             (ratings form: 1/m sum_i over the grades); divergence: "none" | "kl" KL(P||Q) | "ce" | "symmetric";
             always of softmax(logits); mask_emitted leaves out, at slot k, the candidates of target slots before k
     """
-    length, row_count, column_count = logits.shape
+    length, row_count = logits.shape[:2]
     ranking = values is None
     slot = torch.arange(row_count, device=logits.device)
     valid = slot < sizes[:, None]
@@ -316,7 +317,7 @@ def add_rows(target: Tensor, index: Tensor, values: Tensor) -> None:
 def _pairwise_lambda(
     score: Tensor, ratings: Tensor, ranks: Tensor, valid: Tensor, sigma: float
 ) -> tuple[Tensor, Tensor]:
-    """Sum over pairs r_i > r_j of delta |G_i - G_j| log2(1 + exp(sigma (score_i - score_j))) and its gradient [L, M]."""
+    """[L] sum over r_i > r_j of delta |G_i - G_j| log2(1 + exp(sigma (score_i - score_j))); d / d score [L, M]."""
     graded = valid & ~ratings.isnan()
     rating = torch.where(graded, ratings, 0.0)
     gain = torch.where(graded, torch.exp2(rating) - 1, 0.0)
