@@ -291,7 +291,7 @@ def listwise(
         cell = cell & (ranks[:, None, :] > slot[None, :, None])
         log_p = _masked_log_softmax(logits, cell)
     compared = valid & (slot < (sizes - 1)[:, None]) if ranking else valid
-    compared = compared & (twin >= 0)[:, None]
+    compared = (compared & (twin >= 0)[:, None]).to(logits.dtype)
     weight = compared / compared.sum(dim=1, keepdim=True).clamp(min=1)
     teacher = twin.clamp(min=0)
     cell = cell & cell[teacher]
