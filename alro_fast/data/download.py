@@ -160,7 +160,7 @@ def fetch(
 ) -> None:
     """Download `url` to `path`: into `<path>.part`, continued where it broke off, renamed once every checksum matches.
 
-    An archive that was pieced together and does not match is fetched once more from its beginning.
+    One that continues an earlier run's part and does not match is fetched once more from its beginning.
     """
     part = path.with_name(path.name + ".part")
     pieced = part.exists()
@@ -195,32 +195,37 @@ def unpack(packed: Path, members: tuple[str, ...], folder: Path) -> None:
 
 
 def _receive(url: str, part: Path, size: int, report: Callable[[str], None], attempts: int, wait_s: float) -> None:
-    """Append to `part` until it has `size` bytes; every attempt that brought something new renews the count."""
-    if not url.startswith(("https://", "http://127.0.0.1:")):
-        raise AlroFastError(f"{url} is not fetched: https is expected")
+    """Extend `part` to `size` bytes; an attempt that got further than any before renews the count of attempts."""
     failures = 0
-    while True:
-        have = part.stat().st_size if part.exists() else 0
-        if have == size:
-            return
-        if have > size:
-            part.unlink()
-            have = 0
+    have = _size(part)
+    if have > size:
+        part.unlink()
+        have = 0
+    most = have
+    while have < size:
         try:
             _append(url, part, have, size)
             reason = "the connection was cut"
+        except urllib.error.HTTPError as error:
+            reason = f"the server answers {error.code} {error.reason}"
+            if error.code == 416:  # the server's file ends before our part does: not the archive we know
+                part.unlink(missing_ok=True)
+            elif error.code < 500:
+                failures = attempts
         except (OSError, http.client.HTTPException) as error:
             reason = str(getattr(error, "reason", error))
-        now = part.stat().st_size if part.exists() else 0
-        if now == size:
+        have = _size(part)
+        if have >= size:
             return
-        failures = 0 if now > have else failures + 1
-        if failures >= attempts or now > size:
+        failures = 0 if have > most else failures + 1
+        most = max(most, have)
+        if failures >= attempts:
+            kept = f"; {have:,} of {size:,} bytes are kept for the next try" if have else ""
             raise AlroFastError(
-                f"{url} could not be downloaded ({reason}); {now:,} of {size:,} bytes are kept for the next try: "
+                f"{url} could not be downloaded ({reason}){kept}: "
                 "run again, or get the files yourself and pass --raw_dir"
             )
-        report(f"{part.stem}: {reason} at {now:,} of {size:,} bytes; continuing")
+        report(f"{part.stem}: {reason} at {have:,} of {size:,} bytes; trying to go on from there")
         time.sleep(wait_s)
 
 
@@ -230,20 +235,21 @@ def _append(url: str, part: Path, have: int, size: int) -> None:
         request.add_header("Range", f"bytes={have}-")
     with urllib.request.urlopen(request, timeout=60) as answer:
         resumed = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        if not resumed:
-            have = 0
+        have = have if resumed else 0
         bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None)
         with part.open("ab" if resumed else "wb") as out, bar:
-            while chunk := answer.read(CHUNK):
+            while have <= size and (chunk := answer.read(CHUNK)):
                 out.write(chunk)
                 bar.update(len(chunk))
                 have += len(chunk)
-                if have > size:
-                    raise OSError(f"the server sends more than the {size:,} bytes of the published archive")
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
 
 
 def _mismatch(part: Path, size: int, checksums: Mapping[str, str]) -> str | None:
-    found = part.stat().st_size
+    found = _size(part)
     if found != size:
         return f"{found:,} bytes instead of {size:,}"
     for name, expected in checksums.items():

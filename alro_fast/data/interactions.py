@@ -93,23 +93,23 @@ def read_interactions(
         _check_counts(dataset, (counts["ratings"], counts["users"], counts["items"]), allow_altered, notice)
     table = _one_rating_per_item(table, user_ids, item_ids, duplicates, counts, notice)
     catalogue, recode = _catalogue(raw, item_ids, untitled)
-    item = recode[table["item"].to_numpy()]
+    table = table.with_columns(item=recode[table["item"].to_numpy()])
     if untitled == "drop":
-        kept = item >= 0
-        counts["ratings_of_untitled_items_dropped"] = int((~kept).sum())
-        table, item = table.filter(pl.Series(kept)), item[kept]
-        _need(len(item), f"no item of {ratings.name} has a title; pass --untitled keep, or an item file with titles")
+        table, user_ids = _drop_untitled(table, user_ids, counts)
+        _need(table.height, f"no item of {ratings.name} has a title; pass --untitled keep, or a file that has titles")
     counts["items"] = catalogue.height
     counts["untitled_items"] = int(catalogue["title"].is_null().sum())
     if counts["untitled_items"]:
         notice(f"{counts['untitled_items']:,} items have no title: shown by their id (--untitled drop leaves them out)")
     return Interactions(
         user=table["user"].to_numpy(),
-        item=item.astype(np.uint32),
+        item=table["item"].cast(pl.UInt32).to_numpy(),
         rating=table["rating"].to_numpy(),
         time=table["time"].to_numpy(),
         user_ids=user_ids,
-        items=catalogue.with_columns(pl.col("title").fill_null(pl.col("item_id")), pl.col("category").fill_null("")),
+        items=catalogue.with_columns(
+            pl.col("title").fill_null(pl.col("item_id")), pl.col("category").str.strip_chars().fill_null("")
+        ),
         sources=tuple({"name": f.name, "bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in raw.files),
         time_unit=raw.time_unit,
         counts=counts,
@@ -322,3 +322,14 @@ def _catalogue(raw: RawData, item_ids: pl.Series, untitled: str) -> tuple[pl.Dat
         catalogue = catalogue.filter(pl.col("title").is_not_null())
     rows = rated.join(catalogue.with_row_index("row"), on="item_id", how="left", maintain_order="left")["row"]
     return catalogue, rows.cast(pl.Int64).fill_null(-1).to_numpy()
+
+
+def _drop_untitled(table: pl.DataFrame, user_ids: pl.Series, counts: dict[str, int]) -> tuple[pl.DataFrame, pl.Series]:
+    """Rows whose item code is -1 go, and users who had no other."""
+    kept = table.filter(pl.col("item") >= 0)
+    counts["ratings_of_untitled_items_dropped"] = table.height - kept.height
+    remaining = kept["user"].unique().sort()
+    code = np.zeros(len(user_ids), dtype=np.uint32)
+    code[remaining.to_numpy()] = np.arange(len(remaining), dtype=np.uint32)
+    counts["users_without_titled_items_dropped"] = len(user_ids) - len(remaining)
+    return kept.with_columns(user=code[kept["user"].to_numpy()]), user_ids.gather(remaining)

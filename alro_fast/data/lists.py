@@ -133,9 +133,9 @@ def open_prepared(path: str | Path) -> PreparedData:
     manifest = read_manifest(Path(path))
     if manifest is None:
         raise AlroFastError(f"{path} is not a prepared data folder; make one with: python -m alro_fast.prepare")
-    if manifest["format_version"] != FORMAT_VERSION:
+    if manifest.get("format_version") != FORMAT_VERSION:
         raise AlroFastError(
-            f"{path} has format version {manifest['format_version']}; this package reads {FORMAT_VERSION}: "
+            f"{path} has format version {manifest.get('format_version')}; this package reads {FORMAT_VERSION}: "
             "prepare the data again"
         )
     return PreparedData(Path(path), manifest)

@@ -263,11 +263,11 @@ class _Negatives:
         user = np.repeat(np.arange(len(timeline.offsets) - 1, dtype=np.uint64), np.diff(timeline.offsets))
         self.rated = user * np.uint64(self.items) + timeline.item
         self.rated.sort()
-        most = int(np.diff(timeline.offsets).max())
+        most = int(np.add.reduceat(train_count[timeline.item] > 0, timeline.offsets[:-1], dtype=np.int64).max())
         if len(self.eligible) - most < options.negatives:
             raise AlroFastError(
-                f"--negatives {options.negatives} is too many: {len(self.eligible):,} items have training ratings and "
-                f"one user rated {most:,}; lower --negatives"
+                f"--negatives {options.negatives} is too many: one user rated {most:,} of the {len(self.eligible):,} "
+                "items that have training ratings; lower --negatives"
             )
         weights = train_count[self.eligible] if options.negatives_by == "popularity" else np.ones(len(self.eligible))
         self.cumulative = np.cumsum(weights, dtype=np.float64)

@@ -1,0 +1,164 @@
+"""The prepared folder: written whole, the same bytes again, read back as records."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import polars as pl
+import pytest
+
+from alro_fast import __version__
+from alro_fast.data import lists as module
+from alro_fast.data.lists import FILES, LIST_SCHEMA, check_output_folder, open_prepared, write_prepared
+from alro_fast.data.records import Item, RankingList
+from alro_fast.errors import AlroFastError
+
+NAN = float("nan")
+ITEMS = [Item(i, f"id-{i}", f"Film {i} <é>, The", "Drama" if i % 2 else "") for i in range(6)]
+
+
+def ranking_list(name: str, user: str, history: dict[int, float], candidates: dict[int, float]) -> RankingList:
+    return RankingList(
+        name,
+        user,
+        tuple(ITEMS[i] for i in history),
+        tuple(history.values()),
+        tuple(ITEMS[i] for i in candidates),
+        tuple(candidates.values()),
+    )
+
+
+LISTS = {
+    "train": [
+        ranking_list("u-1", "u", {0: 4.0}, {2: 1.0, 1: 5.0}),
+        ranking_list("v-0", "v", {}, {0: 2.0, 3: 2.0, 5: NAN}),
+    ],
+    "test": [ranking_list("u-3", "u", {0: 4.0, 1: 5.0, 2: 1.0}, {4: 3.5, 5: NAN, 3: 0.5})],
+}
+
+
+def same(a: RankingList, b: RankingList) -> bool:
+    return repr(a) == repr(b)  # NaN is not equal to itself
+
+
+def test_records_come_back_as_they_went_in(tmp_path):
+    write_prepared(tmp_path / "out", ITEMS, LISTS, {"dataset": "made", "seed": 3})
+    data = open_prepared(tmp_path / "out")
+    assert data.items == ITEMS
+    for split, lists in LISTS.items():
+        found = data.lists(split)
+        assert len(found) == len(lists)
+        assert all(same(a, b) for a, b in zip(found, lists))
+        assert same(found[-1], lists[-1])
+    assert len(data.lists("valid")) == 0
+    assert data.manifest["dataset"] == "made"
+    assert data.manifest["package_version"] == __version__
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(FILES)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_views(tmp_path):
+    write_prepared(tmp_path, ITEMS, LISTS)
+    train = open_prepared(tmp_path).lists("train")
+    assert train.user_ids == ["u", "v"]
+    assert train.all_equal.tolist() == [False, True]
+    assert same(train[1:][0], LISTS["train"][1])
+    assert len(train[5:]) == 0
+    with pytest.raises(IndexError):
+        train[2]
+
+
+def test_train_statistics_leave_held_out_ratings_out(tmp_path):
+    """u rated items 0, 1, 2 before the test list {4, 3}; v rated 0 and 3 and did not grade 5."""
+    write_prepared(tmp_path, ITEMS, LISTS)
+    data = open_prepared(tmp_path)
+    assert data.train_count.dtype == np.int64
+    assert data.train_mean.dtype == np.float64
+    assert data.train_count.tolist() == [2, 1, 1, 1, 0, 0]
+    assert data.train_mean[:4].tolist() == [3.0, 5.0, 1.0, 2.0]
+    assert all(math.isnan(mean) for mean in data.train_mean[4:])
+
+
+def test_same_bytes_again_and_over_itself(tmp_path):
+    for name in ("a", "b", "a"):
+        write_prepared(tmp_path / name, ITEMS, LISTS, {"seed": 0})
+    for name in FILES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(module.json, "dumps", full)
+    with pytest.raises(OSError, match="no space"):
+        write_prepared(tmp_path / "out", ITEMS, LISTS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_with_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(AlroFastError, match=r"holds something else \(thesis\.tex\)"):
+        write_prepared(tmp_path, ITEMS, LISTS)
+    write_prepared(tmp_path / "out", ITEMS, LISTS)
+    (tmp_path / "out" / "notes.txt").touch()
+    with pytest.raises(AlroFastError, match=r"holds something else \(notes\.txt\)"):
+        write_prepared(tmp_path / "out", ITEMS, LISTS)
+    with pytest.raises(AlroFastError, match="is a file"):
+        check_output_folder(tmp_path / "thesis.tex")
+
+
+@pytest.mark.parametrize("manifest", ["{}", "[1]", "no json", '{"format": "another"}'])
+def test_files_of_our_names_without_our_manifest_are_refused(tmp_path, manifest):
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(AlroFastError, match="something else"):
+        check_output_folder(tmp_path)
+    with pytest.raises(AlroFastError, match=r"not a prepared data folder; make one with: python -m alro_fast\.prepare"):
+        open_prepared(tmp_path)
+
+
+def test_opening_what_is_not_there_or_not_whole(tmp_path):
+    with pytest.raises(AlroFastError, match="not a prepared data folder"):
+        open_prepared(tmp_path / "nowhere")
+    write_prepared(tmp_path, ITEMS, LISTS)
+    with pytest.raises(AlroFastError, match="unknown split 'dev'; expected one of train, valid, test"):
+        open_prepared(tmp_path).lists("dev")
+    (tmp_path / "lists-test.parquet").unlink()
+    with pytest.raises(AlroFastError, match=r"lacks lists-test\.parquet"):
+        open_prepared(tmp_path).lists("test")
+    (tmp_path / "lists-train.parquet").write_bytes((tmp_path / "lists-valid.parquet").read_bytes())
+    with pytest.raises(AlroFastError, match=r"lists-train\.parquet is not the file its manifest"):
+        open_prepared(tmp_path).lists("train")
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    with pytest.raises(AlroFastError, match="format version 99; this package reads 1"):
+        open_prepared(tmp_path)
+
+
+def test_wrong_columns_under_a_matching_hash(tmp_path):
+    frame = pl.DataFrame({"item_id": ["a"]})
+    write_prepared(tmp_path, frame, LISTS)
+    with pytest.raises(AlroFastError, match=r"has columns \['item_id'\]; expected"):
+        open_prepared(tmp_path)
+
+
+def test_arguments_are_checked(tmp_path):
+    with pytest.raises(AlroFastError, match=r"unknown splits \['dev'\]"):
+        write_prepared(tmp_path, ITEMS, {"dev": []})
+    with pytest.raises(AlroFastError, match="item 'id-1' has index 1 at position 0"):
+        write_prepared(tmp_path, ITEMS[1:], LISTS)
+    with pytest.raises(AlroFastError, match="list frame has columns"):
+        write_prepared(tmp_path, ITEMS, {"train": pl.DataFrame({"list_id": ["a"]})})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_frames_are_written_as_given(tmp_path):
+    frame = pl.DataFrame(
+        [("u-1", "u", [0], [4.0], [2, 1], [1.0, None], True, 10, 20)], schema=LIST_SCHEMA, orient="row"
+    )
+    write_prepared(tmp_path, ITEMS, {"valid": frame})
+    data = open_prepared(tmp_path)
+    assert same(data.lists("valid")[0], ranking_list("u-1", "u", {0: 4.0}, {2: 1.0, 1: NAN}))
+    assert pl.read_parquet(tmp_path / "lists-valid.parquet").equals(frame)
