@@ -59,10 +59,10 @@ def tree_hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
     return _trunk_rows(trunk, batch).index_select(0, batch.answer_rows)
 
 
-def use_tree_attention(model: nn.Module) -> None:
+def use_tree_attention(model: nn.Module) -> nn.Module:
     """Put a loaded model on tree attention, after proving on a small tree that its branches do not see each other.
 
-    Ordinary forwards (padded batches, `generate`) need the former implementation back:
+    Returns the same model. Ordinary forwards (padded batches, `generate`) need the former implementation back:
     `model.set_attn_implementation("sdpa")`.
 
     Raises:
@@ -71,7 +71,7 @@ def use_tree_attention(model: nn.Module) -> None:
     """
     trunk = trunk_of(model)
     if trunk.config._attn_implementation == ATTENTION:
-        return
+        return model
     unknown = set(getattr(trunk.config, "layer_types", None) or ()) - LAYER_TYPES
     if unknown:
         raise AlroFastError(
@@ -97,6 +97,7 @@ def use_tree_attention(model: nn.Module) -> None:
         except BaseException:
             trunk.set_attn_implementation(former)
             raise
+    return model
 
 
 def trunk_of(model: nn.Module) -> PreTrainedModel:
