@@ -20,8 +20,9 @@ from .cli import run
 from .data.lists import open_prepared
 from .data.records import RankingList
 from .errors import AlroFastError
+from .orders import Ranking
 from .rank import OneLineParser, add_ranking_options
-from .ranking import Ranker, Ranking, check_options
+from .ranking import Ranker, check_options
 from .results import baseline_scores, evaluate_lists, write_predictions, write_trec
 
 __all__ = ["baseline_scores", "evaluate_lists", "main"]

@@ -28,7 +28,7 @@ from .data.records import Item, RankingList
 from .errors import AlroFastError
 
 if TYPE_CHECKING:
-    from .ranking import Ranking
+    from .orders import Ranking
 
 
 def main(argv: Sequence[str]) -> None:

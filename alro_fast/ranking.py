@@ -16,10 +16,7 @@ Several presentations of a list (`shuffles`) are merged by the mean of their sco
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +30,7 @@ from .attention import tree_hidden_states
 from .decoding import decode, token_logits
 from .errors import AlroFastError
 from .fused_head import head_of
-from .merging import MERGES, merge
+from .orders import MERGES, Ranking, check_finite, make_ranking, presentations, slide, unlabelled
 from .packing import Branch, Tree, collate, plan_batches
 
 if TYPE_CHECKING:
@@ -42,17 +39,6 @@ if TYPE_CHECKING:
 
 METHODS = ("first", "expected", "greedy", "beam")
 CHUNK = 256  # lists whose prompts are held and packed together; rankings come out after each
-
-
-@dataclass(frozen=True, eq=False)
-class Ranking:
-    """One ordered list. `order`: candidate numbers, best first; `scores` [m] per candidate, higher is better."""
-
-    list_id: str
-    order: tuple[int, ...]
-    scores: np.ndarray
-    presented: np.ndarray  # int64 [B, m]: presentation b shows candidate presented[b, p] at place p
-    presentation_scores: np.ndarray  # float64 [B, m] per candidate
 
 
 class Ranker:
@@ -140,7 +126,7 @@ class Ranker:
         source = iter(lists)
         while chunk := list(islice(source, CHUNK)):
             with self._inference():
-                rankings = self._rank([_unlabelled(entry) for entry in chunk], method, shuffles, merge_by, beams, seed)
+                rankings = self._rank([unlabelled(entry) for entry in chunk], method, shuffles, merge_by, beams, seed)
             yield from rankings
 
     @contextlib.contextmanager
@@ -164,12 +150,12 @@ class Ranker:
             read = self._read_slots if method in ("greedy", "beam") or self._expects_slots(method) else self._read_rows
             by_presentation = read(entries, presented, method, beams)
             return [
-                _ranking(entry, shown, scores, merge_by)
+                make_ranking(entry, shown, scores, merge_by)
                 for entry, shown, scores in zip(entries, presented, by_presentation, strict=True)
             ]
 
         short = iter(direct([entry for entry, fit in zip(lists, fits, strict=True) if fit]))
-        long = iter(_slide([entry for entry, fit in zip(lists, fits, strict=True) if not fit], capacity, direct))
+        long = iter(slide([entry for entry, fit in zip(lists, fits, strict=True) if not fit], capacity, direct))
         return [next(short if fit else long) for fit in fits]
 
     def _expects_slots(self, method: str) -> bool:
@@ -243,7 +229,7 @@ class Ranker:
             rows = []
             for _ in shown:
                 slots, logprobs = next(answers)
-                _check_finite(entry, logprobs)
+                check_finite(entry, logprobs)
                 rows.append(-expected_slots(logprobs, self.gamma) if method == "expected" else -np.argsort(slots) - 1.0)
             scores.append(np.stack(rows))
         return scores
@@ -291,75 +277,10 @@ def check_options(method: str | None, shuffles: int, merge_by: str, beams: int) 
         raise AlroFastError(f"unknown merge {merge_by!r}; expected one of {', '.join(MERGES)}")
 
 
-def presentations(entry: RankingList, shuffles: int, seed: int) -> np.ndarray:
-    """int64 [shuffles, m]: the stored order, then permutations that depend on (seed, list_id) alone."""
-    m = len(entry.candidates)
-    digest = hashlib.blake2b(entry.list_id.encode(), digest_size=8).digest()
-    generator = np.random.default_rng([seed, int.from_bytes(digest, "little")])
-    return np.stack([np.arange(m), *(generator.permutation(m) for _ in range(shuffles - 1))])
-
-
 def expected_slots(logprobs: np.ndarray, gamma: float) -> np.ndarray:
     """s_i = sum_k k softmax_k(gamma y_ki), k from 1 (methods.md 1.6); logprobs y [m slots, m candidates] -> [m]."""
     weights = np.exp(gamma * (logprobs - logprobs.max(axis=0)))
     return np.arange(1, len(logprobs) + 1) @ (weights / weights.sum(axis=0))
-
-
-def _slide(lists: list[RankingList], width: int, rank: Any) -> list[Ranking]:
-    """Windows of `width` candidates from the end of each list to its start, half a window at a time, each ranked and
-    put back: the best half of every window meets the next. Scores are minus the final place."""
-    if lists and width < 2:
-        raise AlroFastError(f"only {width} identifier is available; ranking a list by windows needs at least 2")
-    orders = [np.arange(len(entry.candidates)) for entry in lists]
-    starts = [[*range(len(order) - width, 0, -(width // 2)), 0] for order in orders]
-    for turn in range(max(map(len, starts), default=0)):
-        due = [i for i in range(len(lists)) if turn < len(starts[i])]
-        windows = [orders[i][starts[i][turn] : starts[i][turn] + width] for i in due]
-        parts = [_subset(lists[i], window) for i, window in zip(due, windows, strict=True)]
-        for i, window, ranking in zip(due, windows, rank(parts), strict=True):
-            orders[i][starts[i][turn] : starts[i][turn] + width] = window[list(ranking.order)]
-    rankings = []
-    for entry, order in zip(lists, orders, strict=True):
-        scores = -np.argsort(order) - 1.0
-        shown = np.arange(len(order))[None]
-        rankings.append(Ranking(entry.list_id, tuple(order.tolist()), scores, shown, scores[None]))
-    return rankings
-
-
-def _subset(entry: RankingList, kept: np.ndarray) -> RankingList:
-    return replace(
-        entry,
-        candidates=tuple(entry.candidates[i] for i in kept),
-        ratings=tuple(entry.ratings[i] for i in kept),
-    )
-
-
-def _ranking(entry: RankingList, presented: np.ndarray, by_presentation: np.ndarray, merge_by: str) -> Ranking:
-    _check_finite(entry, by_presentation)
-    scores = merge(by_presentation, merge_by)
-    order = np.argsort(-scores, kind="stable")
-    return Ranking(entry.list_id, tuple(order.tolist()), scores, presented, by_presentation)
-
-
-def _check_finite(entry: RankingList, values: np.ndarray) -> None:
-    if not np.isfinite(values).all():
-        raise AlroFastError(
-            f"list {entry.list_id}: the model's scores are not finite numbers; did its training diverge?"
-        )
-
-
-def _unlabelled(entry: RankingList) -> RankingList:
-    """The list without its ratings, so that none can reach a prompt; AlroFastError when it cannot be ranked."""
-    if not entry.candidates:
-        raise AlroFastError(f"list {entry.list_id} has no candidates; give at least one")
-    seen: set[str] = set()
-    for item in entry.candidates:
-        if item.item_id in seen:
-            raise AlroFastError(
-                f"list {entry.list_id} names candidate {item.item_id!r} twice; give every candidate once"
-            )
-        seen.add(item.item_id)
-    return replace(entry, ratings=(math.nan,) * len(entry.candidates))
 
 
 def _predicting(ids: list[int], tokens: list[int]) -> Branch:

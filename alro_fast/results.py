@@ -19,7 +19,7 @@ from .errors import AlroFastError
 if TYPE_CHECKING:
     from .data.lists import PreparedData
     from .data.records import RankingList
-    from .ranking import Ranking
+    from .orders import Ranking
 
 Scores = Sequence[Sequence[float] | np.ndarray]  # per list, per candidate in the list's own order; higher is better
 Scorer = Scores | Callable[["Sequence[RankingList]"], Scores]

@@ -17,8 +17,9 @@ from tiny import byte_tokenizer, catalogue, make_run, random_lists, tiny_llama
 from alro_fast import evaluate, metrics
 from alro_fast.data.lists import open_prepared, write_prepared
 from alro_fast.errors import AlroFastError
+from alro_fast.orders import Ranking
 from alro_fast.prompts import PromptBuilder
-from alro_fast.ranking import Ranker, Ranking
+from alro_fast.ranking import Ranker
 from alro_fast.results import baseline_scores, evaluate_lists, write_trec
 
 

@@ -18,9 +18,9 @@ from alro_fast.data.records import Item, RankingList
 from alro_fast.decoding import ordinary_attention, token_logits
 from alro_fast.errors import AlroFastError
 from alro_fast.fused_head import Head
-from alro_fast.merging import MERGES, kemeny_order, merge
+from alro_fast.orders import MERGES, Ranking, kemeny_order, merge, presentations, slide
 from alro_fast.prompts import PromptBuilder
-from alro_fast.ranking import METHODS, Ranker, expected_slots, presentations
+from alro_fast.ranking import METHODS, Ranker, expected_slots
 
 TOKENIZER = byte_tokenizer()
 PROMPTS = PromptBuilder(TOKENIZER, "movies")
@@ -221,10 +221,10 @@ def test_sliding_windows_bring_the_best_to_the_front():
             assert len(part.candidates) == len(part.ratings) <= 10
             scores = np.array([known[part.list_id, item.item_id] for item in part.candidates], dtype=float)
             order = tuple(np.argsort(-scores))
-            rankings.append(ranking.Ranking(part.list_id, order, scores, np.arange(len(order))[None], scores[None]))
+            rankings.append(Ranking(part.list_id, order, scores, np.arange(len(order))[None], scores[None]))
         return rankings
 
-    for entry, worth_of, found in zip(lists, worth, ranking._slide(lists, 10, rank), strict=True):
+    for entry, worth_of, found in zip(lists, worth, slide(lists, 10, rank), strict=True):
         best = np.argsort(-worth_of)[:5]
         assert list(found.order[:5]) == best.tolist()
         assert sorted(found.order) == list(range(len(entry.candidates)))

@@ -1,0 +1,203 @@
+"""Rank with a served model: `python -m alro_fast.client --adapter DIR --url http://localhost:8000 --model NAME [FILE]`.
+
+Asks an OpenAI-compatible completions server (docs/serving.md has the commands for vLLM) for one token per presented
+list, with the log-probabilities of the identifiers; renormalised over the candidates they are the scores of `Ranker`'s
+method `first`. Prompts travel as token ids, so that nobody re-tokenises them. Input and output are alro_fast.rank's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .cli import run
+from .errors import AlroFastError
+from .orders import MERGES, Ranking, make_ranking, presentations, slide, unlabelled
+from .rank import OneLineParser, answer, parse_list, read_documents
+
+if TYPE_CHECKING:
+    from .data.records import RankingList
+    from .prompts import PromptBuilder
+
+CHUNK = 64  # lists asked for before the first of them is returned
+
+
+class RankingClient:
+    """Rankings from the completions endpoint `<url>/v1/completions` of a server that holds the adapter as `model`.
+
+    prompts: the run's prompt format, the same the adapter was trained with. parallel: requests in flight at once (the
+    server batches them). timeout: seconds until a request is given up.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        prompts: PromptBuilder,
+        *,
+        api_key: str | None = None,
+        parallel: int = 16,
+        timeout: float = 60.0,
+    ) -> None:
+        self.url, self.model, self.prompts = url.rstrip("/"), model, prompts
+        self.api_key, self.parallel, self.timeout = api_key, parallel, timeout
+
+    @classmethod
+    def load(cls, folder: str | Path, url: str, model: str, **options: Any) -> RankingClient:
+        """A client with the tokenizer and the prompt format of a run's folder; no weights are read."""
+        from transformers import AutoTokenizer
+
+        from .prompts import PromptBuilder
+
+        if not Path(folder).is_dir():
+            raise AlroFastError(f"{folder}: no such folder; expected one written by alro_fast.train")
+        return cls(url, model, PromptBuilder.load(folder, AutoTokenizer.from_pretrained(folder)), **options)
+
+    def stream(
+        self, lists: Sequence[RankingList], *, shuffles: int = 1, merge_by: str = "mean", seed: int = 0
+    ) -> Iterator[Ranking]:
+        """Rankings in the order of `lists`: presentations, merging and windows as `Ranker.stream(method="first")`.
+
+        Raises AlroFastError when the server cannot be reached, refuses, or leaves out an identifier.
+        """
+        if shuffles < 1:
+            raise AlroFastError(f"shuffles is at least 1; given {shuffles}")
+        if merge_by not in MERGES:
+            raise AlroFastError(f"unknown merge {merge_by!r}; expected one of {', '.join(MERGES)}")
+        source = iter(lists)
+        with ThreadPoolExecutor(self.parallel) as pool:
+
+            def direct(entries: list[RankingList]) -> list[Ranking]:
+                shown = [presentations(entry, shuffles, seed) for entry in entries]
+                flat = [entry for entry, orders in zip(entries, shown, strict=True) for _ in orders]
+                prompts = self.prompts.rankings(flat, [order.tolist() for orders in shown for order in orders])
+                scores = pool.map(self._scores, flat, prompts)
+                return [
+                    make_ranking(entry, orders, np.stack(list(islice(scores, len(orders)))), merge_by)
+                    for entry, orders in zip(entries, shown, strict=True)
+                ]
+
+            while chunk := [unlabelled(entry) for entry in islice(source, CHUNK)]:
+                most = self.prompts.max_candidates
+                short = iter(direct([entry for entry in chunk if len(entry.candidates) <= most]))
+                long = iter(slide([entry for entry in chunk if len(entry.candidates) > most], most, direct))
+                yield from (next(short if len(entry.candidates) <= most else long) for entry in chunk)
+
+    def request(self, prompt_ids: Sequence[int], candidate_ids: Sequence[int]) -> dict[str, Any]:
+        """The body asked with: one token, drawn from the identifiers, and their log-probabilities by token id.
+
+        Servers that know `logprob_token_ids` return exactly those; others the `logprobs` best, which are the
+        identifiers when log-probabilities are taken after `allowed_token_ids` applies.
+        """
+        return {
+            "model": self.model,
+            "prompt": list(prompt_ids),
+            "max_tokens": 1,
+            "temperature": 0,
+            "logprobs": len(candidate_ids),
+            "allowed_token_ids": list(candidate_ids),
+            "logprob_token_ids": list(candidate_ids),
+            "return_tokens_as_token_ids": True,
+        }
+
+    def _scores(self, entry: RankingList, prompt: Any) -> np.ndarray:
+        start = [*prompt.prompt_ids, *prompt.answer_ids[: prompt.slot_offsets[0]]]
+        found = read_logprobs(self._post(self.request(start, prompt.candidate_ids)))
+        missing = [token for token in prompt.candidate_ids if not math.isfinite(found.get(token, -math.inf))]
+        if missing:
+            raise AlroFastError(
+                f"list {entry.list_id}: {self.url} left out the log-probabilities of {len(missing)} of "
+                f"{len(prompt.candidate_ids)} identifiers; start it with --max-logprobs {self.prompts.max_candidates} "
+                "--logprobs-mode processed_logprobs"
+            )
+        scores = np.array([found[token] for token in prompt.candidate_ids])
+        return scores - np.logaddexp.reduce(scores)
+
+    def _post(self, body: dict[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if self.api_key:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        request = urllib.request.Request(f"{self.url}/v1/completions", json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            raise AlroFastError(f"{self.url} answered {error.code}: {_reason(error.read())}") from None
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            raise AlroFastError(f"{self.url} cannot be reached: {getattr(error, 'reason', error)}") from None
+        except ValueError as error:
+            raise AlroFastError(f"{self.url} did not answer with JSON: {error}") from None
+
+
+def read_logprobs(response: Any) -> dict[int, float]:
+    """{token id: log-probability} of the first generated token in a completions response."""
+    try:
+        top = response["choices"][0]["logprobs"]["top_logprobs"][0]
+        return {int(name.removeprefix("token_id:")): float(value) for name, value in top.items()}
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise AlroFastError(
+            f"the server's answer holds no log-probabilities; is it a completions endpoint? {json.dumps(response)[:99]}"
+        ) from None
+    except ValueError:
+        raise AlroFastError(
+            "the server names tokens by text, which cannot tell identifiers apart from look-alikes; it must know "
+            "return_tokens_as_token_ids (vLLM does)"
+        ) from None
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read and check everything, ask the server, print rankings as they come."""
+    options = parser().parse_args(argv)
+    documents = read_documents(options.file)
+    lists = [parse_list(document, number) for number, document in enumerate(documents, start=1)]
+    client = RankingClient.load(
+        options.adapter, options.url, options.model, api_key=options.api_key, parallel=options.parallel
+    )
+    if client.prompts.identifiers != "letters":
+        raise AlroFastError(f"{options.adapter} names items by tokens added to the model, which servers do not hold")
+    rankings = client.stream(lists, shuffles=options.shuffles, merge_by=options.merge, seed=options.seed)
+    for document, ranking in zip(documents, rankings, strict=True):
+        print(json.dumps(answer(document, ranking, options.top_k), ensure_ascii=False), flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = OneLineParser(
+        prog="python -m alro_fast.client", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", nargs="?", default="-", help="JSON or JSON lines; -: standard input (default)")
+    parser.add_argument("--adapter", required=True, help="folder that alro_fast.train wrote, for its prompt format")
+    parser.add_argument("--url", default="http://localhost:8000", help="the server, without /v1 (default: localhost)")
+    parser.add_argument("--model", required=True, help="the adapter's name on the server")
+    parser.add_argument("--api_key", help="sent as a bearer token")
+    parser.add_argument("--parallel", type=int, default=16, help="requests in flight at once (default 16)")
+    parser.add_argument("--shuffles", type=int, default=1, help="presentations of each list, merged (default 1)")
+    parser.add_argument("--merge", default="mean", help="how they are merged: mean (of scores), borda or kemeny")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffles")
+    parser.add_argument("--top_k", type=int, help="print only the best K")
+    return parser
+
+
+def _reason(body: bytes) -> str:
+    """What an error response says, on one line."""
+    text = body.decode(errors="replace")
+    try:
+        document = json.loads(text)
+        text = document.get("message") or document["error"]["message"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return " ".join(text.split())[:200]
+
+
+if __name__ == "__main__":
+    run(main)

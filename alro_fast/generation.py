@@ -1,0 +1,88 @@
+"""The ordinary way, for comparison: let the model write its answer with `generate`, then parse the text.
+
+Nothing else in the package ranks like this: an answer may name a candidate twice or not at all.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .attention import trunk_of
+from .decoding import left_padded, ordinary_attention
+
+if TYPE_CHECKING:
+    from .data.records import RankingList
+    from .prompts import RankingPrompt
+    from .ranking import Ranker
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Per list: the order read from the text (candidate numbers, best first; missing ones appended as presented),
+    whether the text was a full permutation, and the text."""
+
+    orders: list[list[int]]
+    valid: list[bool]
+    texts: list[str]
+
+    @property
+    def invalid_rate(self) -> float:
+        """Share of answers that were no permutation of the candidates; NaN of no answers."""
+        return 1 - float(np.mean(self.valid)) if self.valid else math.nan
+
+    @property
+    def scores(self) -> list[np.ndarray]:
+        """Minus the place of each candidate, counted from 1."""
+        return [-np.argsort(order) - 1.0 for order in self.orders]
+
+
+def generate_and_parse(ranker: Ranker, lists: Sequence[RankingList], batch_size: int = 8) -> Generated:
+    """Greedy text of the `ranking` answer form for every list, left-padded batches of `batch_size`, parsed."""
+    bare = [replace(entry, ratings=(math.nan,) * len(entry.ratings)) for entry in lists]
+    prompts = ranker.prompts.rankings(bare)
+    made = Generated([], [], [])
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        for prompt, text in zip(batch, _generate(ranker, batch), strict=True):
+            order, valid = parse(text, [ranker.tokenizer.decode([token]) for token in prompt.candidate_ids])
+            made.orders.append(order)
+            made.valid.append(valid)
+            made.texts.append(text)
+    return made
+
+
+def parse(text: str, names: Sequence[str]) -> tuple[list[int], bool]:
+    """The order in which a text names candidates, each counted at its first mention, those never named appended in
+    their own order; and whether the text was exactly one mention of each and nothing but separators between."""
+    number = {name.strip(): i for i, name in enumerate(names)}
+    pattern = "|".join(re.escape(name) for name in sorted(number, key=len, reverse=True))
+    found = [number[name] for name in re.findall(rf"(?<!\w)(?:{pattern})(?!\w)", text)]
+    rest = re.sub(rf"(?<!\w)(?:{pattern})(?!\w)", "", text)
+    order = list(dict.fromkeys(found))
+    valid = len(found) == len(order) == len(names) and not re.search(r"\w", rest)
+    return order + [i for i in range(len(names)) if i not in order], valid
+
+
+@torch.no_grad()
+def _generate(ranker: Ranker, prompts: Sequence[RankingPrompt]) -> list[str]:
+    model, tokenizer = ranker.model, ranker.tokenizer
+    end = sorted({prompt.answer_ids[-1] for prompt in prompts})
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end[0]
+    ids, mask = left_padded([prompt.prompt_ids for prompt in prompts], next(model.parameters()).device, pad)
+    with ordinary_attention(trunk_of(model)):
+        written = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max(len(prompt.answer_ids) for prompt in prompts),
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=pad,
+        )
+    return tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
