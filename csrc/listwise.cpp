@@ -12,13 +12,19 @@ namespace alro {
 
 int64_t listwise_scratch(const ListwiseArgs& args) {
   const int64_t widest = (std::max(args.columns, args.width) + 63) / 64 * 64;
-  return 6 * args.rows * widest + 12 * widest;
+  return 5 * (args.rows + 2) * widest + 8 * widest;
 }
 
 void listwise(ListwiseArgs args, int threads) {
-  std::vector<float> discount(args.width + 2);
-  for (size_t d = 1; d < discount.size(); ++d) discount[d] = float(1.0 / std::log2(1.0 + double(d)));
+  std::vector<float> discount(std::max<int64_t>(args.width + 1, 32), 0.0f), delta(discount.size());
+  for (size_t d = 1; d < discount.size(); ++d) {
+    const double here = 1.0 / std::log2(1.0 + double(d));
+    discount[d] = float(here);
+    delta[d] = float(here - 1.0 / std::log2(2.0 + double(d)));
+  }
+  delta[0] = delta[1];
   args.discount = discount.data();
+  args.delta = delta.data();
   const Kernels& kernels = active_kernels();
   const int64_t cells = args.lists * args.rows * args.columns;
   const int useful = int(std::min<int64_t>(cells / 4096 + 1, args.lists));  // a thread is not worth less work than this

@@ -18,7 +18,8 @@ struct ListwiseArgs {
   float gamma, sigma;
   bool normalise, mask_emitted;
   Divergence divergence;
-  const float* discount;  // [width + 2] 1 / log2(1 + d), [0] unused
+  const float* discount;  // [width + 1, at least 32] 1 / log2(1 + k); [0] is 0
+  const float* delta;     // the same shape: discount[d] - discount[d + 1]; d = 0 counts as 1
   float *soft_lambda, *permutation, *expected, *d_soft_lambda, *d_student;
   float* d_teacher;  // or null
 };

@@ -2,159 +2,139 @@
 // first-level cache, loss and gradient come out of one visit.
 #pragma once
 
-#include <math.h>
-
 #include "listwise.h"
 #include "simd.h"
 
 namespace alro::ALRO_ISA {
 
-constexpr float kMasked = -3.0e38f;
+constexpr float kMasked = -3.0e38f;  // the logarithm of a masked column's probability
+constexpr float kCut = 0.5f * kMasked;
 
-// log(x) for normal x > 0 (Cephes)
-ALRO_INLINE vf logarithm(vf x) {
-  vi bits = (vi)x;
-  vi exponent = ((bits - 0x3f3504f3) >> 23);  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
-  vf m = (vf)(bits - (exponent << 23)) - splat(1.0f);
-  vf e = __builtin_convertvector(exponent, vf);
-  vf s = m * m;
-  vf p = splat(7.0376836292e-2f);
-  p = p * m + splat(-1.1514610310e-1f);
-  p = p * m + splat(1.1676998740e-1f);
-  p = p * m + splat(-1.2420140846e-1f);
-  p = p * m + splat(1.4249322787e-1f);
-  p = p * m + splat(-1.6668057665e-1f);
-  p = p * m + splat(2.0000714765e-1f);
-  p = p * m + splat(-2.4999993993e-1f);
-  p = p * m + splat(3.3333331174e-1f);
-  p = p * m * s + e * splat(-2.12194440e-4f) - s * splat(0.5f);
-  return m + p + e * splat(0.693359375f);
-}
-
-ALRO_INLINE vf lane_numbers(int64_t start) {
-  vf x;
-  for (int i = 0; i < kLanes; ++i) x[i] = float(start + i);
-  return x;
-}
-
-ALRO_INLINE float largest_lane(vf x) {
-  float largest = x[0];
-  for (int i = 1; i < kLanes; ++i) largest = x[i] > largest ? x[i] : largest;
-  return largest;
-}
-
-ALRO_INLINE vf pick(const float* table, const int32_t* index) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_i32gather_ps(_mm512_loadu_si512(index), table, 4);
-#elif defined(__AVX2__)
-  return (vf)_mm256_i32gather_ps(table, _mm256_loadu_si256((const __m256i*)index), 4);
-#else
-  vf x;
-  for (int i = 0; i < kLanes; ++i) x[i] = table[index[i]];
-  return x;
-#endif
-}
+ALRO_INLINE int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 struct List {  // one list's view of the arguments
   const ListwiseArgs& args;
-  int64_t l, rows, columns, padded;  // used rows and columns; padded: columns up to whole vectors
+  int64_t l, rows, columns;  // used rows and columns
 
   List(const ListwiseArgs& a, int64_t list)
-      : args(a),
-        l(list),
-        rows(a.sizes[list]),
-        columns(a.values ? a.columns : a.sizes[list]),
-        padded((columns + kLanes - 1) / kLanes * kLanes) {}
-  const float* logits(int64_t row) const { return args.logits + (l * args.rows + row) * args.columns; }
+      : args(a), l(list), rows(a.sizes[list]), columns(a.values ? a.columns : a.sizes[list]) {}
+  int64_t at(int64_t row) const { return (l * args.rows + row) * args.columns; }
   const int64_t* ranks() const { return args.ranks + l * args.width; }
 };
 
+// to [args.columns] = the first `columns` of a row, then zeros
+ALRO_INLINE void put_row(const List& list, const float* row, float* to) {
+  int64_t c = 0;
+  for (; c < list.columns; c += kLanes) store_some(to + c, load(row + c), list.columns - c);
+  for (c = list.columns; c < list.args.columns; c += kLanes) store_some(to + c, vf{}, list.args.columns - c);
+}
+
 // log_p, p [rows, padded]: softmax of each row over the list's columns; with `emitted`, without those of earlier slots.
-// Masked columns get log_p = kMasked and p = 0.
-static void softmax_rows(const List& list, bool emitted, int64_t padded, float* log_p, float* p) {
+// Masked columns get log_p = kMasked; room [2, rows in whole vectors].
+static void softmax_rows(const List& list, bool emitted, int64_t padded, float* log_p, float* p, float* room) {
   const vf masked = splat(kMasked);
+  float* highest = room;
+  float* sum = room + whole_vectors(list.rows);
   for (int64_t k = 0; k < list.rows; ++k) {
+    const float* z = list.args.logits + list.at(k);
     float* y = log_p + k * padded;
     float* e = p + k * padded;
-    for (int64_t c = 0; c < padded; c += kLanes) store(y + c, masked);
-    memcpy(y, list.logits(k), sizeof(float) * list.columns);
-    if (emitted)
+    vf largest = masked;
+    for (int64_t c = 0; c < padded; c += kLanes) {
+      const int64_t left = list.columns - c;
+      vf x = left > 0 ? load_some(z + c, left, masked) : masked;
+      store(y + c, x);
+      largest = maximum(x, largest);
+    }
+    if (emitted) {
       for (int64_t c = 0; c < list.columns; ++c)
         if (list.ranks()[c] <= k) y[c] = kMasked;
-    vf largest = masked;
-    for (int64_t c = 0; c < padded; c += kLanes) largest = maximum(load(y + c), largest);
-    const vf highest = splat(largest_lane(largest));
+      largest = masked;
+      for (int64_t c = 0; c < padded; c += kLanes) largest = maximum(load(y + c), largest);
+    }
+    highest[k] = largest_lane(largest);
+    const vf top = splat(highest[k]);
     vf total = vf{};
     for (int64_t c = 0; c < padded; c += kLanes) {
-      vf x = exponential(load(y + c) - highest);
+      vf x = exponential(load(y + c) - top);
       store(e + c, x);
       total += x;
     }
-    const float sum = sum_lanes(total);
-    const vf share = splat(1.0f / sum), lse = highest + splat(logf(sum));
+    sum[k] = sum_lanes(total);
+  }
+  for (int64_t k = list.rows; k < whole_vectors(list.rows); ++k) highest[k] = 0, sum[k] = 1;
+  for (int64_t k = 0; k < list.rows; k += kLanes) {
+    vf total = load(sum + k);
+    store(highest + k, load(highest + k) + logarithm(total));
+    store(sum + k, splat(1.0f) / total);
+  }
+  for (int64_t k = 0; k < list.rows; ++k) {
+    const vf lse = splat(highest[k]), share = splat(sum[k]);
     for (int64_t c = 0; c < padded; c += kLanes) {
-      vf z = load(y + c);
-      store(e + c, load(e + c) * share);
-      store(y + c, z > splat(0.5f * kMasked) ? z - lse : (z <= splat(0.5f * kMasked) ? masked : z));
+      float* y = log_p + k * padded + c;
+      float* e = p + k * padded + c;
+      store(e, load(e) * share);
+      store(y, load(y) <= splat(kCut) ? masked : load(y) - lse);
     }
   }
 }
 
-// Pairwise lambda loss of scores (lower is better where sigma > 0); d_score [padded] is its gradient.
+// sum over r_i > r_j of delta |G_i - G_j| log2(1 + exp(sigma (score_i - score_j))), d_score [padded] its gradient;
+// score [padded] is finite on pads; room [3, padded].
 static float pairwise_lambda(const List& list, const float* score, float sigma, int64_t padded, float* d_score,
                              float* room) {
   const ListwiseArgs& args = list.args;
   const int64_t m = args.sizes[list.l];
   float* rating = room;
   float* gain = room + padded;
-  float* sorted = room + 2 * padded;
-  int32_t* rank = reinterpret_cast<int32_t*>(room + 3 * padded);
-  int32_t* distance = reinterpret_cast<int32_t*>(room + 4 * padded);
-  const float* ratings = args.ratings + list.l * args.width;
-  for (int64_t i = 0; i < padded; ++i) {
-    rating[i] = i < m ? ratings[i] : NAN;
-    rank[i] = i < m ? int32_t(list.ranks()[i]) : 1;
-    gain[i] = rating[i] == rating[i] ? exp2f(rating[i]) - 1.0f : 0.0f;
-    d_score[i] = 0;
-    int64_t at = i;  // insertion sort, descending
-    for (; at > 0 && sorted[at - 1] < gain[i]; --at) sorted[at] = sorted[at - 1];
-    sorted[at] = gain[i];
+  int32_t* rank = reinterpret_cast<int32_t*>(room + 2 * padded);
+  const vf one = splat(1.0f), ungraded = splat(__builtin_nanf(""));
+  const vi lane = lane_numbers();
+  const bool small = args.width < 32;
+  for (int64_t c = 0; c < padded; c += kLanes) {
+    vf r = c < m ? load_some(args.ratings + list.l * args.width + c, m - c, ungraded) : ungraded;
+    vf x = r * splat(0.693147180559945f);
+    vf g = exponential(x > splat(88.0f) ? splat(88.0f) : x) - one;
+    store(rating + c, r);
+    g = r == r ? g : vf{};
+    store(gain + c, lane + int32_t(c) < vi{} + int32_t(args.width) ? g : splat(kMasked));  // sorts last
+    store(d_score + c, vf{});
   }
-  // gains of ungraded candidates and of pads are 0, and so are the terms they add; they sort before negative gains,
-  // as in the reference, which keeps their places too: both count `width` places
-  float ideal = 0;
-  int64_t place = 1, zeros = args.width - padded;
-  for (int64_t i = 0; i < padded; ++i) {
-    if (sorted[i] < 0 && zeros != 0) {
-      place += zeros;
-      zeros = 0;
+  for (int64_t i = 0; i < padded; ++i) rank[i] = i < m ? int32_t(list.ranks()[i]) : 1;
+
+  vf ideal_sum = vf{};  // of gains in descending order, each over its discount; every entry of the list counts a place
+  for (int64_t c = 0; c < padded; c += kLanes) {
+    const vf own = load(gain + c);
+    const vi number = lane + int32_t(c);
+    vi place = vi{} + 1;
+    for (int64_t j = 0; j < args.width && j < padded; ++j) {
+      const vf other = splat(gain[j]);
+      place -= (other > own) | ((other == own) & (number > vi{} + int32_t(j)));  // true is -1
     }
-    if (sorted[i] != 0) ideal += sorted[i] * args.discount[place > 0 ? place : 1];
-    ++place;
+    place += (own < vf{}) & vi{} + int32_t(args.width > padded ? args.width - padded : 0);
+    const vi last = vi{} + int32_t(args.width);
+    ideal_sum += own > splat(kCut) ? own * look_up(args.discount, place > last ? last : place, small) : vf{};
   }
-  const float per_ideal = ideal > 0 ? 1.0f / ideal : 1.0f;
+  const float ideal = sum_lanes(ideal_sum);
+  const vf per_ideal = splat(ideal > 0 ? 1.0f / ideal : 1.0f);
 
   vf loss = vf{};
   for (int64_t i = 0; i < m; ++i) {
     if (!(rating[i] == rating[i])) continue;
     vf pulled = vf{};
     for (int64_t c = 0; c < padded; c += kLanes) {
-      vf other = load(rating + c);
-      vi better = splat(rating[i]) > other;
-      for (int j = 0; j < kLanes; ++j) {
-        const int32_t d = rank[i] - rank[c + j];
-        distance[j] = d == 0 ? 1 : d < 0 ? -d : d;
-      }
-      vf delta = pick(args.discount, distance) - pick(args.discount + 1, distance);
-      vf apart = (splat(gain[i]) - load(gain + c)) * splat(per_ideal);
-      apart = apart < vf{} ? -apart : apart;
-      vf weight = better ? delta * apart * splat(1.44269504088896341f) : vf{};
+      vi better = splat(rating[i]) > load(rating + c);
+      vi distance = vi{} + rank[i] - *reinterpret_cast<const vi*>(rank + c);
+      distance = distance < 0 ? -distance : distance;
+      vf delta = look_up(args.delta, distance, small);
+      vf apart = (splat(gain[i]) - load(gain + c)) * per_ideal;
+      vf weight = better ? delta * apart * splat(1.44269504088896341f) : vf{};  // a better rating has the larger gain
       vf margin = splat(sigma) * (splat(score[i]) - load(score + c));
       vf small = exponential(margin < vf{} ? margin : -margin);  // exp(-|margin|)
-      vf one = splat(1.0f), sum = one + small;
-      vf log_sum = logarithm(sum) + (small - (sum - one)) / sum;  // log1p
+      vf sum = one + small, inverse = one / sum;
+      vf log_sum = logarithm(sum) + (small - (sum - one)) * inverse;  // log1p(small)
       loss += weight * ((margin > vf{} ? margin : vf{}) + log_sum);
-      vf pull = splat(sigma) * weight * ((margin < vf{} ? small : one) / sum);
+      vf pull = splat(sigma) * weight * ((margin < vf{} ? small : one) * inverse);
       pulled += pull;
       store(d_score + c, load(d_score + c) - pull);
     }
@@ -163,45 +143,41 @@ static float pairwise_lambda(const List& list, const float* score, float sigma, 
   return sum_lanes(loss);
 }
 
-ALRO_INLINE void put_row(const float* from, int64_t used, int64_t columns, float* to) {
-  memcpy(to, from, sizeof(float) * used);
-  if (columns > used) memset(to + used, 0, sizeof(float) * (columns - used));
+// `ratings` form: scores are expected grades, higher is better.
+static void grade_lambda(const List& list, int64_t padded, const float* p, float* work, float* room) {
+  const ListwiseArgs& args = list.args;
+  const int64_t wide = whole_vectors(list.rows);
+  float* score = room;
+  float* d_score = room + wide;
+  for (int64_t i = 0; i < wide; ++i) score[i] = 0;
+  for (int64_t i = 0; i < list.rows; ++i) {
+    vf sum = vf{};
+    for (int64_t c = 0; c < list.columns; c += kLanes)
+      sum += load(p + i * padded + c) * load_some(args.values + c, list.columns - c, vf{});
+    score[i] = sum_lanes(sum);
+  }
+  args.soft_lambda[list.l] = pairwise_lambda(list, score, -args.sigma, wide, d_score, room + 2 * wide);
+  for (int64_t i = 0; i < list.rows; ++i) {
+    for (int64_t c = 0; c < list.columns; c += kLanes) {
+      vf value = load_some(args.values + c, list.columns - c, vf{});
+      store(work + c, splat(d_score[i]) * load(p + i * padded + c) * (value - splat(score[i])));
+    }
+    put_row(list, work, args.d_soft_lambda + list.at(i));
+  }
 }
 
-// One list's soft lambda loss. log_p, p are its row softmaxes; work [rows, padded] is free.
-static void soft_lambda(const List& list, int64_t padded, const float* log_p, const float* p, float* work, float* room) {
+// `ranking` form: scores are expected slots, lower is better. work [rows, padded] is free.
+static void slot_lambda(const List& list, int64_t padded, const float* log_p, const float* p, float* work, float* room) {
   const ListwiseArgs& args = list.args;
+  const int64_t m = list.rows;
   float* score = room;
   float* d_score = room + padded;
-  float* rest = room + 2 * padded;
-  float* expected = args.expected + list.l * args.width;
-  const int64_t m = list.rows;
-
-  if (args.values) {
-    for (int64_t i = 0; i < padded; ++i) score[i] = 0;
-    for (int64_t i = 0; i < m; ++i) {
-      float sum = 0;
-      for (int64_t c = 0; c < list.columns; ++c) sum += p[i * list.padded + c] * args.values[c];
-      score[i] = sum;
-    }
-    args.soft_lambda[list.l] = pairwise_lambda(list, score, -args.sigma, padded, d_score, rest);
-    put_row(score, m, args.width, expected);
-    for (int64_t i = 0; i < m; ++i) {
-      float* to = args.d_soft_lambda + (list.l * args.rows + i) * args.columns;
-      for (int64_t c = 0; c < list.columns; ++c)
-        to[c] = d_score[i] * p[i * list.padded + c] * (args.values[c] - score[i]);
-    }
-    return;
-  }
-
-  // softmax over the slots of each candidate, and the expected slot
   const vf gamma = splat(args.gamma);
   for (int64_t c = 0; c < padded; c += kLanes) {
+    const int64_t left = m - c;
     auto sharpened = [&](int64_t k) __attribute__((always_inline)) {
       if (args.normalise) return gamma * load(log_p + k * padded + c);
-      vf z;  // pads of a row may lie in the next one: they are finite, and their results are not used
-      for (int j = 0; j < kLanes; ++j) z[j] = c + j < list.columns ? list.logits(k)[c + j] : 0.0f;
-      return gamma * z;
+      return left > 0 ? gamma * load_some(args.logits + list.at(k) + c, left, vf{}) : vf{};
     };
     vf highest = sharpened(0);
     for (int64_t k = 1; k < m; ++k) highest = maximum(sharpened(k), highest);
@@ -212,47 +188,46 @@ static void soft_lambda(const List& list, int64_t padded, const float* log_p, co
       total += x;
       moment += x * splat(float(k + 1));
     }
-    const vf mean = lane_numbers(c) < splat(float(list.columns)) ? moment / total : vf{};
+    const vf inverse = splat(1.0f) / total;
+    const vi used = lane_numbers() < vi{} + int32_t(left);
+    const vf mean = used ? moment * inverse : vf{};
     store(score + c, mean);
-    for (int64_t k = 0; k < m; ++k) {
+    for (int64_t k = 0; k < m; ++k) {  // the derivative of `score`
       float* at = work + k * padded + c;
-      store(at, gamma * (load(at) / total) * (splat(float(k + 1)) - mean));
+      store(at, used ? gamma * load(at) * inverse * (splat(float(k + 1)) - mean) : vf{});
     }
   }
-  args.soft_lambda[list.l] = pairwise_lambda(list, score, args.sigma, padded, d_score, rest);
-  put_row(score, m, args.width, expected);
+  args.soft_lambda[list.l] = pairwise_lambda(list, score, args.sigma, padded, d_score, room + 2 * padded);
   for (int64_t k = 0; k < m; ++k) {
+    float* row = work + k * padded;
     vf sum = vf{};
     for (int64_t c = 0; c < padded; c += kLanes) {
-      vf d = load(d_score + c) * load(work + k * padded + c);
-      d = lane_numbers(c) < splat(float(list.columns)) ? d : vf{};
-      store(work + k * padded + c, d);
+      vf d = load(d_score + c) * load(row + c);
+      store(row + c, d);
       sum += d;
     }
     if (args.normalise) {
       const vf all = splat(sum_lanes(sum));
-      for (int64_t c = 0; c < padded; c += kLanes)
-        store(work + k * padded + c, load(work + k * padded + c) - load(p + k * padded + c) * all);
+      for (int64_t c = 0; c < padded; c += kLanes) store(row + c, load(row + c) - load(p + k * padded + c) * all);
     }
-    put_row(work + k * padded, list.columns, args.columns,
-            args.d_soft_lambda + (list.l * args.rows + k) * args.columns);
+    put_row(list, row, args.d_soft_lambda + list.at(k));
   }
 }
 
-// D(P, Q) of one row and its gradients; p and q are 0, and the logarithms kMasked, where a column is masked.
+// D(P, Q) of one row and its gradients times `weight`; columns masked in either are left out.
 ALRO_INLINE float divergence_row(Divergence kind, int64_t padded, const float* log_p, const float* p, const float* log_q,
                                  const float* q, float weight, float* d_student, float* d_teacher) {
-  const vf cut = splat(0.5f * kMasked), w = splat(weight);
+  const vf cut = splat(kCut), w = splat(weight);
+  const bool both = kind == Divergence::symmetric;
   vf forward = vf{}, backward = vf{};
   for (int64_t c = 0; c < padded; c += kLanes) {
     vf a = load(log_p + c), b = load(log_q + c);
     vi masked = (a < cut) | (b < cut);
     vf ratio = masked ? vf{} : (kind == Divergence::ce ? -b : a - b);
-    forward += masked ? vf{} : load(p + c) * ratio;
-    backward -= masked ? vf{} : load(q + c) * ratio;
+    forward += load(p + c) * ratio;
+    if (both) backward -= load(q + c) * ratio;
   }
-  const vf f = splat(sum_lanes(forward)), g = splat(sum_lanes(backward));
-  const bool both = kind == Divergence::symmetric;
+  const vf f = splat(sum_lanes(forward)), g = both ? splat(sum_lanes(backward)) : vf{};
   for (int64_t c = 0; c < padded; c += kLanes) {
     vf a = load(log_p + c), b = load(log_q + c);
     vi masked = (a < cut) | (b < cut);
@@ -269,50 +244,60 @@ ALRO_INLINE float divergence_row(Divergence kind, int64_t padded, const float* l
   return both ? 0.5f * (f[0] + g[0]) : f[0];
 }
 
-static void permutation(const List& list, int64_t padded, float* const* work) {
+// work: log_q, q of the list itself (without masks), then three free [rows, padded]
+static void permutation(const List& list, int64_t padded, float* const* work, float* room) {
   const ListwiseArgs& args = list.args;
   const List teacher(args, args.twin[list.l]);
   float *log_q = work[0], *q = work[1], *log_p = work[2], *p = work[3];
   const bool emitted = args.mask_emitted && !args.values;
-  if (emitted) softmax_rows(list, true, padded, log_q, q);
-  softmax_rows(teacher, emitted, padded, log_p, p);
+  if (emitted) softmax_rows(list, true, padded, log_q, q, room);
+  softmax_rows(teacher, emitted, padded, log_p, p, room);
   const int64_t compared = args.values ? list.rows : list.rows - 1;
-  const int64_t shared = compared < teacher.rows ? compared : teacher.rows;
   float* d_student = work[4];
   float* d_teacher = work[4] + padded;
   float sum = 0;
-  for (int64_t k = 0; k < shared; ++k) {
-    sum += divergence_row(args.divergence, padded, log_p + k * padded, p + k * padded, log_q + k * padded,
-                          q + k * padded, 1.0f / float(compared), d_student, d_teacher);
-    const int64_t at = (list.l * args.rows + k) * args.columns;
-    put_row(d_student, list.columns, args.columns, args.d_student + at);
-    if (args.d_teacher) put_row(d_teacher, list.columns, args.columns, args.d_teacher + at);
+  for (int64_t k = 0; k < list.rows; ++k) {
+    if (k < compared && k < teacher.rows) {
+      const int64_t at = k * padded;
+      sum += divergence_row(args.divergence, padded, log_p + at, p + at, log_q + at, q + at, 1.0f / float(compared),
+                            d_student, d_teacher);
+    } else {
+      for (int64_t c = 0; c < padded; c += kLanes) store(d_student + c, vf{}), store(d_teacher + c, vf{});
+    }
+    put_row(list, d_student, args.d_student + list.at(k));
+    if (args.d_teacher) put_row(list, d_teacher, args.d_teacher + list.at(k));
   }
   args.permutation[list.l] = compared > 0 ? sum / float(compared) : 0.0f;
+}
+
+ALRO_INLINE void clear_rows(const List& list, int64_t begin, float* to) {
+  memset(to + list.at(begin), 0, sizeof(float) * (list.args.rows - begin) * list.args.columns);
 }
 
 static void listwise(const ListwiseArgs& args, int64_t begin, int64_t end, float* scratch) {
   const int64_t widest = ((args.columns > args.width ? args.columns : args.width) + 63) / 64 * 64;
   float* work[5];
-  for (int i = 0; i < 5; ++i) work[i] = scratch + i * args.rows * widest;
-  float* room = scratch + 6 * args.rows * widest;
-  const int64_t cells = args.rows * args.columns;
+  for (int i = 0; i < 5; ++i) work[i] = scratch + i * (args.rows + 2) * widest;
+  float* room = scratch + 5 * (args.rows + 2) * widest;
   for (int64_t l = begin; l < end; ++l) {
     const List list(args, l);
     const bool compare = args.divergence != Divergence::none && args.twin[l] >= 0;
-    int64_t padded = list.padded;
+    int64_t padded = whole_vectors(list.columns);
     if (compare) {  // one width for both
-      const int64_t twin_padded = List(args, args.twin[l]).padded;
+      const int64_t twin_padded = whole_vectors(List(args, args.twin[l]).columns);
       padded = twin_padded > padded ? twin_padded : padded;
     }
-    const int64_t wide = (args.sizes[l] + kLanes - 1) / kLanes * kLanes;
-    memset(args.d_soft_lambda + l * cells, 0, sizeof(float) * cells);
-    memset(args.d_student + l * cells, 0, sizeof(float) * cells);
-    if (args.d_teacher) memset(args.d_teacher + l * cells, 0, sizeof(float) * cells);
+    if (list.rows < args.rows) clear_rows(list, list.rows, args.d_soft_lambda);
+    const int64_t first_clear = compare ? list.rows : 0;
+    if (first_clear < args.rows) clear_rows(list, first_clear, args.d_student);
+    if (args.d_teacher && first_clear < args.rows) clear_rows(list, first_clear, args.d_teacher);
     args.permutation[l] = 0;
-    softmax_rows(list, false, padded, work[0], work[1]);
-    soft_lambda(list, args.values ? wide : padded, work[0], work[1], work[2], room);
-    if (compare) permutation(list, padded, work);
+    softmax_rows(list, false, padded, work[0], work[1], room);
+    if (args.values) grade_lambda(list, padded, work[1], work[2], room);
+    else slot_lambda(list, padded, work[0], work[1], work[2], room);
+    float* expected = args.expected + l * args.width;  // `room` begins with the scores
+    for (int64_t i = 0; i < args.width; ++i) expected[i] = i < list.rows ? room[i] : 0.0f;
+    if (compare) permutation(list, padded, work, room);
   }
 }
 

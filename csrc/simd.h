@@ -41,9 +41,79 @@ ALRO_INLINE bool any_above(vf a, vf b) {
 }
 
 ALRO_INLINE float sum_lanes(vf x) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += x[i];
-  return total;
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__AVX2__)
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#else
+  return (x[0] + x[2]) + (x[1] + x[3]);
+#endif
+}
+
+ALRO_INLINE float largest_lane(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#elif defined(__AVX2__)
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+#else
+  const float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
+  return a > b ? a : b;
+#endif
+}
+
+ALRO_INLINE vi lane_numbers() {
+  vi x;
+  for (int i = 0; i < kLanes; ++i) x[i] = i;
+  return x;
+}
+
+// The first n lanes (all, where n >= kLanes); nothing beyond them is read or written.
+ALRO_INLINE vf load_some(const float* p, int64_t n, vf otherwise) {
+  if (n >= kLanes) return load_any(p);
+#if defined(__AVX512F__)
+  return (vf)_mm512_mask_loadu_ps((__m512)otherwise, (__mmask16)((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  const vi mask = lane_numbers() < vi{} + int32_t(n);
+  return mask ? (vf)_mm256_maskload_ps(p, (__m256i)mask) : otherwise;
+#else
+  for (int i = 0; i < n; ++i) otherwise[i] = p[i];
+  return otherwise;
+#endif
+}
+
+ALRO_INLINE void store_some(float* p, vf x, int64_t n) {
+  if (n >= kLanes) {
+    store_any(p, x);
+    return;
+  }
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(p, (__m256i)(lane_numbers() < vi{} + int32_t(n)), (__m256)x);
+#else
+  for (int i = 0; i < n; ++i) p[i] = x[i];
+#endif
+}
+
+// table[index]; a table has at least 32 entries, and `small` says that no index is above 31
+ALRO_INLINE vf look_up(const float* table, vi index, bool small) {
+#if defined(__AVX512F__)
+  if (small)
+    return (vf)_mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)index, _mm512_loadu_ps(table + 16));
+  return (vf)_mm512_i32gather_ps((__m512i)index, table, 4);
+#elif defined(__AVX2__)
+  (void)small;
+  return (vf)_mm256_i32gather_ps(table, (__m256i)index, 4);
+#else
+  (void)small;
+  vf x;
+  for (int i = 0; i < kLanes; ++i) x[i] = table[index[i]];
+  return x;
+#endif
 }
 
 // exp(x) to 1 ulp or so for x <= 88, 0 below -87.3; NaN stays NaN.
@@ -64,6 +134,27 @@ ALRO_INLINE vf exponential(vf x) {
   vi bits = ((vi)shifted - (vi)magic + 127) << 23;
   vf power = (vf)bits;
   return x < splat(-87.33654f) ? vf{} : p * power;
+}
+
+// log(x) for normal x > 0 (Cephes)
+ALRO_INLINE vf logarithm(vf x) {
+  vi bits = (vi)x;
+  vi exponent = (bits - 0x3f3504f3) >> 23;  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
+  vf m = (vf)(bits - (exponent << 23)) - splat(1.0f);
+  vf e = __builtin_convertvector(exponent, vf);
+  vf s = m * m;
+  vf p = splat(7.0376836292e-2f);
+  p = p * m + splat(-1.1514610310e-1f);
+  p = p * m + splat(1.1676998740e-1f);
+  p = p * m + splat(-1.2420140846e-1f);
+  p = p * m + splat(1.4249322787e-1f);
+  p = p * m + splat(-1.6668057665e-1f);
+  p = p * m + splat(2.0000714765e-1f);
+  p = p * m + splat(-2.4999993993e-1f);
+  p = p * m + splat(3.3333331174e-1f);
+  p = p * m * s + e * splat(-2.12194440e-4f) - s * splat(0.5f);
+  vf y = m + p + e * splat(0.693359375f);
+  return x == x ? y : x;  // NaN stays NaN
 }
 
 // tanh(x) to a few ulp: an odd polynomial near 0 (Cephes), 1 - 2 / (exp(2|x|) + 1) elsewhere.
