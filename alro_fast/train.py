@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,11 +60,16 @@ class Run:
         self.config, self.training = config, config.training
         self.folder = claim_folder(config)
         self.checkpoint = find_checkpoint(config, self.folder)
-        if not self.training.dry_run:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.save_config(self.folder)
+        work = self.folder
+        if self.training.dry_run:
+            self._scratch = tempfile.TemporaryDirectory(prefix="alro_fast-")
+            work = Path(self._scratch.name)
+            self.training.output_dir = str(work)
+        else:
+            work.mkdir(parents=True, exist_ok=True)
+            self.save_config(work)
         set_seed(self.training.seed)
-        self.prepared = prepare(config, self.folder)
+        self.prepared = prepare(config, work)
         splits = {split: self.prepared.lists(split) for split in ("train", "valid", "test")}
         limits = {
             "train": config.data.max_train_lists,

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from alro_fast.losses import RankingLists, alro_loss
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alro_fast.attention import tree_hidden_states, use_tree_attention
 from alro_fast.fused_head import head_of
+from alro_fast.losses import RankingLists, alro_loss
 from alro_fast.packing import Branch, Tree, collate
 
 LISTS, CANDIDATES, BLOCK, ANSWER = 8, 10, 100, 30
@@ -87,7 +87,8 @@ class Ours:
     """Both orders of a list are one tree; eight trees are one stream."""
 
     def __init__(self, model: torch.nn.Module, lists: list[dict]) -> None:
-        self.model = use_tree_attention(model)
+        self.model = model
+        use_tree_attention(model)
         trees = [Tree([Branch(prompt + answer, len(prompt)) for prompt, answer, _ in one["views"]]) for one in lists]
         self.batch = collate(trees, range(len(trees)))
         self.lists = ranking_lists(lists, [[(2 * i + v) * ANSWER for v in (0, 1)] for i in range(len(lists))])

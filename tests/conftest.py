@@ -1,0 +1,20 @@
+"""Shared settings: one thread per test process (workers run side by side); real data, where it is at hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets; tests that need it are skipped where it is missing."""
+    folder = Path(os.environ.get("ALRO_FAST_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set ALRO_FAST_SHARED_DATA")
+    return folder

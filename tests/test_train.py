@@ -1,0 +1,204 @@
+"""The train command end to end on a tiny random base: its files, resumption, and its one-line errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import byte_tokenizer, catalogue, random_lists, tiny_llama
+
+from alro_fast import cli, train
+from alro_fast.data.lists import write_prepared
+from alro_fast.errors import AlroFastError
+from alro_fast.ranking import Ranker
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base model, prepared lists, and one finished run over them."""
+    folder = tmp_path_factory.mktemp("train")
+    tokenizer = byte_tokenizer()
+    tiny_llama(len(tokenizer)).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    lists = random_lists(24, range(3, 6), seed=3, history=3, items=40)
+    splits = {"train": lists[:12], "valid": lists[12:16], "test": lists[16:]}
+    write_prepared(folder / "data", catalogue(40), splits, {"dataset": "made", "tie_rule": "none needed"})
+    train.main(options(folder, "run"))
+    return folder
+
+
+def options(folder, output, *more):
+    words = {
+        "--model_name_or_path": folder / "base", "--data_dir": folder / "data", "--output_dir": folder / output,
+        "--tokens_per_batch": 1200, "--num_train_epochs": 3, "--learning_rate": 0.01, "--lora_r": 4, "--save_steps": 4,
+        "--eval_strategy": "epoch", "--use_cpu": True, "--disable_tqdm": True, "--logging_steps": 1,
+    }  # fmt: skip
+    return [str(word) for pair in words.items() for word in pair] + [str(word) for word in more]
+
+
+def refused(argv):
+    """The message of the one-line error that a command ends with."""
+    with pytest.raises(AlroFastError) as caught:
+        train.main([str(word) for word in argv])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_run_leaves_everything_it_promises(folder):
+    run = folder / "run"
+    left = {path.name for path in run.iterdir()}
+    assert {
+        "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md", "identifiers.json",
+        "prompt_template.yaml", "data_manifest.json", "config.yaml", "trainer_state.json", "results.json",
+        "predictions.jsonl", "run.trec", "qrels.trec",
+    } <= left  # fmt: skip
+    assert any(name.startswith("checkpoint-") for name in left)
+    results = json.loads((run / "results.json").read_text())
+    assert {"random", "popularity", "mean_rating", "untuned", "tuned"} <= results.keys()
+    assert results["untuned"]["ndcg@3"] != results["tuned"]["ndcg@3"]
+    assert yaml.safe_load((run / "config.yaml").read_text())["lora_r"] == 4
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    assert "ndcg@3" in " ".join(key for entry in history for key in entry)
+    card = (run / "README.md").read_text()
+    assert str(ROOT) not in card.split("base_model")[0]
+
+
+def test_the_adapter_is_plain_peft_and_changes_the_scores(folder):
+    ranker = Ranker.load(folder / "run", device="cpu")
+    assert isinstance(ranker.model, PeftModel)
+    lists = random_lists(5, 4, seed=8)
+    tuned = ranker.scores(lists)
+    with ranker.untuned():
+        untuned = ranker.scores(lists)
+    assert max(np.abs(a - b).max() for a, b in zip(tuned, untuned)) > 1e-2
+    again = Ranker.load(folder / "run", device="cpu").scores(lists)
+    np.testing.assert_allclose(np.concatenate(again), np.concatenate(tuned), atol=1e-6, rtol=0)
+
+
+def test_predictions_are_those_of_the_reloaded_adapter(folder):
+    """What the run wrote equals what the saved adapter says, to 1e-6."""
+    from alro_fast.data.lists import open_prepared
+
+    lists = open_prepared(folder / "data").lists("test")
+    scores = Ranker.load(folder / "run", device="cpu").scores([lists[i] for i in range(len(lists))])
+    written = [json.loads(line) for line in (folder / "run" / "predictions.jsonl").read_text().splitlines()]
+    for row, line in zip(scores, written, strict=True):
+        np.testing.assert_allclose(line["rankings"]["tuned"]["scores"], row, atol=1e-6, rtol=0)
+
+
+def test_a_killed_run_resumes_as_if_nothing_had_happened(folder):
+    """SIGKILL after the first checkpoint, then --resume_from_checkpoint: the same adapter and losses, bit for bit."""
+    code = "import sys, time; from alro_fast import train, trainer\n" + (
+        "step = trainer.RankerTrainer.training_step\n"
+        "def slow(self, *given):\n"
+        "    time.sleep(0.5 if self.state.global_step >= 5 else 0)\n"
+        "    return step(self, *given)\n"
+        "trainer.RankerTrainer.training_step = slow\n"
+        "train.main(sys.argv[1:])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *options(folder, "killed")], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    waited = time.monotonic()
+    while not (folder / "killed" / "checkpoint-4" / "trainer_state.json").is_file():
+        assert process.poll() is None
+        assert time.monotonic() - waited < 240
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "killed" / "results.json").exists()
+    train.main(options(folder, "killed", "--resume_from_checkpoint", "true"))
+    one, other = (load_file(folder / name / "adapter_model.safetensors") for name in ("run", "killed"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    histories = [
+        json.loads((folder / name / "trainer_state.json").read_text())["log_history"] for name in ("run", "killed")
+    ]
+    losses = [[entry["loss"] for entry in history if "loss" in entry] for history in histories]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) > 5
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(folder):
+    message = refused(options(folder, "run", "--resume_from_checkpoint", "true", "--alpha", "0.9"))
+    assert "was trained with alpha=0.5, this run has alpha=0.9" in message.replace(
+        "this run has 0.9", "this run has alpha=0.9"
+    )
+
+
+def test_folders_that_hold_something_are_left_alone(folder):
+    (folder / "precious").mkdir()
+    (folder / "precious" / "thesis.txt").write_text("years of work")
+    assert "holds something else than a run of alro_fast" in refused(
+        options(folder, "precious", "--overwrite_output_dir", "true")
+    )
+    assert (folder / "precious" / "thesis.txt").is_file()
+    before = sorted(folder.joinpath("run").rglob("*"))
+    assert "holds an earlier run" in refused(options(folder, "run"))
+    assert sorted(folder.joinpath("run").rglob("*")) == before
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(folder, capsys):
+    train.main(options(folder, "dry", "--dry_run", "true"))
+    plan = capsys.readouterr().out
+    for word in ("12 train", "distinct", "shared", "steps", "GiB"):
+        assert word in plan
+    assert not (folder / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--objective", "listnet"], "--objective 'listnet' is unknown; expected one of"),
+        (["--learning_rat", "3"], "unknown option '--learning_rat' (did you mean learning_rate?)"),
+        (["--learning_rate", "fast"], "invalid float value: 'fast'"),
+        (["--data_dir", "nowhere"], "nowhere is not a prepared data folder"),
+        (["--config", "DATA"], "is not a configuration"),
+        (["--template", "novels"], "novels"),
+        (["--identifiers", "items"], "--use_peft false"),
+        (["--lora_target_modules", "lm_head"], "lm_head"),
+        (["--lora_target_modules", "nothing_like_it"], "nothing_like_it"),
+        (["--model_name_or_path", "/nonexistent/model"], "--model_name_or_path /nonexistent/model"),
+        (["--tokens_per_batch", "50"], "more than --tokens_per_batch 50"),
+        (["--resume_from_checkpoint", "true"], "no checkpoint in"),
+        (["--answer", "essay"], "invalid choice: 'essay'"),
+    ],
+)
+def test_mistakes_get_one_line_before_any_work(folder, more, said):
+    more = [str(folder / "data" / "items.parquet") if word == "DATA" else word for word in more]
+    assert said in refused(options(folder, "mistake", *more))
+    assert not (folder / "mistake" / "trainer_state.json").exists()
+    shutil.rmtree(folder / "mistake", ignore_errors=True)
+
+
+def test_the_command_prints_one_line_and_exits_2(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["alro-fast", "train", "--config", "nope"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_full_fine_tuning_with_item_tokens_from_scratch(folder):
+    """No base, no adapter: a random model whose identifiers are item tokens; every weight trained and saved."""
+    argv = [
+        "--model_name_or_path", "scratch", "--use_peft", "false", "--identifiers", "items", "--scratch_hidden_size", 32,
+        "--scratch_layers", 1, "--scratch_vocab_size", 300, "--max_steps", 3,
+    ]  # fmt: skip
+    train.main([*options(folder, "scratch"), *map(str, argv)])
+    assert (folder / "scratch" / "model.safetensors").is_file()
+    ranker = Ranker.load(folder / "scratch", device="cpu")
+    lists = random_lists(3, 4, items=40)
+    assert all(sorted(ranking.order) == [0, 1, 2, 3] for ranking in ranker.rank(lists))
