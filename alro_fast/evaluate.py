@@ -1,7 +1,7 @@
 """How good a tuned model's rankings are, beside the baselines, on the same lists.
 
 `python -m alro_fast.evaluate --adapter DIR --lists PREPARED [--split test]` prints NDCG@1/3/5/10 with intervals, states
-every convention behind them, and writes results.json, predictions.jsonl, run.trec and qrels.trec.
+every convention behind them, and writes results.json, predictions.jsonl, run.trec, qrels.trec and report.html.
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import resource
+import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from . import metrics
 from .cli import run
@@ -23,6 +27,7 @@ from .errors import AlroFastError
 from .orders import Ranking
 from .rank import OneLineParser, add_ranking_options
 from .ranking import Ranker, check_options
+from .report import write_report
 from .results import baseline_scores, evaluate_lists, write_predictions, write_trec
 
 __all__ = ["baseline_scores", "evaluate_lists", "main"]
@@ -74,6 +79,7 @@ def main(argv: Sequence[str]) -> None:
         results,
         seconds=seconds,
         sensitivity={name: order_sensitivity(each) for name, each in rankings.items()} if options.shuffles > 1 else {},
+        about={"device": str(ranker.device), "peak_memory_gib": peak_memory(ranker.device) / 2**30},
         conventions=results.conventions | {"rankings": f"method {method}{presented}, seed {options.seed}"},
     )
     print(results.table())
@@ -82,6 +88,10 @@ def main(argv: Sequence[str]) -> None:
     factor = write_trec(folder, lists, scores["tuned"], tag="alro_fast")
     times = "" if factor == 1 else f" (ratings x {factor} in qrels.trec, which holds whole numbers)"
     print(f"results.json, predictions.jsonl, run.trec and qrels.trec are in {folder}{times}")
+    if find_spec("matplotlib") is None:
+        print("no report.html: its plots need matplotlib (pip install 'alro-fast[plots]')")
+    else:
+        print(f"report: {write_report(folder, options.adapter)}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -104,6 +114,13 @@ def timed(ranker: Ranker, lists: Sequence[RankingList], how: dict) -> tuple[list
     start = time.perf_counter()
     rankings = ranker.rank(lists, **how)
     return rankings, time.perf_counter() - start
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch held on a CUDA device, or that this process ever held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def order_sensitivity(rankings: Sequence[Ranking]) -> float:

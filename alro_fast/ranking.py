@@ -208,7 +208,7 @@ class Ranker:
         for indices in plan:
             rows = list(chain.from_iterable(range(firsts[index], firsts[index + 1]) for index in indices))
             with _memory(sum(sizes[index] for index in indices), str(trees[indices[0]])):
-                batch = collate(trees, indices).to(self._device)
+                batch = collate(trees, indices).to(self.device)
                 logits = token_logits(tree_hidden_states(self.model, batch), head, [tokens[row] for row in rows])
             for row, values in zip(rows, logits, strict=True):
                 found[row] = values
@@ -237,7 +237,7 @@ class Ranker:
     # ---- small things
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     def _check_length(self, entry: RankingList, tokens: int) -> None:

@@ -40,6 +40,7 @@ class Results:
     seconds: dict[str, float]  # ranker -> seconds for all lists, where it was timed
     conventions: dict[str, str]
     bootstrap: int = 1000  # resamples behind an interval; 0: none
+    about: dict[str, Any] = field(default_factory=dict)  # what else results.json should say of the measurement
     sensitivity: dict[str, float] = field(default_factory=dict)  # ranker -> mean Kendall tau between presentations
 
     def mean(self, ranker: str, metric: str) -> float:
@@ -67,14 +68,14 @@ class Results:
         ranked = self.lists - self.all_equal
         users = len(np.unique(self.users))
         lines = [f"{self.split}: {ranked} lists of {users} users, each ranker on the same lists", ""]
-        header = "".join(f"NDCG@{k}".center(20) for k in self.cutoffs)
+        header = "".join(f"NDCG@{k}".center(23) for k in self.cutoffs)
         timed = any(name in self.seconds for name in self.per_list)
         lines.append(f"{'':<15}{header}{'lists/s':>9}" if timed else f"{'':<15}{header}")
         for ranker in self.per_list:
             row = f"{LABELS.get(ranker, ranker):<15}"
             for k in self.cutoffs:
                 mean, low, high = self.interval(ranker, f"ndcg@{k}")
-                row += (f"{mean:.4f} [{low:.3f}, {high:.3f}]" if self.bootstrap else f"{mean:.4f}").center(20)
+                row += (f"{mean:.4f} [{low:.3f}, {high:.3f}]" if self.bootstrap else f"{mean:.4f}").center(23)
             if ranker in self.seconds:
                 row += f"{self.lists / max(self.seconds[ranker], 1e-9):>9.1f}"
             lines.append(row.rstrip())
@@ -114,8 +115,21 @@ class Results:
             "lists_ranked": self.lists - self.all_equal,
             "users_ranked": len(np.unique(self.users)),
             "conventions": self.conventions,
+            "comparisons": self._comparisons(),
+            **self.about,
         }
         return document
+
+    def _comparisons(self) -> list[dict[str, Any]]:
+        """The tuned ranker against every other, paired on the same lists."""
+        if "tuned" not in self.per_list or self.lists == self.all_equal:
+            return []
+        made = []
+        for other in self.per_list:
+            for metric in (f"ndcg@{k}" for k in self.cutoffs if other != "tuned"):
+                change = {name: _plain(value) for name, value in self.compare("tuned", other, metric)._asdict().items()}
+                made.append({"first": "tuned", "second": other, "metric": metric, **change})
+        return made
 
     def save(self, folder: str | Path) -> Path:
         """Write results.json; returns its path."""
