@@ -6,17 +6,16 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import chain
+from functools import cached_property
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from ..data.records import Item, RankingList, target_ranks
 from ..errors import AlroFastError
-from .encoding import Encoder, Pieces, line_start
-from .identifiers import LETTERS, Grading, item_labels, labels_in_context, prove_answers, prove_grading
-from .line import Line, shown_rating
+from .encoding import Encoder
+from .identifiers import Grading, prove_answers, prove_grading
+from .page import Page
 from .template import PromptTemplate, load_template, parse_template, placeholders
 from .turns import find_turns
 
@@ -60,11 +59,8 @@ class RatingPrompt:
 class PromptBuilder:
     """Writes prompts for one tokenizer and template.
 
-    A prompt is the concatenation of separately encoded pieces: the text before the history, one piece or two per
-    history line, the text before the candidates, per candidate line its identifier and the rest, the text after. So
-    no title can reach beyond its line, an identifier is always one token, and a line costs the same tokens wherever
-    it stands. Training and inference both use these ids; they equal the tokenizer's own ids of `text()` for byte-level
-    BPE and SentencePiece-like tokenizers and the ready templates.
+    Training and inference both use these ids. They are made from pieces (see Page) and equal the tokenizer's own ids
+    of `text()` unless it merges characters across pieces, as a vocabulary with a token "A." would.
 
     Args:
         tokenizer: a tokenizer of the `tokenizers` library; its chat template is applied if it has one.
@@ -74,7 +70,7 @@ class PromptBuilder:
         items: the catalogue, for "items": each must have its token (None: as many as the tokenizer has).
 
     Raises:
-        AlroFastError: the template, or too few single-token identifiers, or an answer that merges with the prompt.
+        AlroFastError: no such template or a mistake in it, or a tokenizer without single-token identifiers for it.
     """
 
     def __init__(
@@ -88,48 +84,22 @@ class PromptBuilder:
     ):
         if identifiers not in {"letters", "items"}:
             raise AlroFastError(f"identifiers {identifiers!r}: expected letters or items")
-        self.template = template if isinstance(template, PromptTemplate) else load_template(template)
+        self.template = text = template if isinstance(template, PromptTemplate) else load_template(template)
         self.identifiers, self.max_length = identifiers, max_length
         self._encoder = encoder = Encoder(tokenizer)
-        self._by_item = identifiers == "items"
-        self._turns = turns = find_turns(encoder, self.template["system"])
-        text = self.template
+        self._turns = find_turns(encoder, text["system"])
+        self._page = page = Page(encoder, text, self._turns, identifiers, None if items is None else len(items))
         self._separator = text[f"{identifiers}.separator"]
-        self._head_text = turns.before + _lines(text["introduction"], text["history"])
-        self._middle_text = _lines(text["candidates"])
-        self._head = turns.start + encoder.trusted([self._head_text])[0]
-        self._middle = encoder.trusted_after("\n", self._middle_text)
-
-        self._history_line = Line(text, f"{identifiers}.history_line")
-        self._candidate_line = Line(text, f"{identifiers}.candidate_line")
-        lead = self._candidate_line.before
-        if self._by_item:
-            labels = item_labels(encoder, None if items is None else len(items))
-            self._history_lead, self._line_lead = encoder.plain_after("\n", [self._history_line.before, lead])
-            self._line_ids = tokenizer.convert_tokens_to_ids(labels)
-            history_anchor = candidate_anchor = ""  # an added token cuts the text: what follows it stands alone
-        else:
-            anchor, n = line_start(encoder.plain, lead)
-            shown = labels_in_context(encoder.plain, anchor + lead, LETTERS, "", encoder.unk)
-            labels = LETTERS[: len(shown.ids)]
-            self._history_lead, self._line_lead, self._line_ids = [], shown.left[n:], shown.ids
-            history_anchor, candidate_anchor = "\n", anchor + lead + LETTERS[0]
-        if len(labels) > 1:
-            self._answers = prove_answers(
-                encoder, self._tail("ranking"), labels, self._separator, turns.end, self._by_item
-            )
-            labels = labels[: len(self._answers.ids)]
-        if len(labels) < 2:
+        self._answers = prove_answers(
+            encoder, self._tail("ranking"), page.labels, self._separator, self._turns.end, page.by_item
+        )
+        self.labels = page.labels[: len(self._answers.ids)]
+        if not self.labels:
             raise AlroFastError(
-                f"tokenizer {encoder.name!r} has no single-token letters: A and B are not one distinct token each "
-                f"in {text['letters.candidate_line']!r} and {text['ranking.answer']!r}; use another tokenizer, other "
-                "lines in the prompt template, or identifiers: items"
+                f"tokenizer {encoder.name!r} has no single-token {identifiers}: the first two are not one distinct "
+                f"token each in {text[f'{identifiers}.candidate_line']!r} and in {text['ranking.answer']!r} with the "
+                f"separator {self._separator!r}; use another tokenizer, other lines in the prompt template, or other identifiers"
             )
-        self.labels = list(labels)
-        rating_anchor = "x" if self._history_line.has_body else history_anchor
-        self._history_pieces = Pieces(partial(encoder.plain_after, history_anchor), self._history_line.body)
-        self._rating_pieces = Pieces(partial(encoder.plain_after, rating_anchor), self._history_line.ending)
-        self._candidate_pieces = Pieces(partial(encoder.plain_after, candidate_anchor), self._candidate_line.body)
 
     @property
     def max_candidates(self) -> int:
@@ -169,20 +139,11 @@ class PromptBuilder:
     def text(self, ranking_list: RankingList, order: Sequence[int] | None = None) -> tuple[str, str]:
         """Prompt and answer of the `ranking` form as text, for people to read."""
         order = self._checked(ranking_list, order)
-        dropped = self.ranking(ranking_list, order).dropped_history
-        history, candidates = self._history_line, self._candidate_line
-        seen = list(zip(ranking_list.history, ranking_list.history_ratings))[dropped:]
-        past = (
-            history.before + self._label(item) + history.body(item) + history.ending(shown_rating(rating))
-            for item, rating in seen
-        )
-        shown = [ranking_list.candidates[i] for i in order]
-        labels = [self._label(item, position) for position, item in enumerate(shown)]
-        page = (candidates.before + label + candidates.body(item) for label, item in zip(labels, shown))
-        prompt = "".join((self._head_text, *past, self._middle_text, *page, self._tail("ranking")))
-        ranks = target_ranks(ranking_list.ratings, [item.item_id for item in ranking_list.candidates])
-        by_rank = sorted(range(len(order)), key=lambda p: ranks[order[p]])
-        return prompt, self._separator.join(labels[p] for p in by_rank)
+        built = self.ranking(ranking_list, order)
+        page = self._page.text(ranking_list, order, built.dropped_history)
+        labels = {i: self._page.label(ranking_list.candidates[i], position) for position, i in enumerate(order)}
+        answer = self._separator.join(labels[i] for i in sorted(labels, key=lambda i: built.ranks[i]))
+        return page + self._tail("ranking"), answer
 
     def save(self, directory: str | Path) -> None:
         """Write prompt_template.yaml and identifiers.json."""
@@ -234,7 +195,7 @@ class PromptBuilder:
             "tokenizer": {"name": self._encoder.name, "fingerprint": self._encoder.fingerprint()},
             "labels": list(self.labels),
             "token_ids": list(self._answers.ids),
-            "line_token_ids": list(self._line_ids[: len(self.labels)]),
+            "line_token_ids": self._page.label_ids[: len(self.labels)],
             "separator_ids": list(self._answers.between),
             "end_id": self._answers.end,
             "grades": list(self.template.grades),
@@ -246,16 +207,11 @@ class PromptBuilder:
     def _grading(self) -> Grading:
         (_, _), (ask, _) = placeholders(self.template["ratings.answer"])
         grades = list(self.template.grades)
-        return prove_grading(self._encoder, self._tail("ratings"), self.labels, ask, grades, self._by_item)
+        return prove_grading(self._encoder, self._tail("ratings"), self.labels, ask, grades, self._page.by_item)
 
     def _tail(self, form: str) -> str:
         lead = placeholders(self.template[f"{form}.answer"])[0][0]
         return self.template[f"{form}.question"] + self._turns.between + lead
-
-    def _label(self, item: Item, position: int | None = None) -> str:
-        if self._by_item:
-            return self.labels[item.index]
-        return "" if position is None else self.labels[position]
 
     def _many(self, build, lists, orders):
         if orders is None:
@@ -266,11 +222,7 @@ class PromptBuilder:
         for start in range(0, len(lists), CHUNK):
             part = [lists[i] for i in range(start, min(start + CHUNK, len(lists)))]
             checked = [self._checked(one, order) for one, order in zip(part, orders[start : start + CHUNK])]
-            self._history_pieces.prepare(chain.from_iterable(one.history for one in part))
-            self._candidate_pieces.prepare(chain.from_iterable(one.candidates for one in part))
-            self._rating_pieces.prepare(
-                shown_rating(rating) for rating in set(chain.from_iterable(one.history_ratings for one in part))
-            )
+            self._page.prepare(part)
             prompts += [build(one, order) for one, order in zip(part, checked)]
         return prompts
 
@@ -282,9 +234,8 @@ class PromptBuilder:
                 f"history items with {len(one.history_ratings)}; expected a candidate at least, and a rating "
                 "(or NaN) for every item"
             )
-        if self._by_item:
-            self._check_items(one)
-        elif m > self.max_candidates:
+        self._page.check(one)
+        if m > self.max_candidates:
             raise AlroFastError(
                 f"list {one.list_id!r} has {m} candidates, but tokenizer {self._encoder.name!r} has single-token "
                 f"letters for {self.max_candidates}; use list_size {self.max_candidates} or less, or identifiers: items"
@@ -296,50 +247,12 @@ class PromptBuilder:
             raise AlroFastError(f"list {one.list_id!r}: order {order} is no permutation of its {m} candidates")
         return order
 
-    def _check_items(self, one: RankingList) -> None:
-        limit = self.max_candidates
-        for item in (*one.history, *one.candidates):
-            if not 0 <= item.index < limit:
-                raise AlroFastError(
-                    f"list {one.list_id!r}: item {item.item_id!r} has index {item.index}, but tokenizer "
-                    f"{self._encoder.name!r} has item tokens for 0 to {limit - 1}"
-                )
-        if len({item.index for item in one.candidates}) != len(one.candidates):
-            raise AlroFastError(f"list {one.list_id!r} names one item twice among its candidates")
-
     def _prompt(self, one: RankingList, order: Sequence[int], tail: list[int], answer: int) -> tuple[list[int], int]:
         """Prompt ids and the number of history items dropped; `answer` tokens are left room for."""
-        shown: list[int] = []
-        pieces = self._candidate_pieces.ids
-        for position, i in enumerate(order):
-            item = one.candidates[i]
-            shown += self._line_lead
-            shown.append(self._line_ids[item.index if self._by_item else position])
-            shown += pieces[item]
-        lines = [self._history_ids(item, rating) for item, rating in zip(one.history, one.history_ratings)]
-        dropped = 0
-        if self.max_length is not None:
-            room = self.max_length - len(self._head) - len(self._middle) - len(shown) - len(tail) - answer
-            if room < 0:
-                raise AlroFastError(
-                    f"list {one.list_id!r}: its {len(order)} candidates make {self.max_length - room} tokens without "
-                    f"any history, but max_length is {self.max_length}; raise max_length or lower list_size"
-                )
-            excess = sum(map(len, lines)) - room
-            while excess > 0:
-                excess -= len(lines[dropped])
-                dropped += 1
-        ids = self._head.copy()
-        for line in lines[dropped:]:
-            ids += line
-        ids += self._middle
-        ids += shown
+        limit = None if self.max_length is None else self.max_length - len(tail) - answer
+        ids, dropped = self._page.ids(one, order, limit)
         ids += tail
         return ids, dropped
-
-    def _history_ids(self, item: Item, rating: float) -> list[int]:
-        rest = self._history_pieces.ids[item] + self._rating_pieces.ids[shown_rating(rating)]
-        return [*self._history_lead, self._line_ids[item.index], *rest] if self._by_item else rest
 
     def _ranking(self, one: RankingList, order: Sequence[int]) -> RankingPrompt:
         answers, m = self._answers, len(order)
@@ -370,7 +283,7 @@ class PromptBuilder:
         return RatingPrompt(prompt_ids, branches, list(grading.grade_ids), self.grade_values, ranks, dropped)
 
     def _identifier_ids(self, one: RankingList, order: Sequence[int], ids: Sequence[int]) -> list[int]:
-        if self._by_item:
+        if self._page.by_item:
             return [ids[item.index] for item in one.candidates]
         own = [0] * len(order)
         for position, i in enumerate(order):
@@ -387,7 +300,3 @@ class PromptBuilder:
             f"list {one.list_id!r} has a candidate rated {rating:g}, which is none of the grades "
             f"{', '.join(f'{value:g}' for value in self.grade_values)} of prompt template {self.template.name!r}"
         )
-
-
-def _lines(*texts: str) -> str:
-    return "".join(text + "\n" for text in texts if text)

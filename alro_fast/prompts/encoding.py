@@ -46,6 +46,11 @@ class Encoder:
         roles = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
         self.forbidden = frozenset((markers | set(tokenizer.all_special_ids)) - ({self.unk} - set(roles)))
 
+    @property
+    def special_texts(self) -> list[str]:
+        """The added tokens as written, the longest first."""
+        return sorted((str(token) for token in self.tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+
     def trusted(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of text that may hold special tokens; none is added."""
         if not texts:
@@ -91,7 +96,7 @@ class Pieces:
         """`ids`, holding at least these keys."""
         wanted = dict.fromkeys(keys)
         missing = [key for key in wanted if key not in self.ids]
-        if len(self.ids) + len(missing) > CACHED_PIECES:
+        if missing and len(self.ids) + len(missing) > CACHED_PIECES:
             self.ids.clear()
             missing = list(wanted)
         if missing:

@@ -95,6 +95,8 @@ def prove_answers(
     labels only, or for none: `ids` has as many. `atomic` labels are added tokens, which the tokenizer cuts out before
     it looks at what is beside them: naming each once is enough.
     """
+    if len(labels) < 2:
+        return Answers([], [], [], end)
     newline, n = line_start(encoder.trusted, tail)
     start = newline + tail
     first = labels_in_context(encoder.trusted, start, labels[:2] if atomic else labels, "", encoder.unk)

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
+from collections.abc import Iterable
 
 from ..data.records import Item
 from .template import PromptTemplate, placeholders
 
+BYTE_TOKEN = "<0x[0-9A-F]{2}>"  # how SentencePiece vocabularies name a byte, a newline among them
 
-def clean(text: str) -> str:
-    """One line of visible text: whitespace, line and control characters become single spaces, format ones vanish.
 
-    Format characters (Unicode Cf: zero-width, bidirectional, tag characters) and lone surrogates carry nothing a
-    reader sees, and could hide text from one.
+def marker_pattern(markers: Iterable[str] = ()) -> re.Pattern[str]:
+    """Matches the names of byte tokens and these markers, in any case."""
+    longest_first = sorted(markers, key=len, reverse=True)
+    return re.compile("|".join([BYTE_TOKEN, *map(re.escape, longest_first)]), re.IGNORECASE)
+
+
+def clean(text: str, markers: re.Pattern[str] = marker_pattern()) -> str:  # noqa: B008 (immutable)
+    """One line of visible text in which no marker is left.
+
+    Whitespace, line and control characters become single spaces. Format characters (Unicode Cf: zero-width,
+    bidirectional, tag characters) and lone surrogates, which carry nothing a reader sees and could hide text from
+    one, vanish. A marker gets a space before its last character, also where only compatibility forms (full-width
+    brackets, say) spell it.
     """
     if not text.isprintable():
         kept = []
@@ -22,7 +34,11 @@ def clean(text: str) -> str:
             if category not in {"Cf", "Cs"}:
                 kept.append(" " if category == "Cc" or category[0] == "Z" else character)
         text = "".join(kept)
-    return " ".join(text.split())
+    text = " ".join(text.split())
+    folded = unicodedata.normalize("NFKC", text)
+    while markers.search(folded):
+        text = folded = markers.sub(lambda match: f"{match[0][:-1]} {match[0][-1]}", folded)
+    return text
 
 
 def shown_rating(rating: float) -> float | None:
@@ -36,8 +52,8 @@ class Line:
     A candidate line has no `ending`: its body runs through the line's end.
     """
 
-    def __init__(self, template: PromptTemplate, key: str):
-        self._template = template
+    def __init__(self, template: PromptTemplate, key: str, markers: re.Pattern[str]):
+        self._template, self._markers = template, markers
         parts = placeholders(template[key])
         self.before = ""
         if parts[0][1] == "identifier":
@@ -57,8 +73,8 @@ class Line:
         for literal, field in self._body:
             text.append(literal)
             if field == "title":
-                text.append(clean(item.title) or clean(item.item_id) or "untitled")
-            elif field == "category" and (category := clean(item.category)):
+                text.append(self._clean(item.title) or self._clean(item.item_id) or "untitled")
+            elif field == "category" and (category := self._clean(item.category)):
                 text.append(self._template["category"].format(category=category))
         return "".join(text) + ("" if self._is_history else "\n")
 
@@ -68,3 +84,6 @@ class Line:
         if self._has_rating and rating is not None:
             text = self._template["rating"].format(rating=format(rating, self._template["rating_format"]))
         return text + self._after_rating + "\n"
+
+    def _clean(self, text: str) -> str:
+        return clean(text, self._markers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from jinja2 import TemplateError
@@ -13,12 +14,16 @@ USER, ASSISTANT = "ALROFASTUSERTURN", "ALROFASTASSISTANTTURN"  # stand-ins for t
 
 
 class Turns(NamedTuple):
-    """`start` ids, `before` the user's text, `between` it and the answer, and the one token that ends the answer."""
+    """`start` ids, `before` the user's text, `between` it and the answer, and the one token that ends the answer.
+
+    `markers` are the parts of a chat that are ordinary text to the tokenizer, such as [INST] or ASSISTANT:.
+    """
 
     start: list[int]
     before: str
     between: str
     end: int
+    markers: frozenset[str] = frozenset()
 
 
 def find_turns(encoder: Encoder, system: str) -> Turns:
@@ -44,7 +49,22 @@ def find_turns(encoder: Encoder, system: str) -> Turns:
         between += " "
     _, _, closing = _render(encoder, [*messages, answer], add_generation_prompt=False).partition(ASSISTANT)
     end = next((id for id in encoder.trusted([closing])[0] if id in encoder.forbidden), None)
-    return Turns([], before + lead, between, _end_of_text(encoder) if end is None else end)
+    return Turns([], before + lead, between, _end_of_text(encoder) if end is None else end, _markers(encoder))
+
+
+def _markers(encoder: Encoder) -> frozenset[str]:
+    """Words of the chat template with a bracket, bar or hash, or a colon at the end."""
+    turns = [
+        {"role": role, "content": f" {stand_in} "} for role, stand_in in (("user", USER), ("assistant", ASSISTANT))
+    ]
+    try:
+        text = _render(encoder, [{"role": "system", "content": " "}, *turns])
+    except AlroFastError:  # no system turn in this template
+        text = _render(encoder, turns)
+    text = text.replace(USER, " ").replace(ASSISTANT, " ")
+    for token in encoder.special_texts:
+        text = text.replace(token, " ")
+    return frozenset(word for word in text.split() if len(word) > 1 and re.search(r"[][<>{}|#]|:$", word))
 
 
 def _render(encoder: Encoder, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
