@@ -23,6 +23,7 @@ from transformers import (
 
 from .attention import use_tree_attention
 from .errors import AlroFastError
+from .lora import fuse_lora
 
 if TYPE_CHECKING:
     from .config import ModelArguments
@@ -130,9 +131,11 @@ def add_lora(model: PreTrainedModel, arguments: ModelArguments) -> PeftModel:
         target_modules=targets[0] if targets == ["all-linear"] else targets,
     )
     try:
-        return get_peft_model(model, config, autocast_adapter_dtype=True)
+        model = get_peft_model(model, config, autocast_adapter_dtype=True)
     except ValueError as error:
         raise AlroFastError(f"--lora_target_modules {' '.join(targets)}: {_first_line(error)}") from error
+    fuse_lora(model)
+    return model
 
 
 def load_for_inference(

@@ -1,0 +1,81 @@
+"""LoRA linears in as few passes as they need: y = x W^T + b + s (x A^T) B^T, W and b frozen.
+
+PEFT's module makes three [T, out] tensors on the way to y and as many on the way back. Here the low-rank product is
+added into the base product in place, forward and backward, and only x A^T ([T, r]) is kept besides x:
+
+    forward   h = x A^T        y = x W^T + b;  y += s h B^T
+    backward  g = s dy B       dx = dy W;  dx += g A       dA = g^T x       dB = s dy^T h
+
+`fuse_lora(model)` turns PEFT's own modules into these where that is exact; parameters, names and files stay PEFT's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+
+
+def fuse_lora(model: nn.Module) -> int:
+    """Speed up the plain LoRA linears of a PEFT model, in place; returns how many. DoRA and the like stay PEFT's."""
+    fused = 0
+    for module in model.modules():
+        if type(module) is PeftLinear and type(module.base_layer) is nn.Linear:
+            module.__class__ = LoRALinear
+            fused += 1
+    return fused
+
+
+class LoRALinear(PeftLinear):
+    """PEFT's LoRA linear with a fused forward and backward where one plain adapter is active over a frozen base."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter = self._plain_adapter()
+        if adapter is None or args or kwargs or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x, *args, **kwargs)
+        down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        if x.dtype != down.dtype or x.dtype != self.base_layer.weight.dtype:
+            return super().forward(x)
+        return _LoRA.apply(x, self.base_layer.weight, self.base_layer.bias, down, up, self.scaling[adapter])
+
+    def _plain_adapter(self) -> str | None:
+        """The one active adapter, when the formula above is all it does."""
+        if self.disable_adapters or self.merged or self.base_layer.weight.requires_grad:
+            return None
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if len(active) != 1 or active[0] in self.lora_variant or self.lora_bias.get(active[0]):
+            return None
+        dropout = self.lora_dropout[active[0]]
+        return active[0] if isinstance(dropout, nn.Identity) or not dropout.training else None
+
+
+class _LoRA(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        low = rows @ down.T
+        y = torch.addmm(bias, rows, weight.T) if bias is not None else rows @ weight.T
+        y.addmm_(low, up.T, alpha=scaling)
+        ctx.save_for_backward(rows, weight, down, up, low)
+        ctx.scaling, ctx.shape = scaling, x.shape
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, down, up, low = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        needs_x, _, _, needs_down, needs_up, _ = ctx.needs_input_grad
+        grad_low = grad @ up if needs_x or needs_down else None
+        grad_x = grad_down = grad_up = None
+        if needs_x:
+            grad_x = (grad @ weight).addmm_(grad_low, down, alpha=ctx.scaling).view(ctx.shape)
+        if needs_down:
+            grad_down = (grad_low.T @ rows).mul_(ctx.scaling)
+        if needs_up:
+            grad_up = (grad.T @ low).mul_(ctx.scaling)
+        return grad_x, None, None, grad_down, grad_up, None
