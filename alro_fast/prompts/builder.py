@@ -98,7 +98,8 @@ class PromptBuilder:
             raise AlroFastError(
                 f"tokenizer {encoder.name!r} has no single-token {identifiers}: the first two are not one distinct "
                 f"token each in {text[f'{identifiers}.candidate_line']!r} and in {text['ranking.answer']!r} with the "
-                f"separator {self._separator!r}; use another tokenizer, other lines in the prompt template, or other identifiers"
+                f"separator {self._separator!r}; use another tokenizer, other lines in the prompt "
+                "template, or other identifiers"
             )
 
     @property
