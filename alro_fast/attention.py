@@ -6,35 +6,28 @@ from.
 The layout of the stream travels with the forward as a keyword argument of the model, which every decoder layer hands to
 the attention function: no patch per architecture, and LoRA and gradient checkpointing see nothing unusual.
 
-Three bodies compute the same sums:
-
-- *cascade* (CPU): the prefix and the first branch in one causal call; every other branch twice, against the prefix (no
-  mask) and against itself (causal), the two merged by their log-sum-exps. With O, L the merged output and log-sum-exp,
-  P_ij = exp(s_ij - L_i) and D_i = dO_i . O_i hold for both parts, so each part's backward runs on (O, L) and the
-  gradients add up. No mask is read and no score of a pair that may not see each other is computed.
-- *varlen* (CUDA, half precision): keys and values gathered by one index, one FlashAttention call for all branches of
-  all trees, len_q <= len_k, causal and aligned at the end.
-- *dense* (anything else: sliding windows and soft-capping on the CPU, float32 on CUDA): one masked SDPA call per tree.
+The last layer computes keys and values of all rows, but queries and everything after them for the answer rows alone:
+nobody reads the others. The sums themselves are in `alro_fast.attention_bodies`.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import inspect
-import itertools
 import logging
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .attention_bodies import cascade_attention, dense_attention, varlen_attention, varlen_backend
 from .errors import AlroFastError
-from .packing import Branch, PackedBatch, Segments, Tree, TreeSpan, collate
+from .packing import Branch, PackedBatch, Segments, Tree, collate
 
 ATTENTION = "alro_tree"
+ROWS_ONLY = "_alro_answer_rows_only"  # attribute of a trunk whose last layer may be restricted to the answer rows
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 logger = logging.getLogger(__name__)
@@ -56,14 +49,23 @@ def tree_hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
             f"the model runs on attention {trunk.config._attn_implementation!r}, in which packed branches see each "
             "other; call alro_fast.attention.use_tree_attention(model) once after loading it"
         )
-    return _trunk_rows(trunk, batch).index_select(0, batch.answer_rows)
+    if getattr(trunk, ROWS_ONLY, False):
+        with _last_layer_on_answer_rows(trunk, batch.segments):
+            return _run(trunk, batch)
+    return _run(trunk, batch).index_select(0, batch.answer_rows)
 
 
-def use_tree_attention(model: nn.Module) -> nn.Module:
+def use_tree_attention(model: nn.Module, answer_rows_only: bool = True) -> nn.Module:
     """Put a loaded model on tree attention, after proving on a small tree that its branches do not see each other.
 
-    Returns the same model. Ordinary forwards (padded batches, `generate`) need the former implementation back:
-    `model.set_attn_implementation("sdpa")`.
+    Args:
+        model: a causal LM of transformers, with or without PEFT.
+        answer_rows_only: the last layer computes the answer rows alone (and the keys and values of all rows); where an
+            architecture does not bear it, the log says so.
+
+    Returns:
+        The same model. Ordinary forwards (padded batches, `generate`) need the former implementation back:
+        `model.set_attn_implementation("sdpa")`.
 
     Raises:
         AlroFastError: the architecture mixes tokens by other means than causal attention through transformers'
@@ -82,21 +84,20 @@ def use_tree_attention(model: nn.Module) -> nn.Module:
     with _evaluating(trunk), torch.no_grad():
         tree = _probe_tree(trunk)
         alone = torch.cat([_alone(trunk, ids)[start - 1 : -1] for ids, start in zip(tree.ids, tree.answer_starts)])
+        batch = collate([tree], [0]).to(alone.device)
         trunk.set_attn_implementation(ATTENTION)
         try:
-            batch = collate([tree], [0]).to(alone.device)
-            together = _trunk_rows(trunk, batch).index_select(0, batch.answer_rows)
-            error = (together.float() - alone.float()).norm() / alone.float().norm()
-            allowed = 1e-3 if alone.dtype in (torch.float32, torch.float64) else 5e-2
-            if not error <= allowed:
+            error = _difference(tree_hidden_states(trunk, batch), alone)
+            if not error <= _allowed(alone):
                 raise AlroFastError(
                     f"{type(trunk).__name__} gives other hidden states for a packed tree than for its branches alone "
-                    f"(relative difference {error:.2g}, allowed {allowed:g}): its tokens meet outside the attention"
-                    " interface"
+                    f"(relative difference {error:.2g}): its tokens meet outside the attention interface"
                 )
         except BaseException:
             trunk.set_attn_implementation(former)
             raise
+        if answer_rows_only:
+            setattr(trunk, ROWS_ONLY, _bears_rows_only(trunk, batch, alone))
     return model
 
 
@@ -131,356 +132,149 @@ def tree_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    alro_segments: Segments | None = None,
+    alro_segments: Segments | _LastLayer | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """The attention function registered as "alro_tree".
 
     Args:
-        query: [1, heads, T, D]; key, value: [1, kv_heads, T, D], position embeddings applied.
+        query: [1, heads, T, D]; key, value: [1, kv_heads, T, D], position embeddings applied. In the last layer's
+            second pass [1, ..., N, D]: the answer rows.
         scaling: factor of the scores, default D**-0.5.
         sliding_window: a query sees positions p with 0 <= its own - p < sliding_window.
         softcap: scores become softcap * tanh(score / softcap).
         alro_segments: the layout of the stream.
 
     Returns:
-        [1, T, heads, D], None. Padding rows get zeros or values that no other row depends on.
+        [1, T or N, heads, D], None. Padding rows get zeros or values that no other row depends on.
     """
     _refuse(module, attention_mask, dropout, alro_segments, unused)
-    layout = alro_segments
+    answers = isinstance(alro_segments, _LastLayer)
+    if answers:
+        key, value = alro_segments.keys_and_values(key, value)
+    layout = alro_segments.layout if answers else alro_segments
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = sliding_window if sliding_window is not None and sliding_window < layout.longest else None
-    cap = softcap or None
     same_width = query.shape[-1] == value.shape[-1]
-    if query.device.type == "cpu" and window is None and cap is None and same_width:
-        return _Cascade.apply(query, key, value, layout, scale), None
     if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16) and same_width:
-        backend = varlen_backend(cap is not None)
+        backend = varlen_backend(bool(softcap))
         if backend is not None:
-            return varlen_attention(backend, query, key, value, layout, scale, window, cap), None
-    return dense_attention(query, key, value, layout, scale, window, cap), None
+            sequences = layout.answers if answers else layout.stream
+            return varlen_attention(backend, query, key, value, sequences, scale, window, softcap or None), None
+    if query.device.type == "cpu" and window is None and not softcap and same_width and not answers:
+        return cascade_attention(query, key, value, layout, scale), None
+    return dense_attention(query, key, value, layout, scale, window, softcap or None, answers), None
 
 
 AttentionInterface.register(ATTENTION, tree_attention)
 
 
-# --- dense: the definition -------------------------------------------------------------------------------------------
+# --- the last layer --------------------------------------------------------------------------------------------------
 
 
-def dense_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Segments, scale: float, window: int | None, softcap: float | None
-) -> Tensor:
-    """One masked call per tree over plain differentiable operations; arguments as `tree_attention`."""
-    masks = _masks(layout, window, query)
-    lengths = [span.end - span.start for span in layout.spans]
-    padding = layout.num_rows - layout.num_tokens
-    parts = zip(*(tensor.split([*lengths, padding], dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = [_dense_call(*part, mask, scale, softcap) for part, mask in zip(parts, masks)]
-    outputs.append(query.new_zeros(1, query.shape[1], padding, value.shape[-1]))
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+class _LastLayer:
+    """What the last layer's attention is told instead of the layout: remember keys and values first, then use them."""
+
+    def __init__(self, layout: Segments) -> None:
+        self.layout = layout
+        self.taken: tuple[Tensor, Tensor] | None = None
+
+    def keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.taken is None:
+            self.taken = key, value
+            raise _Taken
+        return self.taken
 
 
-def _dense_call(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if softcap is None:
-        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap)) + mask
-    return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
+class _Taken(BaseException):
+    """Ends the last layer's first pass at its attention; not an Exception, so that nothing on the way handles it."""
 
 
-def _masks(layout: Segments, window: int | None, like: Tensor) -> list[Tensor]:
-    """Per tree an additive mask [rows, rows]: 0 where the row (query) may see the column (key), else -inf."""
-    where = (window, like.dtype, like.device)
-    if where not in layout.masks:
-        layout.masks[where] = [_mask(span, window, like) for span in layout.spans]
-    return layout.masks[where]
+@contextmanager
+def _last_layer_on_answer_rows(trunk: PreTrainedModel, layout: Segments) -> Iterator[None]:
+    """While this lasts, the trunk's last layer goes from all rows in to the answer rows out.
 
-
-def _mask(span: TreeSpan, window: int | None, like: Tensor) -> Tensor:
-    branches = torch.arange(len(span.lengths)).repeat_interleave(torch.tensor(span.lengths))
-    owner = torch.cat([torch.full((span.prefix,), -1), branches])
-    position = torch.cat([torch.arange(span.prefix), *(span.prefix + torch.arange(length) for length in span.lengths)])
-    distance = position[:, None] - position[None, :]
-    visible = ((owner[None, :] == -1) | (owner[:, None] == owner[None, :])) & (distance >= 0)
-    if window is not None:
-        visible &= distance < window
-    return torch.zeros(visible.shape, dtype=like.dtype).masked_fill_(~visible, -torch.inf).to(like.device)
-
-
-# --- cascade: the CPU ------------------------------------------------------------------------------------------------
-
-CHUNK = 96  # query rows of a causal call: torch's CPU kernel skips no key of a block of 512, smaller chunks waste fewer
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-
-
-class _Rows(NamedTuple):
-    """Rows `low:high` of each of `count` runs of `length` rows, the first run at row `start` of the stream."""
-
-    start: int
-    count: int
-    length: int
-    low: int
-    high: int
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """[1, heads, T, D] -> the view [count, heads, high - low, D]."""
-        if self.count == 1:
-            return tensor[:, :, self.start + self.low : self.start + self.high]
-        runs = tensor[0, :, self.start : self.start + self.count * self.length].unflatten(1, (self.count, self.length))
-        return runs[:, :, self.low : self.high].transpose(0, 1)
-
-
-class _Call(NamedTuple):
-    """One kernel call: which queries on which keys, in which order."""
-
-    queries: _Rows
-    keys: _Rows
-    causal: bool
-    mask: Tensor | None
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """The output of `queries` over `keys` alone, and its log-sum-exp with a last axis of 1."""
-        out, lse = _flash(
-            self.queries.of(query),
-            self.keys.of(key),
-            self.keys.of(value),
-            is_causal=self.causal,
-            attn_mask=self.mask,
-            scale=scale,
-        )
-        return out, lse.unsqueeze(-1)
-
-    def backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What this call adds to the gradients of its queries, keys and values; out, lse: over all keys of a query."""
-        return _flash_backward(
-            self.queries.of(grad),
-            self.queries.of(query),
-            self.keys.of(key),
-            self.keys.of(value),
-            self.queries.of(out),
-            self.queries.of(lse).squeeze(-1),
-            0.0,
-            self.causal,
-            attn_mask=self.mask,
-            scale=scale,
-        )
-
-
-def _calls(layout: Segments, dtype: torch.dtype) -> tuple[list[_Call], list[_Call]]:
-    """The calls that write a row's output first, and the calls that are merged into what a row already has."""
-    where = ("cascade", dtype)
-    if where not in layout.masks:
-        corner = torch.full((CHUNK, layout.longest), -torch.inf, dtype=dtype).triu(layout.longest - CHUNK + 1)
-        first, second = [], []
-        for span in layout.spans:
-            row = span.start
-            for count, length in _runs((span.prefix + span.lengths[0], *span.lengths[1:])):
-                first += _causal_calls(row, count, length, corner)
-                row += count * length
-            head, rows = span.prefix + span.lengths[0], span.end - span.start
-            if span.prefix and rows > head:
-                prefix = _Rows(span.start, 1, span.prefix, 0, span.prefix)
-                second.append(_Call(_Rows(span.start, 1, rows, head, rows), prefix, False, None))
-        layout.masks[where] = first, second
-    return layout.masks[where]
-
-
-def _causal_calls(start: int, count: int, length: int, corner: Tensor) -> Iterator[_Call]:
-    """Each of `count` runs attends to itself: chunk by chunk, to the keys up to the chunk's end."""
-    chunks = -(-length // CHUNK)
-    edges = [length * chunk // chunks for chunk in range(chunks + 1)]
-    for low, high in itertools.pairwise(edges):
-        queries, keys = _Rows(start, count, length, low, high), _Rows(start, count, length, 0, high)
-        mask = corner[CHUNK - (high - low) :, corner.shape[1] - high :] if low else None
-        yield _Call(queries, keys, not low, mask)
-
-
-def _runs(lengths: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Neighbours of equal length as (how many, length), empty ones left out."""
-    for length, run in itertools.groupby(lengths):
-        if length:
-            yield len(list(run)), length
-
-
-class _Cascade(torch.autograd.Function):
-    """Attention of a packed stream without scores of pairs that may not see each other; see the module's docstring."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Segments, scale: float) -> Tensor:
-        first, second = _calls(layout, query.dtype)
-        _, heads, rows, width = query.shape
-        out = query.new_zeros(1, rows, heads, width).transpose(1, 2)
-        lse = query.new_zeros(1, rows, heads, 1, dtype=torch.promote_types(query.dtype, torch.float32)).transpose(1, 2)
-        for call in first:
-            part, part_lse = call.forward(query, key, value, scale)
-            call.queries.of(out).copy_(part)
-            call.queries.of(lse).copy_(part_lse)
-        for call in second:
-            part, part_lse = call.forward(query, key, value, scale)
-            own, own_lse = call.queries.of(out), call.queries.of(lse)
-            share = torch.sigmoid(part_lse - own_lse)  # of the part's keys in the softmax over both
-            own.lerp_(part, share.to(part.dtype))
-            own_lse.copy_(torch.logaddexp(own_lse, part_lse))
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.layout, ctx.scale = layout, scale
-        return out.transpose(1, 2)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
-        grad_query, grad_key, grad_value = (torch.zeros_like(tensor) for tensor in (query, key, value))
-        for call in itertools.chain(*_calls(ctx.layout, query.dtype)):
-            parts = call.backward(grad.transpose(1, 2), query, key, value, out, lse, ctx.scale)
-            call.queries.of(grad_query).add_(parts[0])
-            call.keys.of(grad_key).add_(parts[1])
-            call.keys.of(grad_value).add_(parts[2])
-        return grad_query, grad_key, grad_value, None, None
-
-
-# --- varlen: CUDA ----------------------------------------------------------------------------------------------------
-
-# backend(query [Tq, heads, D], key, value [Tk, kv_heads, D], layout, scale, window, softcap) -> [Tq, heads, D]
-VarlenBackend = Callable[[Tensor, Tensor, Tensor, Segments, float, int | None, float | None], Tensor]
-
-
-def varlen_attention(
-    backend: VarlenBackend,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Segments,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """All branches of all trees in one call of a variable-length kernel; arguments as `tree_attention`.
-
-    The first branch of a tree brings the prefix's queries, so its len_q = len_k; the others have only their own queries
-    and the keys of prefix and branch. Aligned at the end, causal (and windowed) order is that of the branch alone.
+    It is run up to its attention with all rows, which yields their keys and values by whatever norms, projections and
+    adapters the architecture has, and then as a whole with the answer rows. It is not checkpointed: it keeps little.
     """
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if layout.kv_index is not None:
-        key, value = _Gather.apply(key, layout.kv_index), _Gather.apply(value, layout.kv_index)
-    return backend(query, key, value, layout, scale, window, softcap).unsqueeze(0)
+    layer = _last_layer(trunk)
 
+    def narrow(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        last = _LastLayer(layout)
+        kwargs = kwargs | {"alro_segments": last}
+        try:
+            layer.forward(*args, **kwargs)
+        except _Taken:
+            return _select(args, layout), _select(kwargs, layout)
+        raise AlroFastError(f"{type(layer).__name__} does not reach tree attention")
 
-class _Gather(torch.autograd.Function):
-    """rows.index_select(0, index) whose backward adds in float32: a prefix row's gradient is a sum over branches."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.num_rows = rows.shape[0]
-        return rows.index_select(0, index)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        total = grad.new_zeros(ctx.num_rows, *grad.shape[1:], dtype=wide)
-        return total.index_add_(0, index, grad.to(wide)).to(grad.dtype), None
-
-
-@functools.cache
-def varlen_backend(softcap: bool) -> VarlenBackend | None:
-    """The variable-length kernel to use, chosen and logged once; None: there is none for soft-capped scores."""
-    if not softcap:
-        from torch.nn.attention.varlen import varlen_attn
-
-        name = _activate_newest_flash()
-        logger.info("tree attention: torch.nn.attention.varlen (%s)", name)
-        return torch_varlen(varlen_attn)
-    if importlib.util.find_spec("flash_attn") is not None:
-        from flash_attn import flash_attn_varlen_func
-
-        logger.info("tree attention: the flash-attn package (soft-capped scores)")
-        return flash_attn_varlen(flash_attn_varlen_func)
-    logger.info("tree attention: dense SDPA per tree (soft-capped scores need the flash-attn package for more)")
-    return None
-
-
-def torch_varlen(varlen_attn: Callable[..., Tensor]) -> VarlenBackend:
-    """`torch.nn.attention.varlen.varlen_attn`, whose spelling changed: `enable_gqa` came after torch 2.11.
-
-    Without the flag the kernel takes fewer key heads as they are; with it the flag has to be set.
-    """
-    extra = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-    def run(query, key, value, layout, scale, window, softcap):
-        assert softcap is None
-        return varlen_attn(
-            query,
-            key,
-            value,
-            layout.cu_seqlens_q,
-            layout.cu_seqlens_k,
-            layout.max_seqlen_q,
-            layout.max_seqlen_k,
-            scale=scale,
-            window_size=(-1 if window is None else window - 1, 0),
-            **extra,
-        )
-
-    return run
-
-
-def flash_attn_varlen(flash_attn_varlen_func: Callable[..., Tensor]) -> VarlenBackend:
-    """`flash_attn_varlen_func` of the flash-attn package (2.6 and later: soft-capping)."""
-
-    def run(query, key, value, layout, scale, window, softcap):
-        return flash_attn_varlen_func(
-            query,
-            key,
-            value,
-            layout.cu_seqlens_q,
-            layout.cu_seqlens_k,
-            layout.max_seqlen_q,
-            layout.max_seqlen_k,
-            softmax_scale=scale,
-            causal=True,
-            window_size=(-1 if window is None else window - 1, 0),
-            softcap=softcap or 0.0,
-        )
-
-    return run
-
-
-def _activate_newest_flash() -> str:
-    """Let torch's FlashAttention dispatch to FA3 (Hopper) or FA4 (Blackwell) where its package is installed."""
-    from torch.nn import attention
-
-    if current := attention.current_flash_attention_impl():
-        return current
-    major, _ = torch.cuda.get_device_capability()
-    name, package = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute")}.get(major, (None, ""))
-    if name is None or importlib.util.find_spec(package.split(".")[0]) is None:
-        return "FlashAttention-2"
+    checkpointed = layer.gradient_checkpointing
+    layer.gradient_checkpointing = False
+    handle = layer.register_forward_pre_hook(narrow, with_kwargs=True)
     try:
-        attention.activate_flash_attention_impl(name)
-    except (ImportError, RuntimeError, ValueError) as error:
-        logger.info("tree attention: %s is not usable here (%s)", name, error)
-        return "FlashAttention-2"
-    return name
+        yield
+    finally:
+        handle.remove()
+        layer.gradient_checkpointing = checkpointed
+
+
+def _last_layer(trunk: PreTrainedModel) -> GradientCheckpointingLayer:
+    return [part for part in trunk.modules() if isinstance(part, GradientCheckpointingLayer)][-1]
+
+
+def _select(value: Any, layout: Segments) -> Any:
+    """The answer rows of every tensor [1, T, ...] in a layer's arguments (hidden states, positions, rotations)."""
+    if isinstance(value, Tensor):
+        by_row = value.dim() > 1 and value.shape[:2] == (1, layout.num_rows)
+        return value.index_select(1, layout.answer_rows) if by_row else value
+    if isinstance(value, tuple):
+        return tuple(_select(part, layout) for part in value)
+    if isinstance(value, dict):
+        return {name: _select(part, layout) for name, part in value.items()}
+    return value
+
+
+def _bears_rows_only(trunk: PreTrainedModel, batch: PackedBatch, expected: Tensor) -> bool:
+    """Whether the restricted last layer gives the same rows; an architecture may count its rows later on."""
+    try:
+        with _last_layer_on_answer_rows(trunk, batch.segments):
+            error = _difference(_run(trunk, batch), expected)
+    except Exception as reason:
+        logger.info("%s: the last layer computes all rows (%s)", type(trunk).__name__, reason)
+        return False
+    if not error <= _allowed(expected):
+        logger.info("%s: the last layer computes all rows (otherwise they differ by %.2g)", type(trunk).__name__, error)
+        return False
+    return True
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Relative, in the Frobenius norm."""
+    if found.shape != expected.shape:
+        return float("inf")
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+def _allowed(hidden: Tensor) -> float:
+    return 1e-3 if hidden.dtype in (torch.float32, torch.float64) else 5e-2
 
 
 # --- checks and the probe --------------------------------------------------------------------------------------------
 
 
 def _refuse(
-    module: nn.Module, attention_mask: Tensor | None, dropout: float, layout: Segments | None, unused: dict[str, Any]
+    module: nn.Module,
+    attention_mask: Tensor | None,
+    dropout: float,
+    layout: Segments | _LastLayer | None,
+    unused: dict[str, Any],
 ) -> None:
     name = type(module).__name__
     if layout is None:
         raise AlroFastError(
             f"{name} runs on tree attention but was given no packed batch; call tree_hidden_states(model, batch), or "
-            'model.set_attn_implementation("sdpa") for ordinary forwards'
+            'model.set_attn_implementation("sdpa") for ordinary forwards (an architecture whose layers keep keyword '
+            "arguments to themselves cannot run on trees)"
         )
     if dropout:
         raise AlroFastError(
@@ -496,8 +290,8 @@ def _refuse(
             raise AlroFastError(f"{name} uses {meaning}, which tree attention does not support")
 
 
-def _trunk_rows(trunk: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """[T, H] hidden states of the whole stream."""
+def _run(trunk: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """[T, H] hidden states of the stream, or [N, H] of the answer rows if the last layer is restricted to them."""
     output = trunk(
         input_ids=batch.input_ids.unsqueeze(0),
         position_ids=batch.position_ids.unsqueeze(0),

@@ -8,7 +8,7 @@ in its own branch, so nothing but the attention (`alro_fast.attention`) knows th
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -91,38 +91,53 @@ class TreeSpan:
 
 
 @dataclass(frozen=True, eq=False)
-class Segments:
-    """What attention must know of a packed stream; the same object serves every layer of a step.
-
-    Read as sequences with len_q <= len_k, causal and aligned at their ends: the first branch of a tree brings the
-    prefix's queries along, every further branch that has rows of its own sees the prefix's keys through `kv_index`.
+class Varlen:
+    """Sequences of queries and keys for a variable-length kernel: len_q <= len_k, causal and aligned at their ends.
 
     Attributes:
-        spans: the trees in stream order; rows from `num_tokens` on are padding and belong to no tree.
-        num_rows: rows of the stream, padding included.
-        kv_index: int64 [Tk], the stream row of each key; None where no tree repeats a prefix (Tk = T).
-        cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1]; padding is one more sequence.
+        kv_index: int64 [Tk], the stream row of each key; None where the keys are the stream as it is.
+        cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1].
         max_seqlen_q, max_seqlen_k: the longest sequence, as Python numbers (no device sync to read them).
-        masks: additive masks by (window, dtype), filled by the attention that needs them.
     """
 
-    spans: tuple[TreeSpan, ...]
-    num_rows: int
     kv_index: Tensor | None
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     max_seqlen_q: int
     max_seqlen_k: int
-    masks: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """What attention must know of a packed stream; the same object serves every layer of a step.
+
+    Attributes:
+        spans: the trees in stream order; rows from `num_tokens` on are padding and belong to no tree.
+        num_rows: rows of the stream, padding included.
+        stream: every row a query. The first branch of a tree brings the prefix's queries along, every further branch
+            that has rows of its own sees the prefix's keys through `kv_index`; padding is one more sequence.
+        answers: the answer rows alone as queries, one sequence per branch.
+        answer_rows: int64 [N], as in the batch.
+        answer_counts: answer rows per tree.
+        cache: what an attention body derives from the layout once per batch (masks, calls).
+    """
+
+    spans: tuple[TreeSpan, ...]
+    num_rows: int
+    stream: Varlen
+    answers: Varlen
+    answer_rows: Tensor
+    answer_counts: tuple[int, ...]
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def num_tokens(self) -> int:
-        return self.spans[-1].end if self.spans else 0
+        return self.spans[-1].end
 
     @property
     def longest(self) -> int:
         """Tokens of the longest branch."""
-        return max((span.prefix + max(span.lengths) for span in self.spans), default=0)
+        return max(span.prefix + max(span.lengths) for span in self.spans)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,14 +177,10 @@ class PackedBatch:
         return slice(*self.branch_rows[tree][branch : branch + 2])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return _mapped(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, function: Any) -> PackedBatch:
-        segments = replace(self.segments, masks={}, **_tensors(self.segments, function))
-        return replace(self, segments=segments, **_tensors(self, function))
+        return _mapped(self, Tensor.pin_memory)
 
 
 def pack(
@@ -251,11 +262,19 @@ def collate(trees: Sequence[Tree], indices: Sequence[int], pad_to_multiple: int 
     rows_per_branch = np.concatenate([np.diff(offsets) for offsets in branch_rows])
     tree_of_branch = np.repeat(np.arange(len(spans)), [len(span.lengths) for span in spans])
     lengths = [len(branch) for index in indices for branch in trees[index].ids]
+    rows = torch.from_numpy(np.concatenate(answer_rows))
     return PackedBatch(
         input_ids=torch.from_numpy(np.concatenate([*ids, np.full(padding, pad_id, dtype=np.int64)])),
         position_ids=torch.from_numpy(np.concatenate([*positions, np.arange(padding)])),
-        segments=_segments(tuple(spans), start, padding),
-        answer_rows=torch.from_numpy(np.concatenate(answer_rows)),
+        segments=Segments(
+            spans=tuple(spans),
+            num_rows=start + padding,
+            stream=_stream_sequences(spans, start, padding),
+            answers=_answer_sequences([trees[index] for index in indices], spans),
+            answer_rows=rows,
+            answer_counts=tuple(offsets[-1] - offsets[0] for offsets in branch_rows),
+        ),
+        answer_rows=rows,
         labels=torch.from_numpy(np.concatenate(labels)),
         row_tree=torch.from_numpy(np.repeat(tree_of_branch, rows_per_branch)),
         row_branch=torch.from_numpy(np.repeat(np.asarray(branches), rows_per_branch)),
@@ -307,7 +326,7 @@ def _best_fit_decreasing(items: Sequence[int], lengths: np.ndarray, budget: int)
     return batches
 
 
-def _segments(spans: tuple[TreeSpan, ...], num_tokens: int, padding: int) -> Segments:
+def _stream_sequences(spans: Sequence[TreeSpan], num_tokens: int, padding: int) -> Varlen:
     q_lengths, k_lengths, keys = [], [], []
     for span in spans:
         own = span.start + span.prefix
@@ -325,21 +344,38 @@ def _segments(spans: tuple[TreeSpan, ...], num_tokens: int, padding: int) -> Seg
         q_lengths.append(padding)
         k_lengths.append(padding)
         keys.append(np.arange(num_tokens, num_tokens + padding))
-    shared = sum(k_lengths) > sum(q_lengths)
-    return Segments(
-        spans=spans,
-        num_rows=num_tokens + padding,
-        kv_index=torch.from_numpy(np.concatenate(keys)) if shared else None,
-        cu_seqlens_q=_offsets(q_lengths),
-        cu_seqlens_k=_offsets(k_lengths),
+    return _varlen(q_lengths, k_lengths, keys if sum(k_lengths) > sum(q_lengths) else None)
+
+
+def _answer_sequences(trees: Sequence[Tree], spans: Sequence[TreeSpan]) -> Varlen:
+    q_lengths, k_lengths, keys = [], [], []
+    for tree, span in zip(trees, spans):
+        own = span.start + span.prefix
+        for ids, answer_start, length in zip(tree.ids, tree.answer_starts, span.lengths):
+            rows = np.concatenate([np.arange(span.start, span.start + span.prefix), np.arange(own, own + length)])
+            q_lengths.append(len(ids) - answer_start)
+            k_lengths.append(len(ids) - 1)  # the last token of a branch predicts nothing
+            keys.append(rows[:-1])
+            own += length
+    return _varlen(q_lengths, k_lengths, keys)
+
+
+def _varlen(q_lengths: Sequence[int], k_lengths: Sequence[int], keys: Sequence[np.ndarray] | None) -> Varlen:
+    return Varlen(
+        kv_index=None if keys is None else torch.from_numpy(np.concatenate(keys)),
+        cu_seqlens_q=torch.from_numpy(np.cumsum([0, *q_lengths], dtype=np.int32)),
+        cu_seqlens_k=torch.from_numpy(np.cumsum([0, *k_lengths], dtype=np.int32)),
         max_seqlen_q=max(q_lengths),
         max_seqlen_k=max(k_lengths),
     )
 
 
-def _offsets(lengths: Sequence[int]) -> Tensor:
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-
-
-def _tensors(record: Any, function: Any) -> dict[str, Tensor]:
-    return {name: function(value) for name, value in vars(record).items() if isinstance(value, Tensor)}
+def _mapped(record: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of the record with `function` applied to every tensor in it, and nothing cached."""
+    changes: dict[str, Any] = {"cache": {}} if isinstance(record, Segments) else {}
+    for name, value in vars(record).items():
+        if isinstance(value, Tensor):
+            changes[name] = function(value)
+        elif isinstance(value, Segments | Varlen):
+            changes[name] = _mapped(value, function)
+    return replace(record, **changes)

@@ -16,19 +16,12 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import AttentionInterface, AutoModelForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
-from alro_fast import attention
-from alro_fast.attention import (
-    dense_attention,
-    flash_attn_varlen,
-    torch_varlen,
-    tree_attention,
-    tree_hidden_states,
-    trunk_of,
-    use_tree_attention,
-    varlen_attention,
-)
+from alro_fast import attention, attention_bodies
+from alro_fast.attention import tree_attention, tree_hidden_states, trunk_of, use_tree_attention
+from alro_fast.attention_bodies import dense_attention, flash_attn_varlen, torch_varlen, varlen_attention
 from alro_fast.errors import AlroFastError
 from alro_fast.packing import Branch, Tree, collate
 
@@ -134,8 +127,22 @@ def assert_same(model, trees, tolerance=1e-5, **collate_options):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_agrees_with_plain_forwards(family):
-    assert_same(use_tree_attention(make_model(family)), make_trees())
+@pytest.mark.parametrize("answer_rows_only", [True, False])
+def test_every_family_agrees_with_plain_forwards(family, answer_rows_only):
+    """The last layer's MLP shows whether it was spared the rows that nobody reads."""
+    model = use_tree_attention(make_model(family), answer_rows_only)
+    trees, seen = make_trees(), []
+    handle = trunk_of(model).layers[-1].mlp.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[1]))
+    tree_hidden_states(model, batch := collate(trees, range(len(trees))))
+    assert seen == [len(batch.labels) if answer_rows_only else len(batch.input_ids)]
+    handle.remove()
+    assert_same(model, trees)
+
+
+def test_an_architecture_that_counts_its_rows_keeps_them_all():
+    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0)
+    config._attn_implementation = "eager"
+    assert_same(use_tree_attention(AutoModelForCausalLM.from_config(config).eval()), make_trees())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -216,6 +223,20 @@ def test_bfloat16_is_as_good_as_unshared_bfloat16():
             tree_hidden_states(use_tree_attention(half), collate(trees, range(len(trees)))).float() - reference
         ).norm()
     assert shared <= 2 * unshared
+
+
+def test_a_forward_that_fails_leaves_the_last_layer_as_it_was():
+    model = use_tree_attention(make_model())
+    model.gradient_checkpointing_enable()
+    batch = collate(make_trees(), [0, 1])
+    handle = model.model.norm.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("stop")))
+    with pytest.raises(RuntimeError, match="stop"):
+        tree_hidden_states(model.train(), batch)
+    handle.remove()
+    last = model.model.layers[-1]
+    assert last.gradient_checkpointing
+    assert not last._forward_pre_hooks
+    assert tree_hidden_states(model, batch).shape == (len(batch.labels), 32)
 
 
 def test_the_head_is_never_run():
@@ -369,14 +390,31 @@ def check_varlen_arguments(cu_q, cu_k, max_q, max_k):
     assert (cu_q.diff() <= cu_k.diff()).all()
 
 
+def answer_rows_of(body):
+    """A body that computes the answer rows alone, made comparable with one that computes all."""
+
+    def run(query, key, value, layout, *rest):
+        return body(query.index_select(2, layout.answer_rows), key, value, layout, *rest)
+
+    return run
+
+
+def varlen(kernel, which="stream"):
+    return lambda query, key, value, layout, *rest: varlen_attention(
+        kernel, query, key, value, getattr(layout, which), *rest
+    )
+
+
 BODIES = {
     "tree": lambda q, k, v, layout, scale, window, softcap: tree_attention(
         torch.nn.Module(), q, k, v, None, scaling=scale, sliding_window=window, softcap=softcap, alro_segments=layout
     )[0],
     "dense": dense_attention,
-    "varlen 2.11": lambda *arguments: varlen_attention(torch_varlen(varlen_attn_2_11), *arguments),
-    "varlen 2.13": lambda *arguments: varlen_attention(torch_varlen(varlen_attn_2_13), *arguments),
-    "flash-attn": lambda *arguments: varlen_attention(flash_attn_varlen(flash_attn_varlen_func), *arguments),
+    "dense, answers": answer_rows_of(lambda *arguments: dense_attention(*arguments, answers=True)),
+    "varlen 2.11": varlen(torch_varlen(varlen_attn_2_11)),
+    "varlen 2.13": varlen(torch_varlen(varlen_attn_2_13)),
+    "varlen 2.13, answers": answer_rows_of(varlen(torch_varlen(varlen_attn_2_13), "answers")),
+    "flash-attn": varlen(flash_attn_varlen(flash_attn_varlen_func)),
 }
 LENGTHS = st.sampled_from([1, 2, 5, 31, 95, 96, 97, 127, 128, 129, 193])
 
@@ -415,11 +453,13 @@ def test_bodies_agree_with_the_loop_over_branches(batch, heads, window, softcap,
     if body.startswith("varlen"):
         softcap = None
     (query, key, value), upstream = attention_inputs(batch, *heads)
-    rows = batch.segments.num_tokens
+    rows = batch.answer_rows if "answers" in body else torch.arange(batch.segments.num_tokens)
     results = []
-    for function, layout in ((naive, batch), (BODIES[body], batch.segments)):
-        out = function(query, key, value, layout, 0.3, window, softcap)[:, :rows]
-        results.append([out, *torch.autograd.grad((out * upstream[:, :rows]).sum(), (query, key, value))])
+    for out in (
+        naive(query, key, value, batch, 0.3, window, softcap)[:, rows],
+        BODIES[body](query, key, value, batch.segments, 0.3, window, softcap)[:, : len(rows)],
+    ):
+        results.append([out, *torch.autograd.grad((out * upstream[:, rows]).sum(), (query, key, value))])
     for found, expected in zip(results[1], results[0]):
         torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-11)
 
@@ -435,10 +475,20 @@ def test_values_of_another_width_take_the_dense_body():
 
 
 def test_gather_adds_half_precision_gradients_in_float32():
-    """A prefix seen by 300 branches: 300 gradients of 1 + 1/128 add up; in bfloat16 the sum would stop at 256."""
+    """CUDA's index_add rounds after every addend of a bfloat16 sum; the CPU's does not, so the dtype is watched."""
+    sums = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.index_add_.default:
+                sums.append(args[0].dtype)
+            return function(*args, **kwargs or {})
+
     rows = torch.zeros(2, 1, 1, dtype=torch.bfloat16, requires_grad=True)
-    index = torch.cat([torch.zeros(300, dtype=torch.long), torch.ones(1, dtype=torch.long)])
-    attention._Gather.apply(rows, index).backward(torch.full((301, 1, 1), 1.0078125, dtype=torch.bfloat16))
+    gathered = attention_bodies._Gather.apply(rows, torch.tensor([0] * 300 + [1]))
+    with Watch():
+        gathered.backward(torch.full((301, 1, 1), 1.0078125, dtype=torch.bfloat16))
+    assert sums == [torch.float32]
     assert rows.grad.flatten().tolist() == [302.0, 1.0078125]
 
 
@@ -448,27 +498,30 @@ def test_varlen_reads_nothing_back_from_the_device():
     (query, key, value), upstream = attention_inputs(batch, 4, 2)
     query, key, value = (tensor.detach().to("meta").requires_grad_() for tensor in (query, key, value))
 
-    def kernel(query, key, value, layout, scale, window, softcap):
-        assert key.shape[0] == value.shape[0] == layout.kv_index.shape[0]
+    def kernel(query, key, value, sequences, scale, window, softcap):
+        assert key.shape[0] == value.shape[0] == sequences.kv_index.shape[0]
         return query + key.sum(0).sum(0) + value.sum(0).sum(0)
 
-    varlen_attention(kernel, query, key, value, batch.segments, 0.3, None, None).backward(upstream.to("meta"))
+    varlen_attention(kernel, query, key, value, batch.segments.stream, 0.3, None, None).backward(upstream.to("meta"))
     assert key.grad.shape == key.shape
 
 
-def test_a_whole_model_on_the_varlen_body():
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_a_whole_model_on_the_varlen_body(family, monkeypatch):
     """What a CUDA step runs, with the kernel replaced by its definition."""
 
-    def body(module, query, key, value, mask, *, scaling, alro_segments, **_):
-        backend = torch_varlen(varlen_attn_2_13)
-        return varlen_attention(backend, query, key, value, alro_segments, scaling, None, None), None
+    def body(query, key, value, layout, scale, window=None, softcap=None, answers=False):
+        kernel = flash_attn_varlen(flash_attn_varlen_func)
+        sequences = layout.answers if answers else layout.stream
+        used.append(answers)
+        return varlen_attention(kernel, query, key, value, sequences, scale, window, softcap)
 
-    model = use_tree_attention(make_model(lora=True))
-    AttentionInterface.register(attention.ATTENTION, body)
-    try:
-        assert_same(model, make_trees(), pad_to_multiple=32)
-    finally:
-        AttentionInterface.register(attention.ATTENTION, tree_attention)
+    used = []
+    model = use_tree_attention(make_model(family, lora=True))
+    monkeypatch.setattr(attention, "cascade_attention", body)
+    monkeypatch.setattr(attention, "dense_attention", body)
+    assert_same(model, make_trees(), pad_to_multiple=32)
+    assert used == [False, True]
 
 
 def test_the_installed_varlen_takes_our_arguments():

@@ -98,26 +98,35 @@ def test_every_answer_token_is_predicted_by_the_row_before_it(trees, multiple):
 def test_varlen_sequences_are_the_branches(trees, multiple):
     """Sequence by sequence: keys are the branch's own rows in order, queries the last len_q of them."""
     segments = (batch := collate(trees, range(len(trees)), pad_to_multiple=multiple)).segments
-    keys = torch.arange(len(batch.input_ids)) if segments.kv_index is None else segments.kv_index
-    expected = []
-    for span in segments.spans:
+    expected, answers = [], []
+    for t, span in zip(trees, segments.spans):
         prefix, own = list(range(span.start, span.start + span.prefix)), span.start + span.prefix
         for b, length in enumerate(span.lengths):
+            rows = [*prefix, *range(own, own + length)]
             if b == 0 or length:
-                rows = [*prefix, *range(own, own + length)]
                 expected.append((rows, len(rows) if b == 0 else length))
+            answers.append((rows[:-1], len(rows) - t.answer_starts[b]))  # the last token predicts nothing
             own += length
     if padding := len(batch.input_ids) - segments.num_tokens:
         expected.append((list(range(segments.num_tokens, len(batch.input_ids))), padding))
-    q_ends, k_ends = segments.cu_seqlens_q.tolist(), segments.cu_seqlens_k.tolist()
-    assert segments.cu_seqlens_q.dtype == segments.cu_seqlens_k.dtype == torch.int32
+    check_sequences(segments.stream, torch.arange(len(batch.input_ids)), expected)
+    check_sequences(segments.answers, batch.answer_rows, answers)
+    assert segments.answer_rows is batch.answer_rows
+    assert segments.answer_counts == tuple(tree.num_answer_rows for tree in trees)
+
+
+def check_sequences(varlen, queries, expected):
+    """Expected: per sequence the stream rows of its keys, and how many of the last are queries."""
+    q_ends, k_ends = varlen.cu_seqlens_q.tolist(), varlen.cu_seqlens_k.tolist()
+    keys = torch.arange(len(queries)) if varlen.kv_index is None else varlen.kv_index
+    assert varlen.cu_seqlens_q.dtype == varlen.cu_seqlens_k.dtype == torch.int32
     assert len(q_ends) == len(k_ends) == len(expected) + 1
-    assert (q_ends[-1], k_ends[-1]) == (len(batch.input_ids), len(keys))
+    assert (q_ends[-1], k_ends[-1]) == (len(queries), len(keys))
     for s, (rows, len_q) in enumerate(expected):
         assert keys[k_ends[s] : k_ends[s + 1]].tolist() == rows
-        assert list(range(q_ends[s], q_ends[s + 1])) == rows[len(rows) - len_q :]
-    assert segments.max_seqlen_q == max(np.diff(q_ends))
-    assert segments.max_seqlen_k == max(np.diff(k_ends))
+        assert queries[q_ends[s] : q_ends[s + 1]].tolist() == rows[len(rows) - len_q :]
+    assert varlen.max_seqlen_q == max(np.diff(q_ends))
+    assert varlen.max_seqlen_k == max(np.diff(k_ends))
 
 
 @given(st.lists(st.integers(1, 50), max_size=60), st.sampled_from([None, 0, 1, 123]))
@@ -195,8 +204,8 @@ def test_batches_travel():
         if isinstance(value, torch.Tensor):
             assert torch.equal(getattr(copy, name), value)
             assert getattr(moved, name).device.type == "meta"
-    assert moved.segments.kv_index.device.type == moved.segments.cu_seqlens_k.device.type == "meta"
-    assert moved.segments.masks is not batch.segments.masks
+    assert moved.segments.stream.kv_index.device.type == moved.segments.answers.cu_seqlens_k.device.type == "meta"
+    assert moved.segments.cache is not batch.segments.cache
 
 
 def test_ids_may_be_arrays_or_tensors():
