@@ -98,6 +98,15 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupted_replacement_cannot_be_opened(tmp_path, monkeypatch):
+    write_prepared(tmp_path, ITEMS, LISTS)
+    monkeypatch.setattr(module.shutil, "move", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_prepared(tmp_path, ITEMS, LISTS)
+    with pytest.raises(AlroFastError, match="not a prepared data folder"):
+        open_prepared(tmp_path)
+
+
 def test_folder_with_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(AlroFastError, match=r"holds something else \(thesis\.tex\)"):

@@ -172,6 +172,15 @@ def test_amazon_missing_field_and_foreign_metadata(tmp_path):
         read_interactions("amazon-2018", tmp_path)
 
 
+def test_amazon_without_reviews_or_without_titles(tmp_path):
+    amazon_folder(tmp_path, "amazon-2018", [], ['{"asin": "B1"}', "", '{"asin": "B1", "title": "second"}'])
+    with pytest.raises(AlroFastError, match=r"Music\.json\.gz is empty; one JSON review per line is expected"):
+        read_interactions("amazon-2018", tmp_path)
+    amazon_folder(tmp_path, "amazon-2018", [REVIEWS["amazon-2018"]], ['{"asin": "B1"}', "", '{"asin": "B1"}'])
+    with pytest.raises(AlroFastError, match=r"no item of Music\.json\.gz has a title; pass --untitled keep"):
+        read_interactions("amazon-2018", tmp_path, untitled="drop")
+
+
 TABLE = {"who": ["b", "a", "b"], "what": ["x", "y", "y"], "stars": [1.0, 2.5, 5.0], "when": [3, 2, 1]}
 NAMES = Columns(user="who", item="what", rating="stars", time="when")
 

@@ -181,22 +181,18 @@ def _scan_csv(path: Path, separator: str = ",", names: list[str] | None = None) 
     if path.stat().st_size == 0:
         raise AlroFastError(f"{path.name} is empty; ratings are expected in it")
     header = names is None
-    quote = '"' if header else None
+    how = {"separator": separator, "has_header": header, "infer_schema": False, "quote_char": '"' if header else None}
     with polars_errors(path):
-        scan = pl.scan_csv(
-            path, separator=separator, has_header=header, new_columns=names, infer_schema=False, quote_char=quote
-        )
-        if names and len(
-            found := pl.scan_csv(
-                path, separator=separator, has_header=False, infer_schema=False, quote_char=None
-            ).collect_schema()
-        ) != len(names):
+        scan = pl.scan_csv(path, **how)
+        found = scan.collect_schema().names()
+        if header:
+            return scan
+        if len(found) != len(names):
             raise AlroFastError(
                 f"{path.name} has {len(found)} fields per line when split at {separator!r}; "
                 f"{len(names)} are expected: is it the file of another data set?"
             )
-        scan.collect_schema()
-    return scan
+        return scan.rename(dict(zip(found, names)))
 
 
 def _scan_table(path: Path, separator: str | None, workdir: Path) -> pl.LazyFrame:
