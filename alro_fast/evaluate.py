@@ -24,6 +24,7 @@ from .cli import run
 from .data.lists import open_prepared
 from .data.records import RankingList
 from .errors import AlroFastError
+from .generation import generate_and_parse
 from .orders import Ranking
 from .rank import OneLineParser, add_ranking_options
 from .ranking import Ranker, check_options
@@ -48,6 +49,8 @@ def main(argv: Sequence[str]) -> None:
     ranker = Ranker.load(
         options.adapter, device=options.device, base_model=options.base_model, token_budget=options.token_budget
     )
+    if options.generate and ranker.answer != "ranking":
+        raise AlroFastError("--generate needs a model that answers with identifiers; this one answers with grades")
     folder = Path(options.output_dir or options.adapter)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -65,6 +68,13 @@ def main(argv: Sequence[str]) -> None:
             rankings["untuned"], seconds["untuned"] = timed(ranker, lists, how)
     rankings["tuned"], seconds["tuned"] = timed(ranker, lists, how)
     scores = {name: [ranking.scores for ranking in each] for name, each in rankings.items()}
+    notes = {"device": str(ranker.device), "peak_memory_gib": peak_memory(ranker.device) / 2**30}
+    if options.generate:
+        start = time.perf_counter()
+        generated = generate_and_parse(ranker, lists)
+        seconds["generate"] = time.perf_counter() - start
+        scores["generate"] = generated.scores
+        notes["generate_invalid_rate"] = generated.invalid_rate
     results = evaluate_lists(
         lists,
         baseline_scores(prepared, lists) | scores,
@@ -79,10 +89,12 @@ def main(argv: Sequence[str]) -> None:
         results,
         seconds=seconds,
         sensitivity={name: order_sensitivity(each) for name, each in rankings.items()} if options.shuffles > 1 else {},
-        about={"device": str(ranker.device), "peak_memory_gib": peak_memory(ranker.device) / 2**30},
+        about=notes,
         conventions=results.conventions | {"rankings": f"method {method}{presented}, seed {options.seed}"},
     )
     print(results.table())
+    if options.generate:
+        print(f"generate: {generated.invalid_rate:.1%} of the answers were no permutation of their candidates")
     results.save(folder)
     write_predictions(folder / "predictions.jsonl", lists, rankings)
     factor = write_trec(folder, lists, scores["tuned"], tag="alro_fast")
@@ -105,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="only the first N lists")
     parser.add_argument("--output_dir", help="where the files go; default: the adapter's folder")
     parser.add_argument("--gain", default="exp2", help="exp2: 2^rating - 1 (default); linear: the rating")
+    parser.add_argument("--generate", action="store_true", help="also rank by generated text, parsed: the ordinary way")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples behind an interval (default 1000)")
     return parser
 

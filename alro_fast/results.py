@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Scores = Sequence[Sequence[float] | np.ndarray]  # per list, per candidate in the list's own order; higher is better
 Scorer = Scores | Callable[["Sequence[RankingList]"], Scores]
 
-LABELS = {"mean_rating": "mean rating", "oracle": "best possible"}
+LABELS = {"mean_rating": "mean rating", "generate": "tuned, generate", "oracle": "best possible"}
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ def _check_shape(name: str, scores: Scores, lists: Sequence[RankingList]) -> Non
             )
 
 
-_ROWS = ("random", "popularity", "mean_rating", "retriever", "untuned", "tuned")
+_ROWS = ("random", "popularity", "mean_rating", "retriever", "untuned", "generate", "tuned")
 
 
 def _row(name: str) -> tuple[int, str]:

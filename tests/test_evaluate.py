@@ -287,10 +287,14 @@ def test_limit_and_a_model_without_adapter(adapter, prepared, tmp_path, capsys):
     tiny_llama(len(tokenizer)).save_pretrained(full)
     tokenizer.save_pretrained(full)
     PromptBuilder(tokenizer, "movies").save(full)
-    evaluate.main(["--adapter", str(full), "--lists", str(prepared.path), "--limit", "5", "--bootstrap", "0"])
+    evaluate.main(f"--adapter {full} --lists {prepared.path} --limit 5 --bootstrap 0 --generate".split())
     document = json.loads((full / "results.json").read_text())
+    assert list(document) == ["random", "popularity", "mean_rating", "generate", "tuned", "about"]
+    assert 0 <= document["about"]["generate_invalid_rate"] <= 1
     assert "untuned" not in document
     assert document["about"]["lists"] == 5
     assert document["tuned"]["ndcg@3_interval"] == [None, None]
-    assert "predictions.jsonl" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "predictions.jsonl" in printed
+    assert "% of the answers were no permutation" in printed
     assert len((full / "predictions.jsonl").read_text().splitlines()) == 5
