@@ -233,6 +233,10 @@ def head(
     grad_enabled = torch.is_grad_enabled()
     want_expected = grad_enabled and hidden.requires_grad
     want_spread = want_expected and pair_count > 0 and detach_first is not True
+    if softcap is not None and not softcap > 0:
+        raise AlroFastError(f"softcap is {softcap}; expected a positive number or None")
+    if mass_bound is not None and not mass_bound >= 0:
+        raise AlroFastError(f"mass_bound is {mass_bound}; expected a number of at least 0, or None")
     if mass_bound is None:
         mass_bound = _HALF_MASS_BOUND if hidden.dtype in (torch.float16, torch.bfloat16) else 0.0
     detached = [
@@ -368,7 +372,7 @@ def _(
 
     return (
         new(n),
-        new(n, targets.shape[1]),
+        new(*targets.shape),
         new(*rows.shape, ids.shape[1]),
         new(first.shape[0]),
         new(n, h) if want_expected else new(0),

@@ -365,7 +365,7 @@ def _logits(
     softcap: float | None,
     scale: float,
 ) -> Tensor:
-    z = scaled_rows @ columns.T
+    z = torch.mm(scaled_rows, columns.T)
     if bias is not None:
         z += scale * bias[start:stop].to(z.dtype)
     if softcap is not None:
@@ -374,9 +374,10 @@ def _logits(
 
 
 def _tiles(n: int, v: int, h: int) -> list[tuple[int, int]]:
-    """Vocabulary tiles of about equal width: within the byte budget, and at least four of them."""
-    width = max(_TILE_BYTES // (4 * max(n, h, 1)), 64)
-    width = max(min(width, -(-v // 4)), 1)
+    """Vocabulary tiles: [n, T] and [T, h] within the byte budget and, at small sizes, well below [n, v] and [v, h]."""
+    n, h = max(n, 1), max(h, 1)
+    width = min(_TILE_BYTES // (4 * max(n, h)), v * h // (2 * n), n * v // (2 * h))
+    width = max(min(max(width, 256), -(-v // 4)), 1)
     return [(start, min(start + width, v)) for start in range(0, v, width)]
 
 
