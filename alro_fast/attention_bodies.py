@@ -93,7 +93,8 @@ def _visible(span: TreeSpan, window: int | None, rows: Tensor | slice) -> Tensor
 
 # --- cascade: the CPU ------------------------------------------------------------------------------------------------
 
-CHUNK = 96  # query rows of a causal call: torch's CPU kernel skips no key of a block of 512, smaller chunks waste fewer
+# Query rows of a causal call: torch's CPU kernel skips no key of a block of 512, smaller calls waste fewer.
+CHUNK = 192
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default

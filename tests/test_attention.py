@@ -416,12 +416,12 @@ BODIES = {
     "varlen 2.13, answers": answer_rows_of(varlen(torch_varlen(varlen_attn_2_13), "answers")),
     "flash-attn": varlen(flash_attn_varlen(flash_attn_varlen_func)),
 }
-LENGTHS = st.sampled_from([1, 2, 5, 31, 95, 96, 97, 127, 128, 129, 193])
+LENGTHS = st.sampled_from([1, 2, 5, 31, 127, 128, 129, 191, 192, 193, 385])
 
 
 @st.composite
 def layouts(draw):
-    """Trees by their lengths: prefix 0, 1 or around a tile's edge, branches of 0 to 193 own rows, neighbours alike."""
+    """Trees by their lengths: prefix 0, 1 or around a tile's edge, branches of 0 to 385 own rows, neighbours alike."""
     trees = []
     for _ in range(draw(st.integers(1, 3))):
         prefix = draw(st.one_of(st.just(0), LENGTHS))
