@@ -110,8 +110,8 @@ def head_config(architecture: str, hidden_size: int, rows: int, element_size: in
         raise ValueError(f"no kernel configurations for {architecture!r}; expected one of {', '.join(_TILES)}")
     single, paired, expected = _TILES[architecture][element_size > 2]
     if architecture == "interpreter":
-        return HeadConfig(single, paired, expected, 128, 1 << 30, rows // 64)
-    columns = 8192 if rows <= 512 else 4096 if rows <= 2048 or hidden_size <= 2048 else 2048
+        return HeadConfig(single, paired, expected, 512, 1 << 30, rows // 64)
+    columns = 8192 if rows <= 512 else 4096 if rows < 2048 or hidden_size <= 2560 else 2048
     # Reading the whole vocabulary for a few rows pays only where it is a small part of the work.
     config = HeadConfig(single, paired, expected, columns, 512, 16 if rows >= 2048 else 0)
     return small_rows(config, 4 if architecture == "gfx942" else 8) if rows <= 64 else config

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, Head, head, heads
+from kernel_cases import DEVICE, Head, examples, head, heads
 
 kernel = pytest.importorskip("alro_fast.kernels.gather")
 
@@ -27,7 +27,7 @@ def by_definition(case: Head, rows: torch.Tensor, ids: torch.Tensor, leaves: lis
     return z.masked_fill((rows < 0)[:, :, None] | (ids < 0)[:, None, :], 0.0)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True, phases=[Phase.generate])
+@examples(10)
 @given(
     case=heads(with_pairs=False),
     shape=st.sampled_from([(1, 1, 1), (5, 1, 3), (3, 4, 4), (2, 3, 20)]),

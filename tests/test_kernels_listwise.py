@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DEVICE
+from kernel_cases import DEVICE, examples
 
 from alro_fast.backends import eager
 
@@ -49,7 +49,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate])
+@examples(40)
 @given(
     sizes=st.lists(st.sampled_from([1, 2, 3, 10, 16, 17, 25]), min_size=1, max_size=4),
     grades=st.sampled_from([0, 0, 1, 5, 10]),

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, Head, head, heads
+from kernel_cases import DEVICE, Head, examples, head, heads
 
 from alro_fast.backends import triton as backend
 
@@ -25,7 +25,7 @@ def close(actual: torch.Tensor, wanted: torch.Tensor, size: float | torch.Tensor
     assert ((actual - wanted).abs() <= 1e-5 * torch.clamp(wanted.abs(), min=size)).all()
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])
+@examples(25)
 @given(case=heads(), entropy=st.booleans(), tile_stats=st.booleans())
 def test_statistics_equal_their_definition(case: Head, entropy: bool, tile_stats: bool) -> None:
     stats = run(case, entropy=entropy, tile_stats=tile_stats)

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import DEVICE, HALF_ROUNDING, Head, examples, head, heads
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from alro_fast.backends import eager
+
+backend = pytest.importorskip("alro_fast.backends.triton")
+
+
+def run(case: Head, **options) -> eager.VocabPass:
+    defaults = {"entropy": True, "want_expected": True, "want_spread": False, "mass_bound": 0.0}
+    return backend.vocab_pass(*case.arguments, case.first, case.second, **{**defaults, **options})
+
+
+@examples(20)
+@given(case=heads(), entropy=st.booleans(), engine=st.sampled_from(["tiled", "fused"]), want_spread=st.booleans())
+def test_vocab_pass_equals_its_definition(case: Head, entropy: bool, engine: str, want_spread: bool) -> None:
+    config = backend._config(case.hidden)._replace(columns=64)
+    got = run(case, entropy=entropy, engine=engine, want_spread=want_spread, config=config)
+    z, dtype = case.logits(), case.hidden.dtype
+    assert torch.allclose(got.lse.double(), z.logsumexp(1), atol=1e-5, rtol=1e-5)
+    assert ((got.expected - case.expected()).abs() <= case.expected_error(dtype)).all()
+    if case.first is None:
+        assert got.cross is got.mixed is got.spread is None
+        return
+    size = float(z.abs().max())
+    assert torch.allclose(got.cross.double(), case.cross(entropy), atol=2e-5 * size)
+    mixed, spread = case.pair_sums(entropy)
+    rounding = (HALF_ROUNDING[dtype] + 1e-5) * float(case.weight.abs().max())
+    assert (got.mixed is not None) == (case.softcap is not None)
+    if got.mixed is not None:
+        assert torch.allclose(got.mixed.double(), mixed, atol=2 * rounding)
+    assert (got.spread is not None) == want_spread
+    if want_spread:
+        assert torch.allclose(got.spread.double(), spread, atol=4 * size * rounding)
+
+
+@examples(10)
+@given(case=heads(), entropy=st.booleans(), want_weight=st.booleans(), want_bias=st.booleans())
+def test_weight_grad_equals_float64(case: Head, entropy: bool, want_weight: bool, want_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    pairs = 0 if case.first is None else len(case.first)
+    # Upstream gradients of a mean over many tokens: far below what float16 can hold.
+    grad_lse, grad_first, grad_second = (
+        torch.randn(size, generator=generator).to(DEVICE) * 1e-6 for size in (len(case.hidden), pairs, pairs)
+    )
+    exact = [None if x is None else x.double() for x in (case.hidden, case.weight, case.bias)]
+    lse = case.logits().logsumexp(1)
+    cross = case.cross(entropy) if pairs else None
+    options = {"entropy": entropy, "want_weight": want_weight, "want_bias": want_bias}
+    rest = (grad_lse, grad_first, grad_second) if pairs else (grad_lse, None, None)
+    got = backend.weight_grad(
+        *case.arguments, case.first, case.second, lse.float(), None if cross is None else cross.float(), *rest,
+        **options,
+    )  # fmt: skip
+    wanted = eager.weight_grad(
+        *exact, case.softcap, case.scale, case.first, case.second, lse, cross,
+        *(None if x is None else x.double() for x in rest), **options,
+    )  # fmt: skip
+    for mine, reference in zip(got, wanted):
+        assert (mine is None) == (reference is None)
+        if mine is not None:
+            bound = (4 * HALF_ROUNDING[case.hidden.dtype] + 1e-4) * float(reference.abs().max()) + 1e-12
+            assert torch.allclose(mine.double(), reference, atol=bound, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Work, memory, bits.
+
+
+def peaked(rows: int, vocab: int, hot: list[int], dtype: torch.dtype = torch.bfloat16) -> Head:
+    """Rows with 99.99 % of their mass in the columns `hot`, the rest spread out evenly."""
+    case = head(rows, 32, vocab, dtype, bias=True, pairs=0, spread=1.0)
+    lift = 9.2 + float(torch.tensor(vocab / len(hot)).log())
+    case.bias[:] = 0
+    case.bias[hot] = lift + 1.0
+    z = case.logits()
+    assert (z.softmax(1)[:, hot].sum(1) > 0.9999).all()
+    return case
+
+
+def joint(case: Head, **options) -> tuple[float, eager.VocabPass]:
+    """Units of work (products with the whole vocabulary per row) of CE and KL together, and the result."""
+    half = len(case.hidden) // 2
+    case.first = torch.arange(half, device=DEVICE)
+    case.second = case.first + half
+    with backend.count_gemm_work() as work:
+        result = run(case, **options)
+    return work.units(*case.logits().shape), result
+
+
+@pytest.mark.parametrize("mass_bound", [0.0, 2.0**-12])
+@pytest.mark.parametrize("spread", [0.01, 2.0, 8.0])
+def test_joint_pass_takes_two_products_per_row_at_most(mass_bound: float, spread: float) -> None:
+    case = head(64, 32, 3200, torch.bfloat16, spread=spread)
+    units, _ = joint(case, mass_bound=mass_bound)
+    assert units <= 2.0 + len(case.hidden) * 12 / 3200 / 64  # heavy columns looked up, V / 256 of them
+    if mass_bound == 0:
+        assert units == 2.0
+
+
+@pytest.mark.parametrize("place", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("engine", ["tiled", "fused"])
+def test_peaked_rows_take_little_more_than_one_product(place: float, engine: str) -> None:
+    """99.99 % of each row's mass in 1 % of the tiles, wherever those are."""
+    config = backend._config(torch.empty(64, 32, dtype=torch.bfloat16, device=DEVICE))._replace(probe_rows=1)
+    width = config.expected.block_v
+    vocab = 100 * width
+    start = int(place * 100) * width
+    case = peaked(64, vocab, list(range(start, start + width)))
+    units, result = joint(case, mass_bound=2.0**-12, engine=engine, config=config)
+    assert units <= 1.2
+    lost = (result.expected - case.expected()).norm(dim=1)
+    assert (lost <= (2.0**-12 + 2.0**-8) * case.weight.double().norm(dim=1).max()).all()
+
+
+def test_statistics_alone_take_one_product() -> None:
+    case = head(20, 32, 640)
+    for engine in ("tiled", "fused"):
+        with backend.count_gemm_work() as work:
+            run(case, want_expected=False, engine=engine)
+        assert work.units(20, 640) == 1.0
+
+
+@examples(8)
+@given(mass_bound=st.sampled_from([1e-3, 0.1]), probe_rows=st.sampled_from([0, 3]), seed=st.integers(0, 99))
+def test_tiled_engine_honours_the_mass_bound(mass_bound: float, probe_rows: int, seed: int) -> None:
+    case = head(24, 32, 700, bias=True, softcap=8.0, scale=0.7, spread=6.0, seed=seed)
+    config = backend._config(case.hidden)._replace(probe_rows=probe_rows, columns=256)
+    result = run(case, mass_bound=mass_bound, engine="tiled", config=config)
+    largest = (case.slope().abs().max() * case.weight.double().norm(dim=1)).max()
+    lost = (result.expected - case.expected()).norm(dim=1)
+    assert (lost <= mass_bound * largest * (1 + 1e-4) + 1e-5).all()
+    assert torch.allclose(result.lse.double(), case.logits().logsumexp(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["tiled", "fused"])
+def test_equal_bits_on_rerun(engine: str) -> None:
+    case = head(20, 32, 300, torch.bfloat16, pairs=7)
+    for one, two in zip(run(case, engine=engine, mass_bound=1e-3), run(case, engine=engine, mass_bound=1e-3)):
+        assert one is two is None or torch.equal(one, two)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor any operator returns, views and in-place results of inputs aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, torch.Tensor) and not function.is_view and not _aliases(value, args):
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
+def _aliases(value: torch.Tensor, args: tuple) -> bool:
+    held = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+    return value.untyped_storage().data_ptr() in held
+
+
+@pytest.mark.parametrize(("engine", "mass_bound"), [("tiled", 0.0), ("tiled", 1e-3), ("fused", 1e-3)])
+def test_nothing_of_the_size_of_the_logits_or_the_head_is_made(engine: str, mass_bound: float) -> None:
+    rows, size_h, vocab = 24, 24, 4000
+    case = head(rows, size_h, vocab, torch.float16, pairs=5)
+    with LargestTensor() as spy:
+        run(case, engine=engine, mass_bound=mass_bound)
+    assert spy.elements <= min(rows, size_h) * vocab / 7
+
+
+def test_no_rows_and_no_pairs() -> None:
+    case = head(3, 16, 100)
+    case.hidden = case.hidden[:0]
+    for engine in ("tiled", "fused"):
+        result = run(case, engine=engine)
+        assert result.lse.shape == (0,)
+        assert result.expected.shape == (0, 16)
+
+
+def test_devices_and_dtypes_it_cannot_serve() -> None:
+    assert "float64" in backend.unavailable(torch.device(DEVICE), torch.float64)
+    assert backend.unavailable(torch.device(DEVICE), torch.bfloat16) is None
+    assert "meta" in backend.unavailable(torch.device("meta"), torch.float32)
+
+
+def test_warmup_runs_every_engine(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert backend.warmup(16, 150, dtype=torch.float32, rows=(4,), device=DEVICE) > 0
+    assert "warmup 1/1" in caplog.text
+
+
+@pytest.mark.parametrize("architecture", ["sm80", "sm90", "sm100", "gfx942"])
+def test_tile_buffers_stay_small(architecture: str) -> None:
+    """At most 5 % of float32 logits with U, from 2048 rows on."""
+    for size_h, vocab in ((896, 151936), (2560, 151936), (4096, 128256)):
+        for rows in (2048, 16384):
+            config = backend.configs.head_config(architecture, size_h, rows, 2)
+            assert config.columns + size_h + vocab // config.expected.block_v // 8 <= 0.05 * vocab
+    with pytest.raises(ValueError, match="sm70"):
+        backend.configs.head_config("sm70", 896, 64, 2)
