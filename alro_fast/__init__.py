@@ -8,9 +8,12 @@ __version__ = "0.1.0"
 
 _PUBLIC = {  # name -> module that defines it; imported on first use, so `import alro_fast` stays light
     "ALROLoss": "losses",
+    "DMPOLoss": "preference",
+    "PreferenceLoss": "preference",
     "RankingLists": "losses",
     "Grades": "losses",
     "alro_loss": "losses",
+    "dmpo_loss": "preference",
     "linear_kl": "ops",
     "linear_logprobs": "ops",
     "soft_argmax_ranks": "ops",

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .losses import ALROCounts, ALROLossOutput, RankingLists
+from .preference import PreferenceLoss
 
 
 def head_logits(
@@ -213,6 +214,54 @@ def alro_loss_from_logits(
     permutation = sum(permutations, z.new_zeros(())) / counts.twins
     loss = sft + alpha * soft_lambda + beta * permutation
     return ALROLossOutput(loss, sft, soft_lambda, permutation, torch.stack(expected).detach())
+
+
+def dmpo_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor | None = None,
+    ref_rejected: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    rejected_mask: Tensor | None = None,
+    chosen_mask: Tensor | None = None,
+    variant: str = "dmpo",
+    ftx: float = 0.0,
+    chosen_lengths: Tensor | None = None,
+) -> PreferenceLoss:
+    """2.1, 2.2, 2.7, 2.8: the preference loss, user by user; every argument as `alro_fast.dmpo_loss`."""
+    chosen, rejected = _wide(chosen), _wide(rejected)
+    gain_chosen = chosen if ref_chosen is None else chosen - _wide(ref_chosen)
+    gain_rejected = rejected if ref_rejected is None else rejected - _wide(ref_rejected)
+    losses, entropies = [], []
+    for user in range(len(rejected)):
+        there = torch.ones_like(rejected[user], dtype=torch.bool) if rejected_mask is None else rejected_mask[user]
+        positive = torch.ones_like(chosen[user], dtype=torch.bool) if chosen_mask is None else chosen_mask[user]
+        if chosen.dim() == 2 and chosen_mask is None and variant != "mult":
+            positive = there
+        worse = beta * gain_rejected[user, there]
+        better = beta * gain_chosen[user, positive] if chosen.dim() == 2 else beta * gain_chosen[user].expand(1)
+        tokens = torch.ones_like(chosen) if chosen_lengths is None else chosen_lengths
+        own = (-chosen[user] / tokens[user]).reshape(-1)
+        entropies.append(own[positive] if chosen.dim() == 2 else own)
+        if not len(worse):
+            continue
+        if variant == "dmpo":
+            losses.append(-torch.log(torch.sigmoid(better.mean() - worse.mean())))
+        elif variant == "mean_outside":
+            losses.append(-torch.log(torch.sigmoid(better - worse)).mean())
+        elif variant == "sdpo":
+            losses.append(torch.log(1 + torch.exp(worse - better).sum()))
+        else:
+            weights = torch.exp(torch.cat([better, worse]))
+            losses.append(-torch.log(weights[: len(better)] / weights.sum()).sum())
+    loss = torch.stack(losses).mean() + ftx * torch.cat(entropies).mean()
+    rejected_mask = torch.ones_like(rejected, dtype=torch.bool) if rejected_mask is None else rejected_mask
+    if chosen_mask is None:
+        paired = chosen.dim() == 2 and variant != "mult"
+        chosen_mask = rejected_mask if paired else torch.ones_like(chosen, dtype=torch.bool)
+    rewards = beta * gain_chosen * chosen_mask, beta * gain_rejected * rejected_mask
+    return PreferenceLoss(loss, *(reward.detach() for reward in rewards))
 
 
 def identifier_scores(slots: Tensor, ids: Tensor, score: str, space: str) -> Tensor:
