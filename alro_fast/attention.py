@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention_bodies import cascade_attention, dense_attention, varlen_attention, varlen_backend
+from .attention_bodies import cascade_attention, dense_attention, flash_serves, varlen_attention, varlen_backend
 from .errors import AlroFastError
 from .packing import Branch, PackedBatch, Segments, Tree, collate
 
@@ -48,6 +48,11 @@ def tree_hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
         raise AlroFastError(
             f"the model runs on attention {trunk.config._attn_implementation!r}, in which packed branches see each "
             "other; call alro_fast.attention.use_tree_attention(model) once after loading it"
+        )
+    device = trunk.get_input_embeddings().weight.device
+    if batch.input_ids.device != device:
+        raise AlroFastError(
+            f"the batch is on {batch.input_ids.device}, the model on {device}; use batch.to({str(device)!r})"
         )
     if getattr(trunk, ROWS_ONLY, False):
         with _last_layer_on_answer_rows(trunk, batch.segments):
@@ -153,17 +158,19 @@ def tree_attention(
     if answers:
         key, value = alro_segments.keys_and_values(key, value)
     layout = alro_segments.layout if answers else alro_segments
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves norms and rotations in float32
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = sliding_window if sliding_window is not None and sliding_window < layout.longest else None
+    softcap = softcap or None
     same_width = query.shape[-1] == value.shape[-1]
-    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16) and same_width:
-        backend = varlen_backend(bool(softcap))
+    if query.device.type == "cuda" and same_width and flash_serves(query):
+        backend = varlen_backend(softcap is not None)
         if backend is not None:
             sequences = layout.answers if answers else layout.stream
-            return varlen_attention(backend, query, key, value, sequences, scale, window, softcap or None), None
-    if query.device.type == "cpu" and window is None and not softcap and same_width and not answers:
+            return varlen_attention(backend, query, key, value, sequences, scale, window, softcap), None
+    if query.device.type == "cpu" and window is None and softcap is None and same_width and not answers:
         return cascade_attention(query, key, value, layout, scale), None
-    return dense_attention(query, key, value, layout, scale, window, softcap or None, answers), None
+    return dense_attention(query, key, value, layout, scale, window, softcap, answers), None
 
 
 AttentionInterface.register(ATTENTION, tree_attention)

@@ -96,6 +96,7 @@ def _visible(span: TreeSpan, window: int | None, rows: Tensor | slice) -> Tensor
 # Query rows of a causal call: torch's CPU kernel skips no key of a block of 512, smaller calls waste fewer.
 CHUNK = 192
 
+# Both take fewer key than query heads as they are (torch >= 2.9).
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -281,6 +282,13 @@ class _Gather(torch.autograd.Function):
         wide = torch.promote_types(grad.dtype, torch.float32)
         total = grad.new_zeros(ctx.num_rows, *grad.shape[1:], dtype=wide)
         return total.index_add_(0, index, grad.to(wide)).to(grad.dtype), None
+
+
+def flash_serves(query: Tensor) -> bool:
+    """Whether FlashAttention has a kernel for this dtype, width and device (Ampere or later)."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    width = query.shape[-1]
+    return half and width % 8 == 0 and width <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 @functools.cache

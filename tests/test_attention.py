@@ -8,6 +8,8 @@ alone: float64, 1e-11.
 import copy
 import inspect
 import itertools
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from alro_fast import attention, attention_bodies
 from alro_fast.attention import tree_attention, tree_hidden_states, trunk_of, use_tree_attention
-from alro_fast.attention_bodies import dense_attention, flash_attn_varlen, torch_varlen, varlen_attention
+from alro_fast.attention_bodies import dense_attention, flash_attn_varlen, flash_serves, torch_varlen, varlen_attention
 from alro_fast.errors import AlroFastError
 from alro_fast.packing import Branch, Tree, collate
 
@@ -239,6 +241,19 @@ def test_a_forward_that_fails_leaves_the_last_layer_as_it_was():
     assert tree_hidden_states(model, batch).shape == (len(batch.labels), 32)
 
 
+def test_autocast_mixes_dtypes_without_harm():
+    """Queries and keys come out of the rotation in float32, values in bfloat16."""
+    model = use_tree_attention(make_model())
+    trees = make_trees()
+    batch = collate(trees, range(len(trees)))
+    plain = plain_copy(model)
+    with torch.no_grad():
+        exact = branch_by_branch(plain, trees)
+        with torch.autocast("cpu", torch.bfloat16):
+            shared, unshared = tree_hidden_states(model, batch), branch_by_branch(plain, trees)
+    assert (shared - exact).norm() <= 2 * (unshared - exact).norm()
+
+
 def test_the_head_is_never_run():
     model = use_tree_attention(make_model())
     model.lm_head.register_forward_hook(lambda *_: pytest.fail("the LM head saw the stream"))
@@ -253,6 +268,11 @@ def test_the_head_is_never_run():
 def test_a_model_on_other_attention_is_refused():
     with pytest.raises(AlroFastError, match=r"packed branches see each other.*use_tree_attention"):
         tree_hidden_states(make_model(), collate(make_trees(), [0]))
+
+
+def test_a_batch_on_another_device_is_refused():
+    with pytest.raises(AlroFastError, match=r"batch is on meta, the model on cpu; use batch.to\('cpu'\)"):
+        tree_hidden_states(use_tree_attention(make_model()), collate(make_trees(), [0]).to("meta"))
 
 
 def test_an_ordinary_forward_is_refused():
@@ -522,6 +542,45 @@ def test_a_whole_model_on_the_varlen_body(family, monkeypatch):
     monkeypatch.setattr(attention, "dense_attention", body)
     assert_same(model, make_trees(), pad_to_multiple=32)
     assert used == [False, True]
+
+
+def test_the_kernel_is_chosen_by_what_is_installed(monkeypatch):
+    """Hopper activates FA3 where its package is found and works; soft-capped scores need the flash-attn package."""
+    activated, installed = [], {"flash_attn_interface"}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(attention_bodies.importlib.util, "find_spec", lambda name: name in installed or None)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append)
+    choose = attention_bodies.varlen_backend.__wrapped__
+    assert choose(False) is not None
+    assert activated == ["FA3"]
+    assert choose(True) is None
+    installed.clear()
+    choose(False)
+    assert activated == ["FA3"]
+    installed.add("flash_attn")
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
+    assert choose(True) is not None
+
+
+def test_a_broken_fa3_leaves_fa2(monkeypatch):
+    def broken(name):
+        raise RuntimeError("no kernels inside")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(attention_bodies.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", broken)
+    assert attention_bodies._activate_newest_flash() == "FlashAttention-2"
+
+
+def test_flash_serves_half_precision_on_ampere(monkeypatch):
+    capability = (8, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert flash_serves(torch.empty(1, 1, 1, 64, dtype=torch.bfloat16))
+    assert not flash_serves(torch.empty(1, 1, 1, 64))
+    assert not flash_serves(torch.empty(1, 1, 1, 60, dtype=torch.float16))
+    assert not flash_serves(torch.empty(1, 1, 1, 512, dtype=torch.float16))
+    capability = (7, 5)
+    assert not flash_serves(torch.empty(1, 1, 1, 64, dtype=torch.float16))
 
 
 def test_the_installed_varlen_takes_our_arguments():
