@@ -278,6 +278,18 @@ def _check_list_values(labels: Tensor, lists: RankingLists, row_count: int, voca
         )
 
 
+def _check_shared_tokens(lists: RankingLists) -> None:
+    """The whole-vocabulary divergence pairs tokens by item, so a list and its twin must use the same ones."""
+    own = lists.candidate_ids.sort(dim=1).values
+    wrong = (lists.twin >= 0) & (own != own[lists.twin.clamp(min=0)]).any(dim=1)
+    if wrong.any():
+        place = int(wrong.nonzero()[0, 0])
+        raise AlroFastError(
+            f"candidate_ids of list {place} and of its twin {int(lists.twin[place])} are different sets of tokens; "
+            "psl_space='vocab' needs the same set, in any order"
+        )
+
+
 def _check_distinct(name: str, ids: Tensor) -> None:
     ordered = ids.sort(dim=1).values
     repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
@@ -335,6 +347,8 @@ def _compose(
     ids = candidate_ids if grades is None else grades.token_ids.expand(len(slot_rows), -1)
     targets = torch.where(labels == ignore_index, -1, labels.long())[:, None]
 
+    if options.psl_space == "vocab" and grades is None and values_are_free(candidate_ids):
+        _check_shared_tokens(lists)
     pairs = _TwinPairs(lists, options.psl, options.psl_detach) if options.psl_space == "vocab" else None
     if pairs is None:
         stats = read(targets=targets, rows=slot_rows.long(), ids=ids.long())
