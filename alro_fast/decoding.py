@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 
 class Decoded(NamedTuple):
-    """One answer. order [m]: the candidate at each slot, a permutation; logprobs [m slots, m candidates]: log softmax
-    over all identifiers of the list (chosen ones included) at each slot, along the answer."""
+    """One answer. order [m]: the candidate at each slot, a permutation; logprob: of that order, identifiers drawn
+    without replacement; slots [m, m]: at each slot, log softmax over all identifiers of the list, chosen ones included.
+    """
 
     order: np.ndarray
-    logprobs: np.ndarray
+    logprob: float
+    slots: np.ndarray
 
 
 def token_logits(hidden: Tensor, head: Head, tokens: Sequence[Sequence[int]]) -> list[np.ndarray]:
@@ -38,6 +40,7 @@ def token_logits(hidden: Tensor, head: Head, tokens: Sequence[Sequence[int]]) ->
     return [row[:length] for row, length in zip(logits, lengths.tolist(), strict=True)]
 
 
+@torch.no_grad()
 def decode(model: nn.Module, prompts: Sequence[RankingPrompt], beams: int, token_budget: int) -> list[Decoded]:
     """Answer every prompt by identifiers without replacement; `beams` partial orders are kept (1: greedy).
 
@@ -156,8 +159,9 @@ def _decode_batch(trunk: PreTrainedModel, head: Head, prompts: list[RankingPromp
         steps = position[:, None] + torch.arange(1, fed.shape[1] + 1, device=device)
         position = steps[:, -1]
         hidden = _forward(trunk, fed, mask, steps, cache)
+    order, total, logprobs = order[:, 0].cpu().numpy(), total[:, 0].cpu().numpy(), logprobs[:, 0].cpu().numpy()
     return [
-        Decoded(order[row, 0, :size].cpu().numpy(), logprobs[row, 0, :size, :size].cpu().numpy())
+        Decoded(order[row, :size], float(total[row]), logprobs[row, :size, :size])
         for row, size in enumerate(sizes.tolist())
     ]
 

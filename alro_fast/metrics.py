@@ -210,9 +210,8 @@ def _ranked(scores: np.ndarray, ratings: np.ndarray) -> _Ranked:
         raise AlroFastError("a graded candidate has no score (NaN); give every candidate a number")
     if (ratings[graded] < 0).any():
         raise AlroFastError("a rating is negative; NDCG needs ratings of 0 and more, so shift the scale first")
-    keys = np.where(graded, scores, -np.inf)
-    order = np.lexsort((-keys, ~graded))  # graded first, then by score; per row, along the last axis
-    keys = np.take_along_axis(keys, order, axis=1)
+    order = np.lexsort((-scores, ~graded))  # graded first, then by score; per row, along the last axis
+    keys = np.take_along_axis(scores, order, axis=1)
     graded = np.take_along_axis(graded, order, axis=1)
     fresh = np.ones(keys.shape, dtype=bool)
     fresh[:, 1:] = (keys[:, 1:] != keys[:, :-1]) | (graded[:, 1:] != graded[:, :-1])

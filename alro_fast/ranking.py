@@ -228,9 +228,12 @@ class Ranker:
         for entry, shown in zip(lists, presented, strict=True):
             rows = []
             for _ in shown:
-                slots, logprobs = next(answers)
-                check_finite(entry, logprobs)
-                rows.append(-expected_slots(logprobs, self.gamma) if method == "expected" else -np.argsort(slots) - 1.0)
+                answer = next(answers)
+                check_finite(entry, answer.slots)
+                if method == "expected":
+                    rows.append(-expected_slots(answer.slots, self.gamma))
+                else:
+                    rows.append(-np.argsort(answer.order) - 1.0)
             scores.append(np.stack(rows))
         return scores
 

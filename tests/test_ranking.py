@@ -15,7 +15,7 @@ from tiny import byte_tokenizer, random_lists, tiny_llama
 
 from alro_fast import ranking
 from alro_fast.data.records import Item, RankingList
-from alro_fast.decoding import ordinary_attention, token_logits
+from alro_fast.decoding import decode, ordinary_attention, token_logits
 from alro_fast.errors import AlroFastError
 from alro_fast.fused_head import Head
 from alro_fast.orders import MERGES, Ranking, kemeny_order, merge, presentations, slide
@@ -106,6 +106,8 @@ def test_expected_slots_closed_form():
     perfect[[0, 1, 2], [2, 0, 1]] = 0.0  # candidate 2 at slot 1, 0 at 2, 1 at 3
     np.testing.assert_allclose(expected_slots(perfect, 1.0), [2, 3, 1], atol=1e-12)
     np.testing.assert_allclose(expected_slots(np.zeros((4, 4)), 7.0), [2.5] * 4)
+    uneven = np.log([[0.8, 0.2], [0.4, 0.6]])
+    np.testing.assert_allclose(expected_slots(uneven, 1.0), [4 / 3, 1.75])
     halves = np.log([[0.75, 0.25], [0.25, 0.75]])
     np.testing.assert_allclose(expected_slots(halves, 1.0), [1.25, 1.75])
     np.testing.assert_allclose(expected_slots(halves, 2.0), [1.1, 1.9])
@@ -124,6 +126,16 @@ def test_beam_equals_a_search_over_all_orders(beams):
         if beams == 24:
             best = max(itertools.permutations(range(4)), key=lambda order: order_logprob(prompt, order))
             assert found.order == best
+
+
+def test_a_beam_that_overtakes_keeps_its_own_past():
+    prompts = PROMPTS.rankings(random_lists(12, range(3, 8), seed=4))
+    greedy, beam = (decode(MODEL, prompts, beams, 8192) for beams in (1, 6))
+    assert sum(one.order.tolist() != two.order.tolist() for one, two in zip(greedy, beam, strict=True)) >= 3
+    for prompt, answer in zip(prompts * 2, greedy + beam, strict=True):
+        assert answer.logprob == pytest.approx(order_logprob(prompt, answer.order.tolist()), abs=1e-4)
+        np.testing.assert_allclose(answer.slots, slot_logprobs(prompt, answer.order), atol=1e-4)
+    assert all(two.logprob >= one.logprob - 1e-4 for one, two in zip(greedy, beam, strict=True))
 
 
 CACHE: dict = {}
