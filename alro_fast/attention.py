@@ -54,6 +54,7 @@ def tree_hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
         raise AlroFastError(
             f"the batch is on {batch.input_ids.device}, the model on {device}; use batch.to({str(device)!r})"
         )
+    _refuse_rotations(trunk, batch.segments)
     if getattr(trunk, ROWS_ONLY, False):
         with _last_layer_on_answer_rows(trunk, batch.segments):
             return _run(trunk, batch)
@@ -295,6 +296,21 @@ def _refuse(
     for argument, meaning in {"s_aux": "attention sinks", "position_bias": "a position bias on its scores"}.items():
         if unused.get(argument) is not None:
             raise AlroFastError(f"{name} uses {meaning}, which tree attention does not support")
+
+
+def _refuse_rotations(trunk: PreTrainedModel, layout: Segments) -> None:
+    """Some position embeddings depend on the longest sequence of a forward; packing must not change what they do."""
+    parameters = getattr(trunk.config, "rope_parameters", None) or {}
+    for rope in [parameters, *parameters.values()]:  # of the model, or of each layer type
+        kind = rope.get("rope_type", "") if isinstance(rope, dict) else ""
+        limit = rope.get("original_max_position_embeddings") if kind else None
+        limit = limit or getattr(trunk.config, "max_position_embeddings", None)
+        ntk, mixed = "dynamic" in kind, kind == "longrope" and limit is not None and layout.shortest <= limit
+        if (ntk or mixed) and limit is not None and layout.longest > limit:
+            raise AlroFastError(
+                f"{kind} position embeddings change beyond {limit} tokens, and this batch holds branches of "
+                f"{layout.shortest} to {layout.longest} tokens; shorten the longest or keep long and short ones apart"
+            )
 
 
 def _run(trunk: PreTrainedModel, batch: PackedBatch) -> Tensor:

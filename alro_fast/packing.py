@@ -139,6 +139,11 @@ class Segments:
         """Tokens of the longest branch."""
         return max(span.prefix + max(span.lengths) for span in self.spans)
 
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shortest branch."""
+        return min(span.prefix + min(span.lengths) for span in self.spans)
+
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
@@ -265,7 +270,7 @@ def collate(trees: Sequence[Tree], indices: Sequence[int], pad_to_multiple: int 
     rows = torch.from_numpy(np.concatenate(answer_rows))
     return PackedBatch(
         input_ids=torch.from_numpy(np.concatenate([*ids, np.full(padding, pad_id, dtype=np.int64)])),
-        position_ids=torch.from_numpy(np.concatenate([*positions, np.arange(padding)])),
+        position_ids=torch.from_numpy(np.concatenate([*positions, np.zeros(padding, dtype=np.int64)])),
         segments=Segments(
             spans=tuple(spans),
             num_rows=start + padding,

@@ -275,6 +275,32 @@ def test_a_batch_on_another_device_is_refused():
         tree_hidden_states(use_tree_attention(make_model()), collate(make_trees(), [0]).to("meta"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "longest", "shortest", "refused"),
+    [
+        ("longrope", 16, 9, False),
+        ("longrope", 17, 17, False),
+        ("longrope", 17, 16, True),
+        ("dynamic", 16, 9, False),
+        ("dynamic", 17, 17, True),
+    ],
+)
+def test_rotations_that_depend_on_the_longest_branch(kind, longest, shortest, refused):
+    """Where they are served, they are exact; where packing would change them, they are refused."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4} if kind == "longrope" else {"factor": 4.0}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 16, **factors}
+    family = "Phi3" if kind == "longrope" else "Llama"
+    lengths = {"original_max_position_embeddings": 16} if kind == "longrope" else {}
+    model = make_model(family, rope_parameters=rope, max_position_embeddings=16 if kind == "dynamic" else 64, **lengths)
+    use_tree_attention(model)
+    trees = [Tree([Branch([3] * 5 + [4 + b] * (length - 5), 4)]) for b, length in enumerate((longest, shortest))]
+    if refused:
+        with pytest.raises(AlroFastError, match=f"{kind} position embeddings change beyond 16 tokens"):
+            tree_hidden_states(model, collate(trees, [0, 1]))
+    else:
+        assert_same(model, trees, pad_to_multiple=64)
+
+
 def test_an_ordinary_forward_is_refused():
     model = use_tree_attention(make_model())
     with pytest.raises(AlroFastError, match="given no packed batch"):
