@@ -148,7 +148,7 @@ def parse(argv: Sequence[str]) -> Config:
     Raises AlroFastError for an unknown flag or key, a value of the wrong type, or a file that is no configuration.
     """
     argv = list(argv)
-    parser = _Parser(ARGUMENTS, prog="python -m alro_fast.train", description=__doc__)
+    parser = _Parser(ARGUMENTS, allow_abbrev=False, prog="python -m alro_fast.train", description=__doc__)
     parser.add_argument("--config", help=f"YAML file, or one of: {', '.join(recipe_names())}. Default: demo.")
     name = _config_name(argv)
     if name is None and not any(_flag(a) in {"model_name_or_path", "data_dir", "dataset"} for a in argv):

@@ -58,18 +58,11 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.config, self.training = config, config.training
-        self.folder = claim_folder(config)
-        self.checkpoint = find_checkpoint(config, self.folder)
-        work = self.folder
-        if self.training.dry_run:
-            self._scratch = tempfile.TemporaryDirectory(prefix="alro_fast-")
-            work = Path(self._scratch.name)
-            self.training.output_dir = str(work)
-        else:
-            work.mkdir(parents=True, exist_ok=True)
-            self.save_config(work)
+        with self.training.main_process_first(local=False):  # the others find the folder claimed and the data prepared
+            self.folder = claim_folder(config)
+            self.checkpoint = find_checkpoint(config, self.folder)
+            self.prepared = self.prepare()
         set_seed(self.training.seed)
-        self.prepared = prepare(config, work)
         splits = {split: self.prepared.lists(split) for split in ("train", "valid", "test")}
         limits = {
             "train": config.data.max_train_lists,
@@ -101,6 +94,18 @@ class Run:
             callbacks=[NonFiniteLoss()],
             processing_class=tokenizer,
         )
+
+    def prepare(self) -> PreparedData:
+        """The prepared lists; a dry run works in a folder that vanishes with it."""
+        work = self.folder
+        if self.training.dry_run:
+            self._vanishing = tempfile.TemporaryDirectory(prefix="alro_fast-")
+            work = Path(self._vanishing.name)
+            self.training.output_dir = str(work)
+        elif self.training.process_index == 0:
+            work.mkdir(parents=True, exist_ok=True)
+            self.save_config(work)
+        return prepare(self.config, work)
 
     def build_model(self) -> tuple[Any, Any]:
         """The base model with its adapter, and the tokenizer."""
@@ -209,12 +214,16 @@ def claim_folder(config: Config) -> Path:
     """
     training = config.training
     if training.output_dir is None:
+        if training.world_size > 1:
+            raise AlroFastError("several processes need --output_dir: each would number its own folder")
         folder, n = Path("out") / config.recipe, 1
         while folder.exists():
             n += 1
             folder = Path("out") / f"{config.recipe}-{n}"
         training.output_dir = str(folder)
     folder = Path(training.output_dir)
+    if training.process_index:
+        return folder
     if folder.is_file():
         raise AlroFastError(f"--output_dir {folder} is a file; give a folder")
     if folder.is_dir() and any(folder.iterdir()):

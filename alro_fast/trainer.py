@@ -7,6 +7,7 @@ whole optimiser step, however many forward passes and processes it is split into
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -19,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 
 from .attention import tree_hidden_states
 from .config import RankerTrainingArguments
@@ -26,7 +28,7 @@ from .data.records import RankingList
 from .errors import AlroFastError
 from .fused_head import head_of
 from .objectives.base import Batch, Example, LossTerm, Objective
-from .packing import collate, plan_batches
+from .packing import PackedBatch, collate, plan_batches
 
 logger = logging.getLogger(__name__)
 SIZING_CHUNK = 512
@@ -140,7 +142,7 @@ class RankerTrainer(Trainer):
     ) -> None:
         self.objective, self.evaluate_ranking, self.save_extras = objective, evaluate_ranking, save_extras
         self._sums: dict[str, torch.Tensor] = {}
-        self._counted = {"lists": 0, "unique_tokens": 0, "unshared_tokens": 0, "head_rows": 0}
+        self._counted = dict.fromkeys(("lists", "unique_tokens", "unshared_tokens", "padded_tokens", "head_rows"), 0)
         self._since = time.perf_counter()
         super().__init__(
             model, args, data_collator=_only, train_dataset=train_dataset, eval_dataset=eval_dataset,
@@ -148,6 +150,10 @@ class RankerTrainer(Trainer):
         )  # fmt: skip
         self.loss_is_scaled_for_ga = True
         train_dataset.check(args.tokens_per_batch)
+        _accept_trees(model)
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(ProgressLine())
 
     # ---- batches
 
@@ -219,8 +225,9 @@ class RankerTrainer(Trainer):
 
     def loss_terms(self, model: torch.nn.Module, batch: Batch) -> list[LossTerm]:
         """One forward pass: trunk over the packed stream, head and losses on its answer rows."""
-        hidden = tree_hidden_states(model, batch.packed)
-        return self.objective.loss(hidden, head_of(self.accelerator.unwrap_model(model)), batch.packed, batch.targets)
+        head = head_of(self.accelerator.unwrap_model(model))
+        hidden = model(packed_trees=batch.packed).to(head.weight.dtype)  # mixed precision hands results out in float32
+        return self.objective.loss(hidden, head, batch.packed, batch.targets)
 
     # ---- logs
 
@@ -231,6 +238,7 @@ class RankerTrainer(Trainer):
         self._counted["lists"] += batch.lists
         self._counted["unique_tokens"] += batch.packed.unique_tokens
         self._counted["unshared_tokens"] += batch.packed.unshared_tokens
+        self._counted["padded_tokens"] += batch.packed.padded_tokens
         self._counted["head_rows"] += len(batch.packed.labels)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -243,6 +251,7 @@ class RankerTrainer(Trainer):
             logs["lists_per_second"] = round(counted["lists"] / seconds, 2)
             logs["unique_tokens_per_second"] = round(counted["unique_tokens"] / seconds, 1)
             logs["sharing_ratio"] = round(counted["unshared_tokens"] / counted["unique_tokens"], 3)
+            logs["padding_ratio"] = round(counted["padded_tokens"] / counted["unshared_tokens"], 3)
             logs["head_row_share"] = round(counted["head_rows"] / counted["unique_tokens"], 4)
             self._sums.clear()
             self._counted = dict.fromkeys(counted, 0)
@@ -289,6 +298,34 @@ class RankerTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.save_extras is not None:
             self.save_extras(Path(output_dir or self.args.output_dir))
+
+
+def _accept_trees(model: torch.nn.Module) -> None:
+    """Let the causal LM inside `model` be called with `packed_trees=`, through PEFT and data-parallel wrappers too."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ordinary = causal.forward
+
+    @functools.wraps(ordinary)
+    def forward(*args: Any, packed_trees: PackedBatch | None = None, **kwargs: Any) -> Any:
+        return ordinary(*args, **kwargs) if packed_trees is None else tree_hidden_states(causal, packed_trees)
+
+    causal.forward = forward
+
+
+class ProgressLine(ProgressCallback):
+    """One bar with the loss and the speed in it; validation results on lines of their own."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or logs is None:
+            return
+        if "lists_per_second" in logs:
+            tokens = logs["unique_tokens_per_second"]
+            speed = f"{logs['lists_per_second']:.1f} lists/s, {tokens:,.0f} tokens/s"
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}, {speed}")
+        elif "eval_loss" in logs:
+            shown = {name.removeprefix("eval_"): value for name, value in logs.items() if name != "epoch"}
+            text = ", ".join(f"{name} {shown[name]:.4f}" for name in ("loss", "ndcg@3", "ndcg@10") if name in shown)
+            self.training_bar.write(f"validation at step {state.global_step}: {text}")
 
 
 class NonFiniteLoss(TrainerCallback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -202,3 +203,46 @@ def test_full_fine_tuning_with_item_tokens_from_scratch(folder):
     ranker = Ranker.load(folder / "scratch", device="cpu")
     lists = random_lists(3, 4, items=40)
     assert all(sorted(ranking.order) == [0, 1, 2, 3] for ranking in ranker.rank(lists))
+
+
+def test_two_processes_take_the_step_that_one_takes_in_two_parts(folder):
+    """torchrun with two processes (gloo) and one process that accumulates twice end with the same adapter."""
+    once = [
+        "--max_steps",
+        1,
+        "--tokens_per_batch",
+        3600,
+        "--optim",
+        "sgd",
+        "--warmup_steps",
+        0,
+        "--save_strategy",
+        "no",
+    ]
+    once += ["--eval_strategy", "no", "--learning_rate", 0.5]
+    train.main([*options(folder, "one"), *map(str, once), "--gradient_accumulation_steps", "2"])
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "alro_fast.train",
+    ]
+    command = [*launch, *options(folder, "two"), *map(str, once)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_file(folder / name / "adapter_model.safetensors") for name in ("one", "two"))
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_checkpointing_and_half_precision_train(folder):
+    more = ["--gradient_checkpointing", "true", "--bf16", "true", "--dtype", "bfloat16", "--max_steps", "3"]
+    train.main(options(folder, "half", *more, "--report_to", "tensorboard", "--eval_strategy", "no"))
+    state = json.loads((folder / "half" / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert list((folder / "half" / "runs").rglob("events.*"))

@@ -160,7 +160,7 @@ def test_logs_parts_throughput_and_validation(tmp_path):
     trainer.train()
     line = trainer.state.log_history[0]
     wanted = {"loss", "sft", "soft_lambda", "permutation", "grad_norm", "learning_rate", "lists_per_second"}
-    assert wanted | {"unique_tokens_per_second", "sharing_ratio", "head_row_share"} <= line.keys()
+    assert wanted | {"unique_tokens_per_second", "sharing_ratio", "padding_ratio", "head_row_share"} <= line.keys()
     assert line["sharing_ratio"] > 1.2
     validation = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
     assert validation["eval_ndcg@3"] == 0.5
