@@ -43,6 +43,15 @@ class ModelArguments:
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"], metadata={"help": "Modules to adapt: names, or all-linear."}
     )
+    init_adapter: str | None = option(
+        None, "Adapter folder of an earlier stage: merged into the base, which a new adapter is trained over."
+    )
+    stage_adapter: str = option(
+        "stacked",
+        "With init_adapter. stacked: the output is one adapter over the original base, both in one; merged: an "
+        "adapter over a merged base, which is written beside it.",
+        ["stacked", "merged"],
+    )
     scratch_hidden_size: int = option(128, "Width of a `scratch` model.")
     scratch_layers: int = option(4, "Layers of a `scratch` model.")
     scratch_vocab_size: int = option(2048, "Text vocabulary of a `scratch` model's tokenizer, learned from the titles.")
@@ -72,6 +81,27 @@ class DataArguments:
     max_length: int | None = option(
         None, "Longest prompt plus answer in tokens; longer histories drop their oldest items."
     )
+    preferences: str | None = option(
+        None, "Preference file (TRL or Alpaca; .json, .jsonl, .parquet) to train on, in place of ranking lists."
+    )
+    eval_preferences: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Preference files to measure before and after training; the first one validates."},
+    )
+    preference_answer: str = option(
+        "titles", "objective dmpo on ranking lists: what an answer is.", ["titles", "identifiers", "pairs"]
+    )
+    num_negatives: int = option(5, "Rejected items beside each positive (objective dmpo on ranking lists).")
+    negatives: str = option(
+        "uniform",
+        "How they are drawn; hardest: the likeliest for the model at the start of each epoch.",
+        ["uniform", "popularity", "hardest"],
+    )
+    negatives_from: str = option(
+        "catalogue",
+        "catalogue: items the user never saw; candidates: the list's own lower-rated ones.",
+        ["catalogue", "candidates"],
+    )
     max_train_lists: int | None = option(None, "Use at most this many training lists (seeded draw).")
     max_eval_lists: int | None = option(None, "Use at most this many validation lists during training.")
     max_test_lists: int | None = option(None, "Use at most this many test lists for the closing table.")
@@ -92,6 +122,22 @@ class ObjectiveArguments:
     psl: str = option("kl", "Distance of the permutation loss (methods.md 1.7).", ["kl", "ce", "symmetric"])
     psl_space: str = option("candidates", "Distributions compared by the permutation loss.", ["candidates", "vocab"])
     psl_detach: bool = option(True, "No gradient through the original order's distribution.")
+    dpo_beta: float = option(0.1, "objective dmpo: strength of the preference, times the log-ratio to the reference.")
+    dmpo_variant: str = option(
+        "dmpo",
+        "dmpo: mean over negatives inside the sigmoid; mean_outside: DPO over pairs; sdpo: softmax over negatives; "
+        "mult: several positives.",
+        ["dmpo", "mean_outside", "sdpo", "mult"],
+    )
+    reference_free: bool = option(False, "objective dmpo: leave out the reference model.")
+    ftx: float = option(0.0, "objective dmpo: weight of the cross-entropy of the chosen answer, per token.")
+    precompute_ref_log_probs: bool = option(
+        False, "Compute the reference's log-probabilities once, before training; negatives are then drawn once too."
+    )
+    ref_log_probs: str | None = option(
+        None, "File they are kept in and taken from (.safetensors). Default: reference.safetensors of the output."
+    )
+    resample_negatives: bool = option(True, "Draw the negatives of ranking lists anew every epoch.")
     backend: str = option("auto", "Backend of the fused ops.", ["auto", "eager", "cpp", "triton"])
 
 
@@ -104,6 +150,11 @@ class RankerTrainingArguments(TrainingArguments):
         4096, "Distinct tokens (shared prompts counted once) in one forward pass, per device."
     )
     eval_tokens_per_batch: int | None = option(None, "The same for evaluation. Default: tokens_per_batch.")
+    stages: str | None = option(
+        None, "Objectives one after the other, such as sft,dmpo: each stage starts from the adapter of the one before."
+    )
+    stage_epochs: str | None = option(None, "Epochs of each stage, such as 5,3. Default: num_train_epochs for all.")
+    stage_learning_rates: str | None = option(None, "Learning rate of each stage. Default: learning_rate for all.")
     dry_run: bool = option(False, "Check everything, print the plan (lists, tokens, steps, memory), train nothing.")
     overwrite_output_dir: bool = option(False, "Replace an earlier run of alro_fast in output_dir.")
     learning_rate: float = option(2e-4, "Peak learning rate of AdamW.")
@@ -151,7 +202,7 @@ def parse(argv: Sequence[str]) -> Config:
     parser = _Parser(ARGUMENTS, allow_abbrev=False, prog="python -m alro_fast.train", description=__doc__)
     parser.add_argument("--config", help=f"YAML file, or one of: {', '.join(recipe_names())}. Default: demo.")
     name = _config_name(argv)
-    if name is None and not any(_flag(a) in {"model_name_or_path", "data_dir", "dataset"} for a in argv):
+    if name is None and not any(_flag(a) in {"model_name_or_path", "data_dir", "dataset", "preferences"} for a in argv):
         name = "demo"
     values = read_recipe(name) if name else {}
     known = {entry.name: entry for part in ARGUMENTS for entry in dataclasses.fields(part) if entry.init}
@@ -223,7 +274,7 @@ def _config_name(argv: Sequence[str]) -> str | None:
 
 def _as_flags(key: str, value: Any) -> list[str]:
     """A YAML entry as command-line words, so that both go through the same checks. None: the option's default."""
-    if value is None:
+    if value is None or value == []:
         return []
     if isinstance(value, list):
         return [f"--{key}", *map(str, value)]

@@ -225,9 +225,15 @@ class RankerTrainer(Trainer):
 
     def loss_terms(self, model: torch.nn.Module, batch: Batch) -> list[LossTerm]:
         """One forward pass: trunk over the packed stream, head and losses on its answer rows."""
-        head = head_of(self.accelerator.unwrap_model(model))
-        hidden = model(packed_trees=batch.packed).to(head.weight.dtype)  # mixed precision hands results out in float32
-        return self.objective.loss(hidden, head, batch.packed, batch.targets)
+        plain = self.accelerator.unwrap_model(model)
+        head = head_of(plain)
+
+        def forward(packed: PackedBatch) -> torch.Tensor:
+            return model(packed_trees=packed).to(head.weight.dtype)  # mixed precision hands results out in float32
+
+        if hasattr(self.objective, "complete"):
+            batch = self.objective.complete(plain, batch, forward)
+        return self.objective.loss(forward(batch.packed), head, batch.packed, batch.targets)
 
     # ---- logs
 

@@ -22,12 +22,16 @@ from ..packing import PackedBatch, Tree
 
 if TYPE_CHECKING:
     from ..config import ObjectiveArguments
+    from ..data.preferences import Preference
     from ..fused_head import Head
     from ..prompts import PromptBuilder
+    from ..prompts.preference import PreferencePrompts
 
 REGISTRY = {  # --objective -> module:class
     "sft": "sft:SFTObjective",
     "alro": "alro:ALROObjective",
+    "dmpo": "dmpo:DMPOObjective",
+    "sft_chosen": "dmpo:ChosenObjective",
 }
 
 
@@ -36,7 +40,7 @@ class Example(NamedTuple):
 
     tree: Tree
     views: tuple[Any, ...]  # the presentations in the tree, in branch order
-    source: RankingList
+    source: RankingList | Preference
 
 
 class LossTerm(NamedTuple):
@@ -56,7 +60,7 @@ class Batch:
     targets: Any
     counts: dict[str, int]  # per loss term: how many things its mean runs over in this batch
     lists: int
-    sources: list[RankingList]
+    sources: list[RankingList | Preference]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -67,7 +71,11 @@ class Batch:
 
 
 class Objective(Protocol):
-    """The interface of the files beside this one."""
+    """The interface of the files beside this one.
+
+    An objective may also have `complete(model, batch, forward) -> Batch`, called before the forward pass: what it needs
+    of the model beyond the hidden states, such as log-probabilities of a reference; `forward(packed)` runs the model.
+    """
 
     def examples(self, lists: Sequence[RankingList], indices: Sequence[int], epoch: int) -> list[Example]:
         """Trees of `lists`; whatever is drawn depends only on the seed, the epoch and each list's index."""
@@ -79,13 +87,15 @@ class Objective(Protocol):
         """Loss terms of one packed batch; `hidden` [N, H] holds its answer rows."""
 
 
-def build_objective(arguments: ObjectiveArguments, builder: PromptBuilder, *, answer: str, seed: int) -> Objective:
+def build_objective(
+    arguments: ObjectiveArguments, builder: PromptBuilder | PreferencePrompts, *, answer: str, seed: int, **more: Any
+) -> Objective:
     """The objective named by `arguments.objective`; AlroFastError for a name nobody registered."""
     if arguments.objective not in REGISTRY:
         raise AlroFastError(f"--objective {arguments.objective!r} is unknown; expected one of {', '.join(REGISTRY)}")
     module, name = REGISTRY[arguments.objective].split(":")
     return getattr(importlib.import_module(f".{module}", __package__), name)(
-        arguments, builder, answer=answer, seed=seed
+        arguments, builder, answer=answer, seed=seed, **more
     )
 
 

@@ -1,0 +1,157 @@
+"""One positive and k negatives out of a ranking list: what preference losses compare.
+
+The positive is the list's first candidate by rating. Negatives are items the user is not known to have seen (from the
+catalogue), or the list's own lower-rated and unrated candidates; drawn uniformly, by popularity, or the hardest for the
+model as it stands. The outcome is again a ranking list, of 1 + k candidates, so that it is shown like any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ..errors import AlroFastError
+from .records import Item, RankingList, target_ranks
+
+DRAWS = ("uniform", "popularity", "hardest")
+SOURCES = ("catalogue", "candidates")
+POOL = 4  # `hardest` looks among this many times k catalogue items
+
+
+class Negatives:
+    """Draws the negatives of every list; a draw depends on (seed, epoch, list_id) and, for `hardest`, on `mined`.
+
+    Args:
+        items: the catalogue, items[i].index == i.
+        train_count: [items] ratings behind each; items without any are never drawn.
+        lists: all lists of all splits, from which is known what a user has seen.
+        count: k. From `candidates`, a list with fewer gives what it has.
+        by, source: of DRAWS and SOURCES.
+
+    Raises:
+        AlroFastError: an unknown `by` or `source`, or a catalogue too small for k.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        train_count: np.ndarray,
+        lists: Iterable[RankingList],
+        *,
+        count: int,
+        by: str = "uniform",
+        source: str = "catalogue",
+        seed: int = 0,
+    ) -> None:
+        if by not in DRAWS:
+            raise AlroFastError(f"--negatives {by!r}; expected one of {', '.join(DRAWS)}")
+        if source not in SOURCES:
+            raise AlroFastError(f"--negatives_from {source!r}; expected one of {', '.join(SOURCES)}")
+        if count < 1:
+            raise AlroFastError(f"--num_negatives {count} is too few; a preference needs at least 1")
+        self.items, self.count, self.by, self.source, self.seed = items, count, by, source, seed
+        self.train_count = np.asarray(train_count, dtype=np.float64)
+        self.eligible = np.flatnonzero(self.train_count)
+        weights = self.train_count[self.eligible] if by == "popularity" else np.ones(len(self.eligible))
+        self.cumulative = np.cumsum(weights)
+        self.seen: dict[str, set[int]] = {}
+        for one in lists:
+            mine = self.seen.setdefault(one.user_id, set())
+            mine.update(item.index for item in one.history)
+            mine.update(item.index for item in one.candidates)
+        self.mined: dict[str, tuple[Item, ...]] = {}  # list_id -> its hardest negatives, set by whoever has the model
+        most = max(map(len, self.seen.values()), default=0)
+        if source == "catalogue" and len(self.eligible) - most < count * (POOL if by == "hardest" else 1):
+            raise AlroFastError(
+                f"--num_negatives {count} is too many: a user has seen {most:,} of the {len(self.eligible):,} rated "
+                "items; lower it, or take --negatives_from candidates"
+            )
+
+    def usable(self, one: RankingList) -> bool:
+        """False where no candidate is rated, or nothing ranks below the positive."""
+        if all(math.isnan(rating) for rating in one.ratings):
+            return False
+        return self.source == "catalogue" or bool(self._below(one))
+
+    def contest(self, one: RankingList, epoch: int) -> RankingList:
+        """The positive and its k negatives as a list in a seeded order; only the positive carries a rating above all.
+
+        Ratings are kept for the list's own candidates and NaN for items from the catalogue.
+        """
+        if self.by == "hardest":
+            negatives = self.mined.get(one.list_id) or self.pool(one, epoch)[: self.count]
+        elif self.source == "candidates":
+            negatives = self._from_candidates(one, self._generator(one, epoch), self.count)
+        else:
+            negatives = self._from_catalogue(one, self._generator(one, epoch), self.count)
+        return self.shown(one, negatives, epoch)
+
+    def pool(self, one: RankingList, epoch: int) -> tuple[Item, ...]:
+        """The items `hardest` chooses from, in an order drawn anew every epoch."""
+        generator = self._generator(one, epoch)
+        if self.source == "candidates":
+            return self._from_candidates(one, generator, len(one.candidates))
+        return self._from_catalogue(one, generator, POOL * self.count)
+
+    def shown(self, one: RankingList, negatives: Sequence[Item], epoch: int) -> RankingList:
+        """The positive and these negatives in the order in which a prompt shows them."""
+        best = positive(one)
+        rating_of = {item.index: rating for item, rating in zip(one.candidates, one.ratings)}
+        candidates = [one.candidates[best], *negatives]
+        order = self._generator(one, epoch, "order").permutation(len(candidates)).tolist()
+        candidates = [candidates[i] for i in order]
+        ratings = tuple(rating_of.get(item.index, math.nan) for item in candidates)
+        return replace(one, candidates=tuple(candidates), ratings=ratings)
+
+    def _below(self, one: RankingList) -> list[int]:
+        best = positive(one)
+        return [
+            i
+            for i, rating in enumerate(one.ratings)
+            if (math.isnan(rating) or rating < one.ratings[best])
+            and one.candidates[i].title != one.candidates[best].title
+        ]
+
+    def _from_candidates(self, one: RankingList, generator: np.random.Generator, count: int) -> tuple[Item, ...]:
+        below = self._below(one)
+        weights = None
+        if self.by == "popularity":
+            weights = np.array([self.train_count[one.candidates[i].index] + 1e-9 for i in below])
+            weights /= weights.sum()
+        drawn = generator.choice(len(below), min(count, len(below)), replace=False, p=weights)
+        return tuple(one.candidates[below[i]] for i in drawn)
+
+    def _from_catalogue(self, one: RankingList, generator: np.random.Generator, count: int) -> tuple[Item, ...]:
+        best = one.candidates[positive(one)]
+        taken = self.seen.get(one.user_id, set()) | {item.index for item in (*one.history, *one.candidates)}
+        drawn: list[Item] = []
+        for _ in range(32):
+            share = generator.random(2 * count + 8) * self.cumulative[-1]
+            for place in np.searchsorted(self.cumulative, share, side="right"):
+                item = self.items[self.eligible[min(place, len(self.eligible) - 1)]]
+                if len(drawn) < count and item.index not in taken and item.title != best.title:
+                    taken.add(item.index)
+                    drawn.append(item)
+            if len(drawn) == count:
+                return tuple(drawn)
+        left = [i for i in self.eligible.tolist() if i not in taken and self.items[i].title != best.title]
+        if len(left) < count - len(drawn):
+            raise AlroFastError(
+                f"list {one.list_id}: its user has seen all but {len(left) + len(drawn)} rated items, fewer than "
+                f"--num_negatives {self.count} needs; lower it"
+            )
+        chosen = generator.choice(len(left), count - len(drawn), replace=False)
+        return (*drawn, *(self.items[left[i]] for i in chosen))
+
+    def _generator(self, one: RankingList, epoch: int, purpose: str = "draw") -> np.random.Generator:
+        digest = hashlib.blake2b(f"{purpose}/{one.list_id}".encode(), digest_size=8).digest()
+        return np.random.default_rng([self.seed, epoch, int.from_bytes(digest, "little")])
+
+
+def positive(one: RankingList) -> int:
+    """The candidate a list prefers: the highest rating, ties by item id as in `target_ranks`."""
+    return target_ranks(one.ratings, [item.item_id for item in one.candidates]).index(1)

@@ -1,0 +1,201 @@
+"""Preference tuning at 1:k (methods.md 2): a user's prompt once, the chosen and k rejected answers as its branches.
+
+The policy's and the reference's log-probabilities of all 1 + k answers come from one packed forward each; the reference
+is the same model with its adapter switched off, or was computed once before training (`ReferenceTable`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..data.preferences import Preference
+from ..data.records import RankingList
+from ..errors import AlroFastError
+from ..fused_head import Head, head_of
+from ..ops import linear_logprobs
+from ..packing import Branch, PackedBatch, Tree
+from ..preference import dmpo_loss
+from .base import Batch, Example, LossTerm
+
+if TYPE_CHECKING:
+    from ..config import ObjectiveArguments
+    from ..data.negatives import Negatives
+    from ..prompts.preference import PreferenceIds, PreferencePrompts
+    from ..references import ReferenceTable
+
+
+class ChosenObjective:
+    """Supervised tuning on the chosen answers: the mean over their tokens of -log p(token).
+
+    negatives: draws the negatives of ranking lists; unused for preferences.
+    """
+
+    def __init__(
+        self,
+        arguments: ObjectiveArguments,
+        prompts: PreferencePrompts,
+        *,
+        answer: str = "ranking",
+        seed: int = 0,
+        negatives: Negatives | None = None,
+    ) -> None:
+        self.arguments, self.prompts, self.negatives = arguments, prompts, negatives
+
+    def encode(self, source: Preference | RankingList, epoch: int) -> PreferenceIds:
+        """Branches of one record; those of a ranking list with the negatives of this epoch."""
+        if isinstance(source, RankingList):
+            source = self.negatives.contest(source, epoch if self.arguments.resample_negatives else 0)
+        return self.prompts.encode(source)
+
+    def examples(self, lists: Sequence[Preference | RankingList], indices: Sequence[int], epoch: int) -> list[Example]:
+        """One tree per user, of the chosen answers alone."""
+        made = []
+        for source in lists:
+            ids = self.encode(source, epoch)
+            kept = [ids.branches[b] for b in ids.chosen]
+            made.append(_example(source, ids._replace(branches=kept, chosen=list(range(len(kept))), rejected=[])))
+        return made
+
+    def targets(self, packed: PackedBatch, examples: Sequence[Example]) -> tuple[Any, dict[str, int]]:
+        """Nothing beyond the labels that the packed batch carries."""
+        return None, {"sft": len(packed.labels)}
+
+    def loss(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: Any) -> list[LossTerm]:
+        """The mean cross-entropy, full vocabulary."""
+        logprobs = token_logprobs(hidden, head, packed, self.arguments.backend)
+        return [LossTerm("sft", -logprobs.mean(), 1.0, len(packed.labels))]
+
+
+class PreferenceTargets(NamedTuple):
+    """Which branch is what. Branches are numbered through the batch; tensors on the batch's device."""
+
+    branch: Tensor  # [N] branch of each answer row
+    lengths: Tensor  # [branches] answer tokens
+    chosen: Tensor  # [U, k] branch of the chosen answer beside each rejected one; mult: [U, P], the chosen ones
+    rejected: Tensor  # [U, k]; -1 pads here and above
+    chosen_once: Tensor  # every chosen branch, once
+    reference: Tensor | None  # [branches] summed log-probabilities under the reference; None: not known yet
+
+
+class DMPOObjective(ChosenObjective):
+    """`dmpo_loss` over every user's answers, plus `ftx` times the cross-entropy of the chosen ones.
+
+    `references`: log-probabilities computed before training; None: the model's own, with its adapter switched off.
+    """
+
+    references: ReferenceTable | None = None
+
+    def examples(self, lists: Sequence[Preference | RankingList], indices: Sequence[int], epoch: int) -> list[Example]:
+        """One tree per user: the shared prompt, and a branch per answer."""
+        return [_example(source, self.encode(source, epoch)) for source in lists]
+
+    def targets(self, packed: PackedBatch, examples: Sequence[Example]) -> tuple[PreferenceTargets, dict[str, int]]:
+        """Branches of every user, padded to the most negatives; reference log-probabilities where they are known."""
+        mult = self.arguments.dmpo_variant == "mult"
+        chosen, rejected, once, first = [], [], [], 0
+        for example in examples:
+            ids: PreferenceIds = example.views[0]
+            self._check(ids, example.source)
+            good, bad = [first + b for b in ids.chosen], [first + b for b in ids.rejected]
+            once += good
+            chosen.append(good if mult or ids.paired else good * len(bad))
+            rejected.append(bad)
+            first += len(ids.branches)
+        starts = torch.tensor([row for rows in packed.branch_rows for row in rows[:-1]])
+        lengths = torch.diff(torch.cat([starts, torch.tensor([len(packed.labels)])]))
+        reference = None
+        if self.references is not None:
+            reference = torch.cat([self.references.of(example) for example in examples])
+        targets = PreferenceTargets(
+            torch.repeat_interleave(torch.arange(first), lengths), lengths, _padded(chosen), _padded(rejected),
+            torch.tensor(once), reference,
+        )  # fmt: skip
+        pairs = int((targets.rejected >= 0).sum())
+        counts = {"preference": len(examples), "pair_accuracy": pairs, "reward_margin": pairs}
+        return targets, counts | ({"ftx": len(once)} if self.arguments.ftx else {})
+
+    def complete(self, model: nn.Module, batch: Batch, forward: Callable[[PackedBatch], Tensor]) -> Batch:
+        """The batch with reference log-probabilities: a packed forward of the same tokens, the adapter switched off."""
+        if self.arguments.reference_free or batch.targets.reference is not None:
+            return batch
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), model.disable_adapter():
+                reference = self._sums(forward(batch.packed), head_of(model), batch.packed, batch.targets)
+        finally:
+            model.train(training)
+        return replace(batch, targets=batch.targets._replace(reference=reference))
+
+    def loss(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: PreferenceTargets) -> list[LossTerm]:
+        """The preference loss, ftx, and two figures to watch: pairs won, and by what margin of reward."""
+        options = self.arguments
+        policy = self._sums(hidden, head, packed, targets)
+        chosen, rejected = (_gathered(policy, branches) for branches in (targets.chosen, targets.rejected))
+        reference: list[Tensor | None] = [None, None]
+        if not options.reference_free:
+            reference = [_gathered(targets.reference, branches) for branches in (targets.chosen, targets.rejected)]
+        mask = targets.rejected >= 0
+        out = dmpo_loss(
+            chosen, rejected, *reference, beta=options.dpo_beta, variant=options.dmpo_variant,
+            rejected_mask=mask, chosen_mask=targets.chosen >= 0,
+        )  # fmt: skip
+        best = out.rewards_chosen
+        if options.dmpo_variant == "mult":  # several positives: a rejected answer must be below the least of them
+            best = best.masked_fill(targets.chosen < 0, torch.inf).amin(dim=1, keepdim=True)
+        margins = (best - out.rewards_rejected)[mask]
+        terms = [
+            LossTerm("preference", out.loss, 1.0, len(mask)),
+            LossTerm("pair_accuracy", (margins > 0).float().mean(), 0.0, len(margins)),
+            LossTerm("reward_margin", margins.mean(), 0.0, len(margins)),
+        ]
+        if options.ftx:
+            once = targets.chosen_once
+            entropy = -(policy[once] / targets.lengths[once]).mean()
+            terms.append(LossTerm("ftx", entropy, options.ftx, len(once)))
+        return terms
+
+    def _sums(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: PreferenceTargets) -> Tensor:
+        logprobs = token_logprobs(hidden, head, packed, self.arguments.backend)
+        return logprobs.new_zeros(len(targets.lengths)).index_add(0, targets.branch, logprobs)
+
+    def _check(self, ids: PreferenceIds, source: Preference | RankingList) -> None:
+        variant = self.arguments.dmpo_variant
+        if not ids.rejected:
+            raise AlroFastError(f"{source.list_id} has no rejected answer; objective dmpo compares with at least one")
+        if variant == "mult" and ids.paired:
+            raise AlroFastError(
+                f"{source.list_id} has a prompt per pair; --dmpo_variant mult compares answers to one prompt: take sdpo"
+            )
+        if variant != "mult" and not ids.paired and len(ids.chosen) > 1:
+            raise AlroFastError(
+                f"{source.list_id} has {len(ids.chosen)} chosen answers; --dmpo_variant {variant} takes one: take mult"
+            )
+
+
+def token_logprobs(hidden: Tensor, head: Head, packed: PackedBatch, backend: str = "auto") -> Tensor:
+    """log p(label) of every answer row, [N]."""
+    logprobs, _ = linear_logprobs(
+        hidden, head.weight, packed.labels, bias=head.bias, softcap=head.softcap, scale=head.scale, backend=backend
+    )
+    return logprobs
+
+
+def _example(source: Preference | RankingList, ids: PreferenceIds) -> Example:
+    branches = [Branch(b.prompt_ids + b.answer_ids, len(b.prompt_ids)) for b in ids.branches]
+    return Example(Tree(branches, name=source.list_id), (ids,), source)
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows])
+
+
+def _gathered(sums: Tensor, branches: Tensor) -> Tensor:
+    """sums[branches], 0 on pads."""
+    return sums[branches.clamp(min=0)] * (branches >= 0)
