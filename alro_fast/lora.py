@@ -17,6 +17,8 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
+from .products import product
+
 
 def fuse_lora(model: nn.Module) -> int:
     """Speed up the plain LoRA linears of a PEFT model, in place; returns how many. DoRA and the like stay PEFT's."""
@@ -57,8 +59,8 @@ class _LoRA(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        low = rows @ down.T
-        y = torch.addmm(bias, rows, weight.T) if bias is not None else rows @ weight.T
+        low = product(rows, down)
+        y = product(rows, weight, bias)
         y.addmm_(low, up.T, alpha=scaling)
         ctx.save_for_backward(rows, weight, down, up, low)
         ctx.scaling, ctx.shape = scaling, x.shape
@@ -70,12 +72,12 @@ class _LoRA(torch.autograd.Function):
         rows, weight, down, up, low = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         needs_x, _, _, needs_down, needs_up, _ = ctx.needs_input_grad
-        grad_low = grad @ up if needs_x or needs_down else None
+        grad_low = product(grad, up.T) if needs_x or needs_down else None
         grad_x = grad_down = grad_up = None
         if needs_x:
-            grad_x = (grad @ weight).addmm_(grad_low, down, alpha=ctx.scaling).view(ctx.shape)
+            grad_x = product(grad, weight.T).addmm_(grad_low, down, alpha=ctx.scaling).view(ctx.shape)
         if needs_down:
-            grad_down = (grad_low.T @ rows).mul_(ctx.scaling)
+            grad_down = product(grad_low.T, rows.T).mul_(ctx.scaling)
         if needs_up:
-            grad_up = (grad.T @ low).mul_(ctx.scaling)
+            grad_up = product(low.T, grad.T).mul_(ctx.scaling).T
         return grad_x, None, None, grad_down, grad_up, None
