@@ -18,6 +18,8 @@ from .fused_head import Head, head_of
 if TYPE_CHECKING:
     from .prompts import RankingPrompt
 
+GATHERED = 1 << 24  # head entries copied at a time
+
 
 class Decoded(NamedTuple):
     """One answer. order [m]: the candidate at each slot, a permutation; logprob: of that order, identifiers drawn
@@ -80,7 +82,9 @@ def left_padded(rows: Sequence[Sequence[int]], device: torch.device, pad: int = 
 
 def _logits(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
     """hidden [N, H], ids [N, M] -> float32 [N, M]; a product and a sum per entry, so that no row depends on another."""
-    logits = torch.stack([(row * head.weight[chosen].float()).sum(-1) for row, chosen in zip(hidden.float(), ids)])
+    rows = max(1, GATHERED // (ids.shape[1] * hidden.shape[1]))
+    parts = zip(hidden.float().split(rows), ids.split(rows), strict=True)
+    logits = torch.cat([(part[:, None] * head.weight[chosen].float()).sum(-1) for part, chosen in parts])
     if head.bias is not None:
         logits = logits + head.bias[ids].float()
     logits = logits * head.scale

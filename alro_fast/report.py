@@ -119,6 +119,11 @@ def headline(results: dict) -> str:
             f"<p class=verdict>Tuning made NDCG@3 <b>{abs(change['difference']):.3f} {direction}</b>: "
             f"{_cell(results['untuned']['ndcg@3'])} to {_cell(results['tuned']['ndcg@3'])}{sure}.</p>"
         )
+    plain = [name for name in ("popularity", "mean_rating") if name in results and "tuned" in results]
+    best = max(plain, key=lambda name: results[name].get("ndcg@3") or 0.0, default=None)
+    if best and results[best].get("ndcg@3") is not None:
+        name, value = LABELS.get(best, best), _cell(results[best]["ndcg@3"])
+        text += f" The best of them that needs no model, {name}, has NDCG@3 {value}."
     return f"{verdict}<p>{html.escape(text)}</p>"
 
 

@@ -70,9 +70,9 @@ class Results:
         lines = [f"{self.split}: {ranked} lists of {users} users, each ranker on the same lists", ""]
         header = "".join(f"NDCG@{k}".center(23) for k in self.cutoffs)
         timed = any(name in self.seconds for name in self.per_list)
-        lines.append(f"{'':<15}{header}{'lists/s':>9}" if timed else f"{'':<15}{header}")
+        lines.append(f"{'':<16}{header}{'lists/s':>9}" if timed else f"{'':<16}{header}")
         for ranker in self.per_list:
-            row = f"{LABELS.get(ranker, ranker):<15}"
+            row = f"{LABELS.get(ranker, ranker):<16}"
             for k in self.cutoffs:
                 mean, low, high = self.interval(ranker, f"ndcg@{k}")
                 row += (f"{mean:.4f} [{low:.3f}, {high:.3f}]" if self.bootstrap else f"{mean:.4f}").center(23)

@@ -9,11 +9,14 @@ import sys
 
 import numpy as np
 import pytest
-from tiny import byte_tokenizer, make_run, tiny_llama
+from tiny import byte_tokenizer, catalogue, make_run, random_lists, tiny_llama
 
 from alro_fast import rank
 from alro_fast.cli import run
+from alro_fast.data.lists import write_prepared
+from alro_fast.data.records import RankingList
 from alro_fast.errors import AlroFastError
+from alro_fast.prompts import PromptBuilder, add_item_tokens
 from alro_fast.ranking import Ranker
 
 HEAT = {
@@ -91,6 +94,39 @@ def test_long_lists_are_announced_and_ranked(capsys, adapter):
     printed = capsys.readouterr()
     assert "sliding windows of 52" in printed.err
     assert sorted(entry["title"] for entry in json.loads(printed.out)["ranking"]) == sorted(f"T{i}" for i in range(60))
+
+
+def test_a_model_that_grades(capsys, tmp_path):
+    (line,) = ranked(capsys, make_run(tmp_path, answer="ratings"), HEAT)
+    scores = [entry["score"] for entry in line["ranking"]]
+    assert 5 > scores[0] >= scores[1] >= scores[2] > 0.5
+    with pytest.raises(AlroFastError, match="answers with grades"):
+        ranked(capsys, tmp_path / "run", HEAT, "--method", "greedy")
+
+
+def test_a_model_with_a_token_per_item(capsys, tmp_path):
+    tokenizer, shelf = byte_tokenizer(), catalogue(9)
+    add_item_tokens(tokenizer, len(shelf))
+    tiny_llama(len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    prompts = PromptBuilder(tokenizer, "movies", identifiers="items", items=shelf)
+    prompts.save(tmp_path)
+    (tmp_path / "config.yaml").write_text("answer: ranking\ndata_dir: null\n")
+    document = {
+        "history": [{"id": "m8", "title": "h", "rating": 4}],
+        "candidates": [{"id": f"m{i}", "title": "t"} for i in (5, 2, 7)],
+    }
+    with pytest.raises(AlroFastError, match=r"its prepared data .* is gone"):
+        ranked(capsys, tmp_path, document)
+    write_prepared(tmp_path / "data", shelf, {"test": random_lists(2, 3, history=2, items=9)})
+    (line,) = ranked(capsys, tmp_path, document)
+    stored = RankingList("1", "1", (shelf[8],), (4.0,), (shelf[5], shelf[2], shelf[7]), (1.0, 1.0, 1.0))
+    direct = Ranker(tiny_llama(len(tokenizer)), tokenizer, prompts).rank([stored])[0]
+    assert [entry["id"] for entry in line["ranking"]] == [stored.candidates[i].item_id for i in direct.order]
+    assert [entry["score"] for entry in line["ranking"]] == pytest.approx(sorted(direct.scores)[::-1], abs=1e-5)
+    rank.catalogue.cache_clear()
+    with pytest.raises(AlroFastError, match="candidates 1: id None is not in the catalogue"):
+        ranked(capsys, tmp_path, {"candidates": [{"title": "new"}]})
 
 
 MANY = [{"id": "a", "title": "One"}, {"title": "Two"}, {"id": "a", "title": "Three"}]

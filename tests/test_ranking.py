@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tiny import byte_tokenizer, random_lists, tiny_llama
 
-from alro_fast import ranking
+from alro_fast import decoding, ranking
 from alro_fast.data.records import Item, RankingList
 from alro_fast.decoding import decode, ordinary_attention, token_logits
 from alro_fast.errors import AlroFastError
@@ -285,7 +285,7 @@ def test_the_adapter_can_be_switched_off():
         pass
 
 
-def test_token_logits_are_float32_and_apply_the_head():
+def test_token_logits_are_float32_and_apply_the_head(monkeypatch):
     torch.manual_seed(0)
     hidden, weight, bias = (torch.randn(shape).bfloat16() for shape in ((3, 8), (20, 8), (20,)))
     found = token_logits(hidden, Head(weight, bias, 5.0, 0.5), [[1, 2, 3], [4], [19, 0]])
@@ -295,6 +295,9 @@ def test_token_logits_are_float32_and_apply_the_head():
     np.testing.assert_allclose(np.concatenate(found), full[[0, 0, 0, 1, 2, 2], [1, 2, 3, 4, 19, 0]], rtol=1e-5)
     again = token_logits(hidden[1:2], Head(weight, bias, 5.0, 0.5), [[4]])
     assert again[0].tobytes() == found[1].tobytes()
+    monkeypatch.setattr(decoding, "GATHERED", 30)
+    pieces = token_logits(hidden, Head(weight, bias, 5.0, 0.5), [[1, 2, 3], [4], [19, 0]])
+    assert np.concatenate(pieces).tobytes() == np.concatenate(found).tobytes()
 
 
 @pytest.mark.parametrize(

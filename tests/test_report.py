@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
         rows = np.array(entry.ratings) + generator.normal(0, 0.5, (3, 8))
         rankings["tuned"].append(make_ranking(entry, shown, rows, "mean"))
     scores = {name: [ranking.scores for ranking in each] for name, each in rankings.items()}
-    results = evaluate_lists(lists, scores | {"random": [np.zeros(8)] * 60})
+    results = evaluate_lists(lists, scores | {"random": [np.zeros(8)] * 60, "popularity": [np.arange(8)] * 60})
     replace(
         results, seconds={"tuned": 2.0}, sensitivity={"untuned": 0.01, "tuned": 0.7}, about={"peak_memory_gib": 1.25}
     ).save(folder)
@@ -97,6 +97,7 @@ def test_the_page_holds_every_section_and_closes_every_tag(folder):
     assert "1.25 GiB" in text
     assert "better</b>" in text
     assert "mean Kendall tau 0.700" in text
+    assert f"no model, popularity, has NDCG@3 {results['popularity']['ndcg@3']:.4f}" in text
 
 
 def test_nothing_comes_from_outside_and_nothing_runs(folder):
