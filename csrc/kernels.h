@@ -17,13 +17,16 @@ struct Matrix {  // strides in elements
 // Rows of `hidden` are handled in panels: one row per vector lane, 2 vectors wide (1 for a last narrow panel). All
 // arrays of a panel are [lanes] or [.., lanes], aligned to 64 bytes.
 struct Panel {
-  const float* hidden;  // [H, lanes]
-  const float* slack;   // [lanes] 0, or a huge number on lanes that hold no row
+  const float* hidden;   // [H, lanes]
+  const float* slack;    // [lanes] 0, or a huge number on lanes that hold no row
+  const float* granted;  // [lanes] logarithm of mass known from elsewhere, counted like `total` in what may be dropped
   // running statistics, relative to `highest`
-  float* highest;  // [lanes] largest logit so far
-  float* total;    // [lanes] sum exp(z - highest)
-  float* dropped;  // [lanes] the part of `total` left out of `expected`
-  float* cross;    // [lanes] sum exp(z - highest) (z - z_other) or (-z_other); null: not wanted
+  float* highest;     // [lanes] largest logit so far
+  float* total;       // [lanes] sum exp(z - highest)
+  float* total_rest;  // [lanes] what rounding has kept out of it
+  float* dropped;     // [lanes] the part of `total` left out of `expected`
+  float* cross;       // [lanes] sum exp(z - highest) (z - z_other) or (-z_other); null: not wanted
+  float* cross_rest;  // [lanes]
   // weighted sums of columns, relative to `reference`
   float* reference;  // [lanes]
   float* expected;   // [H, lanes] or null

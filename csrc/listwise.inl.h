@@ -271,7 +271,8 @@ static void permutation(const List& list, int64_t padded, float* const* work, fl
 }
 
 ALRO_INLINE void clear_rows(const List& list, int64_t begin, float* to) {
-  memset(to + list.at(begin), 0, sizeof(float) * (list.args.rows - begin) * list.args.columns);
+  const int64_t cells = (list.args.rows - begin) * list.args.columns;
+  if (cells > 0) memset(to + list.at(begin), 0, sizeof(float) * cells);
 }
 
 static void listwise(const ListwiseArgs& args, int64_t begin, int64_t end, float* scratch) {
@@ -287,10 +288,9 @@ static void listwise(const ListwiseArgs& args, int64_t begin, int64_t end, float
       const int64_t twin_padded = whole_vectors(List(args, args.twin[l]).columns);
       padded = twin_padded > padded ? twin_padded : padded;
     }
-    if (list.rows < args.rows) clear_rows(list, list.rows, args.d_soft_lambda);
-    const int64_t first_clear = compare ? list.rows : 0;
-    if (first_clear < args.rows) clear_rows(list, first_clear, args.d_student);
-    if (args.d_teacher && first_clear < args.rows) clear_rows(list, first_clear, args.d_teacher);
+    clear_rows(list, list.rows, args.d_soft_lambda);
+    clear_rows(list, compare ? list.rows : 0, args.d_student);
+    if (args.d_teacher) clear_rows(list, compare ? list.rows : 0, args.d_teacher);
     args.permutation[l] = 0;
     softmax_rows(list, false, padded, work[0], work[1], room);
     if (args.values) grade_lambda(list, padded, work[1], work[2], room);

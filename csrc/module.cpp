@@ -38,6 +38,7 @@ std::string shape_of(const A& array) {
 
 template <class A>
 void check_cpu(const A& array, const char* name) {
+  if (!array.is_valid()) fail(std::string(name) + ": expected a tensor");
   if (array.device_type() != nb::device::cpu::value) fail(std::string(name) + ": expected a tensor on the CPU");
 }
 
@@ -210,6 +211,7 @@ void listwise(const Array& logits, const Array& ratings, const Array& ranks, con
   args.sizes = dense<int64_t>(sizes, "sizes", {args.lists});
   args.twin = dense<int64_t>(twin, "twin", {args.lists});
   args.values = dense_or_null<float>(values, "values", {args.columns});
+  if (values && args.columns == 0) fail("values: expected at least one grade");
   for (int64_t l = 0; l < args.lists; ++l) {
     if (args.sizes[l] < 0 || args.sizes[l] > args.width) fail("sizes: expected 0 to the number of candidates");
     if (args.twin[l] < -1 || args.twin[l] >= args.lists) fail("twin: expected indices of lists, or -1");

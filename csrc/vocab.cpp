@@ -15,6 +15,7 @@ namespace alro {
 namespace {
 
 constexpr float kLowest = -1e30f;  // below any logit, finite so that differences stay numbers
+constexpr int kPhases = 32;        // vocabulary shares meet after 1, 2, 4, .. of so many parts
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -230,23 +231,27 @@ void pack(const Matrix& hidden, const std::vector<int64_t>& rows, float* to) {
 struct Partial {
   Floats memory, sums;
   Panel panel;
+  float* granted;
   int64_t lanes;
 
   Partial(const Group& group, int q, int64_t hidden_size, const float* packed, bool expected, bool mixed, bool spread)
-      : memory(6 * int64_t(group.row[q].size()), true), lanes(int64_t(group.row[q].size())) {
+      : memory(9 * int64_t(group.row[q].size()), true), lanes(int64_t(group.row[q].size())) {
     float* at = memory.get();
     auto take = [&] { return std::exchange(at, at + lanes); };
     float* slack = take();
     panel.hidden = packed;
     panel.slack = slack;
+    panel.granted = granted = take();
     panel.highest = take();
     panel.total = take();
+    panel.total_rest = take();
     panel.dropped = take();
     panel.reference = take();
     float* cross = take();
     panel.cross = group.directed[q] ? cross : nullptr;
+    panel.cross_rest = take();
     for (int64_t lane = 0; lane < lanes; ++lane) {
-      panel.highest[lane] = panel.reference[lane] = kLowest;
+      panel.highest[lane] = panel.reference[lane] = granted[lane] = kLowest;
       slack[lane] = group.row[q][lane] < 0 ? 1e30f : 0.0f;
     }
     const bool teacher = group.directed[q];
@@ -259,6 +264,23 @@ struct Partial {
     panel.spread = take_sum(spread && teacher);
   }
 };
+
+// Every share learns the mass that all shares have seen, divided by their number.
+void grant(std::vector<std::vector<std::vector<Partial>>>& partials, int64_t group) {
+  for (size_t q = 0; q < partials[0][group].size(); ++q) {
+    for (int64_t lane = 0; lane < partials[0][group][q].lanes; ++lane) {
+      float highest = kLowest;
+      for (auto& share : partials) highest = std::max(highest, share[group][q].panel.highest[lane]);
+      double total = 0;
+      for (auto& share : partials) {
+        const Panel& panel = share[group][q].panel;
+        total += std::exp(double(panel.highest[lane]) - highest) * panel.total[lane];
+      }
+      const float granted = total > 0 ? float(highest + std::log(total / double(partials.size()))) : kLowest;
+      for (auto& share : partials) share[group][q].granted[lane] = granted;
+    }
+  }
+}
 
 }  // namespace
 
@@ -289,9 +311,12 @@ double vocab_pass(const HeadArgs& args, float mass_bound, const VocabOut& out) {
   // partials[vocabulary share][group] -> one per panel
   std::vector<std::vector<std::vector<Partial>>> partials(grid.vocab_shares);
   for (auto& of_share : partials) of_share.resize(group_count);
-  std::vector<int64_t> multiplied(int64_t(grid.row_shares) * grid.vocab_shares, 0);
+  const int workers = grid.row_shares * grid.vocab_shares;
+  std::vector<int64_t> multiplied(workers, 0);
+  const int64_t stride = visiting_stride(tiles);
 
-  parallel(grid.row_shares * grid.vocab_shares, [&](int thread) {
+  // Tiles of a share in [from, to), in units of 1 / kPhases of its work
+  auto visit = [&](int thread, int from, int to) {
     const int row_share = thread % grid.row_shares, vocab_share = thread / grid.row_shares;
     const int64_t begin = bounds[row_share], end = bounds[row_share + 1];
     if (begin == end) return;
@@ -299,13 +324,13 @@ double vocab_pass(const HeadArgs& args, float mass_bound, const VocabOut& out) {
     for (int64_t g = begin; g < end; ++g) {
       const Group& group = plan.groups[g];
       auto& panels = partials[vocab_share][g];
-      Unit unit{group.vectors, group.panels, {}};
-      for (int q = 0; q < group.panels; ++q) {
+      for (int q = 0; q < group.panels && from == 0; ++q) {
         const auto& primary = group.primary[q];
         const bool expected = out.expected && std::find(primary.begin(), primary.end(), true) != primary.end();
         const float* rows = packed[g].get() + q * h * int64_t(group.row[q].size());
         panels.emplace_back(group, q, h, rows, expected, out.mixed, out.spread);
       }
+      Unit unit{group.vectors, group.panels, {}};
       for (int q = 0; q < group.panels; ++q) unit.panel[q] = panels[q].panel;
       units.push_back(unit);
     }
@@ -319,18 +344,26 @@ double vocab_pass(const HeadArgs& args, float mass_bound, const VocabOut& out) {
                           {block + 2 * cells, block + 3 * cells},
                           {block + 4 * cells, block + 5 * cells},
                           {index, index + rows_per_tile}};
-
-    const int64_t tile_begin = tiles * vocab_share / grid.vocab_shares;
-    const int64_t tile_count = tiles * (vocab_share + 1) / grid.vocab_shares - tile_begin;
-    const int64_t stride = visiting_stride(tile_count);
-    for (int64_t t = 0, at = 0; t < tile_count; ++t, at = (at + stride) % tile_count) {
-      const int64_t start = (tile_begin + at) * rows_per_tile;
+    // Shares take turns along the visiting order, so that each of them meets the mass early.
+    const int64_t count = ceil_div(tiles - vocab_share, grid.vocab_shares);
+    const float bound = grid.vocab_shares > 1 ? mass_bound / 2 : mass_bound;  // the other half pays for `granted`
+    for (int64_t t = count * from / kPhases; t < count * to / kPhases; ++t) {
+      const int64_t start = (vocab_share + t * grid.vocab_shares) * stride % tiles * rows_per_tile;
       Tile tile = open_tile(kernels, args, start, std::min(rows_per_tile, v - start), room.get());
-      tile.progress = float(t + 1) / float(tile_count);
+      tile.progress = float(t + 1) / float(count);
       for (const Unit& unit : units)
-        multiplied[thread] += kernels.vocab_tile(unit, tile, head, scratch, mass_bound) * unit.vectors;
+        multiplied[thread] += kernels.vocab_tile(unit, tile, head, scratch, bound) * unit.vectors;
     }
-  });
+  };
+
+  if (grid.vocab_shares == 1 || mass_bound == 0 || !out.expected) {
+    parallel(workers, [&](int thread) { visit(thread, 0, kPhases); });
+  } else {  // shares meet now and then, and tell each other what mass they have seen
+    for (int from = 0, to = 1; from < kPhases; from = to, to *= 2) {
+      parallel(workers, [&](int thread) { visit(thread, from, to); });
+      for (int64_t g = 0; g < group_count; ++g) grant(partials, g);
+    }
+  }
 
   const int finishers = int(std::min<int64_t>(threads, group_count));
   parallel(finishers, [&](int thread) {

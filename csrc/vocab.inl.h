@@ -42,8 +42,7 @@ template <int B, int V>
 static void column_sum_block(const float* w, int64_t stride, const float* p, const int32_t* index, int64_t count,
                              const vf* decay, float* u) {
   vf sum[B][V];
-  ALRO_UNROLL for (int i = 0; i < B; ++i) ALRO_UNROLL for (int j = 0; j < V; ++j)
-      sum[i][j] = load(u + (i * V + j) * kLanes) * decay[j];
+  ALRO_UNROLL for (int i = 0; i < B; ++i) ALRO_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = vf{};
   for (int64_t k = 0; k < count; ++k) {
     const int64_t v = index[k];
     const float* row = w + v * stride;
@@ -54,8 +53,11 @@ static void column_sum_block(const float* w, int64_t stride, const float* p, con
       ALRO_UNROLL for (int j = 0; j < V; ++j) sum[i][j] += a * x[j];
     }
   }
-  ALRO_UNROLL for (int i = 0; i < B; ++i) ALRO_UNROLL for (int j = 0; j < V; ++j)
-      store(u + (i * V + j) * kLanes, sum[i][j]);
+  // added to u last: a tile's own sum is small beside the whole and would lose its low bits to it, term by term
+  ALRO_UNROLL for (int i = 0; i < B; ++i) ALRO_UNROLL for (int j = 0; j < V; ++j) {
+    float* at = u + (i * V + j) * kLanes;
+    store(at, load(at) * decay[j] + sum[i][j]);
+  }
 }
 
 // Calls f(start, size as a constant) over [0, n) in blocks of nearly equal size, at most kBlock.
@@ -146,10 +148,18 @@ ALRO_INLINE vf slope_of(const Head& head, vf z) {
   return splat(1.0f) - share * share;
 }
 
+// sum = sum * decay + part, and what rounding takes from it is kept in `rest` (Kahan): the many small parts of a long
+// tail would else be lost one by one
+ALRO_INLINE void add_to(float* sum, float* rest, vf decay, vf part) {
+  const vf before = load(sum) * decay, wanted = part + load(rest) * decay, after = before + wanted;
+  store(sum, after);
+  store(rest, wanted - (after - before));
+}
+
 template <int V>
 static int64_t vocab_unit(const Unit& unit, const Tile& tile, const Head& head, const Scratch& scratch, float bound) {
   const int panels = unit.panels;
-  vf highest[2][V], decay[2][V], total[2][V], dropped[2][V], cross[2][V], budget[2][V];
+  vf highest[2][V], decay[2][V], dropped[2][V], budget[2][V];
   for (int q = 0; q < panels; ++q) {
     const Panel& panel = unit.panel[q];
     tile_logits<V>(tile, head.hidden_size, panel.hidden, scratch.weights[q]);
@@ -157,10 +167,11 @@ static int64_t vocab_unit(const Unit& unit, const Tile& tile, const Head& head, 
     finish_logits<V>(tile, head, scratch.weights[q], highest[q]);
     ALRO_UNROLL for (int j = 0; j < V; ++j) {
       decay[q][j] = exponential(load(panel.highest + j * kLanes) - highest[q][j]);
-      total[q][j] = load(panel.total + j * kLanes) * decay[q][j];
+      const vf total = load(panel.total + j * kLanes) * decay[q][j];
       dropped[q][j] = load(panel.dropped + j * kLanes) * decay[q][j];
-      cross[q][j] = panel.cross ? load(panel.cross + j * kLanes) * decay[q][j] : vf{};
-      budget[q][j] = total[q][j] * splat(bound * tile.progress) + load(panel.slack + j * kLanes);
+      vf elsewhere = load(panel.granted + j * kLanes) - highest[q][j];
+      elsewhere = exponential(elsewhere > splat(80.0f) ? splat(80.0f) : elsewhere);
+      budget[q][j] = (total + elsewhere) * splat(bound * tile.progress) + load(panel.slack + j * kLanes);
     }
   }
 
@@ -206,9 +217,10 @@ static int64_t vocab_unit(const Unit& unit, const Tile& tile, const Head& head, 
     const Panel& panel = unit.panel[q];
     ALRO_UNROLL for (int j = 0; j < V; ++j) {
       store(panel.highest + j * kLanes, highest[q][j]);
-      store(panel.total + j * kLanes, total[q][j] + fresh[q][j]);
       store(panel.dropped + j * kLanes, dropped[q][j]);
-      if (panel.cross) store(panel.cross + j * kLanes, cross[q][j] + moment[q][j]);
+      add_to(panel.total + j * kLanes, panel.total_rest + j * kLanes, decay[q][j], fresh[q][j]);
+      if (panel.cross)
+        add_to(panel.cross + j * kLanes, panel.cross_rest + j * kLanes, decay[q][j], moment[q][j]);
     }
     vf since[V];  // from the reference of the sums to the present highest logit
     ALRO_UNROLL for (int j = 0; j < V; ++j) since[j] = exponential(load(panel.reference + j * kLanes) - highest[q][j]);
