@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .checks import check_head, check_index, check_ranks, check_values, values_are_free
 from .errors import AlroFastError
-from .ops import HeadStats, check_values, values_are_free
+from .ops import HeadStats
 
 SCORES = ("logprob", "prob", "logit")
 SPACES = ("candidates", "vocab")
@@ -113,7 +114,7 @@ def alro_loss(
     counts: denominators of the means, see `ALROCounts`. mass_bound, backend: see `ops.linear_logprobs`.
     Raises AlroFastError naming the argument; values of index tensors on CUDA are checked by `check_lists` only.
     """
-    hidden = ops.check_head(hidden, weight, bias)
+    hidden = check_head(hidden, weight, bias)
     check_lists(labels, lists, len(hidden), weight.shape[0], ignore_index)
     read = functools.partial(
         ops.head, hidden, weight, bias, softcap=softcap, scale=scale, mass_bound=mass_bound, backend=backend
@@ -222,7 +223,7 @@ def check_lists(
         if tensor.device != lists.slot_rows.device:
             raise AlroFastError(f"{name} is on {tensor.device} and slot_rows on {lists.slot_rows.device}; expected one")
         if name != "ratings":
-            ops.check_index(name, tensor, lists.slot_rows)
+            check_index(name, tensor, lists.slot_rows)
     if not lists.ratings.is_floating_point():
         raise AlroFastError(f"ratings has dtype {lists.ratings.dtype}; expected a floating dtype")
     if lists.grades is not None and lists.grades.token_ids.shape != lists.grades.values.shape:
@@ -262,7 +263,7 @@ def _check_list_values(labels: Tensor, lists: RankingLists, row_count: int, voca
         _check_distinct("grades.token_ids", grades.token_ids[None])
         check_values("grades.values", grades.values, grades.values.isfinite(), "finite")
     check_values("ratings", ratings, ~used | ~((ratings < 0) | ratings.isinf()), "finite and >= 0, or NaN")
-    ops.check_ranks(ranks, sizes)
+    check_ranks(ranks, sizes)
     check_values("twin", twin, (twin >= -1) & (twin < len(twin)), f"in -1 .. {len(twin) - 1}")
     of = twin.clamp(min=0)
     has_twin = twin >= 0
