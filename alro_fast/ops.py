@@ -14,8 +14,6 @@ Values of index tensors (targets, relabelled ids, ranks) are checked where that 
 CPU, outside torch.compile. On CUDA an id outside the vocabulary is a device-side assertion or undefined.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import logging
@@ -61,9 +59,12 @@ def linear_logprobs(
         raise AlroFastError(
             f"targets has shape {tuple(targets.shape)}; expected [N] or [N, C] with N = {len(hidden)} rows of hidden"
         )
-    wanted = targets.long()
-    wanted = torch.where(wanted == ignore_index, -1, wanted)
-    check_values("targets", targets, (wanted < weight.shape[0]) & (wanted >= -1), f"below {weight.shape[0]} or ignored")
+    wanted, vocab_size = targets.long(), weight.shape[0]
+    ignored = wanted == ignore_index
+    check_values(
+        "targets", targets, ignored | ((wanted >= 0) & (wanted < vocab_size)), f"below {vocab_size} or ignored"
+    )
+    wanted = wanted.masked_fill(ignored, -1)
     flat = wanted if wanted.dim() == 2 else wanted[:, None]
     stats = head(
         hidden, weight, bias, softcap=softcap, scale=scale, targets=flat, mass_bound=mass_bound, backend=backend

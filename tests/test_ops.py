@@ -702,7 +702,7 @@ def bad(**change):
     ("change", "message"),
     [
         ({"targets": torch.tensor([0, 23, 1, 1])}, r"targets holds 23 at \(1,\); expected values below 23 or ignored"),
-        ({"targets": torch.tensor([0, 1, -5, 1])}, r"targets holds -5 at \(2,\)"),
+        ({"targets": torch.tensor([0, 1, -1, 1])}, r"targets holds -1 at \(2,\)"),
         ({"targets": torch.tensor([0, 1, 2])}, r"targets has shape \(3,\); expected \[N\] or \[N, C\] with N = 4"),
         ({"targets": torch.zeros(4)}, "targets has dtype torch.float32; expected an integer dtype"),
         ({"targets": torch.zeros(4, dtype=torch.long, device="meta")}, "targets is on meta and hidden on cpu"),
