@@ -37,6 +37,15 @@ __all__ = ["baseline_scores", "evaluate_lists", "main"]
 def main(argv: Sequence[str]) -> None:
     """Check, load, rank with and without the adapter, compare, write."""
     options = parser().parse_args(argv)
+    if options.preferences:
+        from . import evaluate_preferences
+
+        if options.lists:
+            raise AlroFastError("--lists and --preferences are measured apart; give one of them")
+        evaluate_preferences.main(options)
+        return
+    if not options.lists:
+        raise AlroFastError("nothing to measure on: give --lists PREPARED, or --preferences FILE")
     check_options(options.method, options.shuffles, options.merge, options.beams)
     if options.limit is not None and options.limit < 1:
         raise AlroFastError(f"--limit is at least 1; given {options.limit}")
@@ -112,7 +121,8 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m alro_fast.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_ranking_options(parser)
-    parser.add_argument("--lists", required=True, help="folder that alro_fast.prepare wrote")
+    parser.add_argument("--lists", help="folder that alro_fast.prepare wrote")
+    parser.add_argument("--preferences", nargs="+", help="preference files, in place of lists; of any data set")
     parser.add_argument("--split", default="test", help="train, valid or test (default)")
     parser.add_argument("--limit", type=int, help="only the first N lists")
     parser.add_argument("--output_dir", help="where the files go; default: the adapter's folder")

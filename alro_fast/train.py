@@ -10,7 +10,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from .config import Config, parse
 from .data.lists import PreparedData, open_prepared
 from .data.records import RankingList
 from .errors import AlroFastError
-from .model import add_lora, load_base, load_tokenizer, make_scratch, resolve_dtype
-from .objectives.base import build_objective
+from .model import add_lora, base_path, load_base, load_tokenizer, make_scratch, resolve_dtype
+from .objectives.base import Objective, build_objective
 from .prompts import PromptBuilder, add_item_tokens
 from .ranking import Ranker
 from .results import baseline_scores, evaluate_lists, write_predictions, write_trec
+from .stages import finished, merge_adapter, stack_adapters, stage_arguments, write_merged_base
 from .trainer import NonFiniteLoss, RankerTrainer, TreeDataset
 
 logger = logging.getLogger(__name__)
@@ -47,10 +48,46 @@ def main(argv: Sequence[str]) -> None:
     for name in ("httpx", "torch", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
-    session = Run(config)
-    session.describe()
-    if not config.training.dry_run:
-        session.train()
+    for stage in stages(config, argv):
+        session = run_for(stage)
+        session.describe()
+        if not stage.training.dry_run:
+            session.train()
+
+
+def stages(config: Config, argv: Sequence[str]) -> Iterator[Config]:
+    """The run's own configuration, or, with `--stages`, one for each stage, in folders of their own below output_dir.
+
+    A resumed run skips the stages that are finished, and begins those that have no checkpoint.
+    """
+    if config.training.stages is None:
+        yield config
+        return
+    root = Path(config.training.output_dir or next_folder(config))
+    for words in stage_arguments(config, root):
+        stage = parse([*argv, *words])
+        stage.training.stages = stage.training.stage_epochs = stage.training.stage_learning_rates = None
+        folder = Path(stage.training.output_dir)
+        if stage.training.resume_from_checkpoint:
+            if finished(folder):
+                print(f"{folder}: finished before")
+                continue
+            if get_last_checkpoint(str(folder)) is None if folder.is_dir() else True:
+                stage.training.resume_from_checkpoint = None
+        if stage.training.dry_run:
+            stage.model.init_adapter = config.model.init_adapter
+        if stage.objective.objective == "sft" and "dmpo" in config.training.stages:
+            stage.objective.objective = "sft_chosen"
+        yield stage
+
+
+def run_for(config: Config) -> Run:
+    """The kind of run that a configuration asks for."""
+    if config.data.preferences is None and config.objective.objective not in ("dmpo", "sft_chosen"):
+        return Run(config)
+    from .train_preferences import PreferenceRun
+
+    return PreferenceRun(config)
 
 
 class Run:
@@ -63,24 +100,16 @@ class Run:
             self.checkpoint = find_checkpoint(config, self.folder)
             self.prepared = self.prepare()
         set_seed(self.training.seed)
-        splits = {split: self.prepared.lists(split) for split in ("train", "valid", "test")}
         limits = {
             "train": config.data.max_train_lists,
             "valid": config.data.max_eval_lists,
             "test": config.data.max_test_lists,
         }
-        self.lists = {name: draw(lists, limits[name], self.training.seed) for name, lists in splits.items()}
+        self.lists = {name: draw(lists, limits[name], self.training.seed) for name, lists in self.splits().items()}
         if not self.lists["train"]:
             raise AlroFastError(f"{self.prepared.path} holds no training lists; prepare it with a smaller --list_size")
-        self.model, tokenizer = self.build_model()
-        self.builder = PromptBuilder(
-            tokenizer, config.data.template, identifiers=config.data.identifiers, max_length=config.data.max_length,
-            items=self.prepared.items,
-        )  # fmt: skip
-        self.objective = build_objective(
-            config.objective, self.builder, answer=config.data.answer, seed=self.training.seed
-        )
-        self.ranker = Ranker(self.model, tokenizer, self.builder, answer=config.data.answer)
+        self.model, self.tokenizer = self.build_model()
+        self.objective = self.build_objective()
         show = not self.training.disable_tqdm
         self.datasets = {name: TreeDataset(self.lists[name], self.objective, show) for name in ("train", "valid")}
         self.trainer = RankerTrainer(
@@ -89,11 +118,34 @@ class Run:
             self.objective,
             self.datasets["train"],
             self.datasets["valid"],
-            evaluate_ranking=self.validation_ndcg if len(self.lists["valid"]) else None,
+            evaluate_ranking=self.validate if len(self.lists["valid"]) else None,
             save_extras=self.save_extras,
             callbacks=[NonFiniteLoss()],
-            processing_class=tokenizer,
+            processing_class=self.tokenizer,
         )
+
+    @property
+    def answers(self) -> str:
+        """What an answer is, for the plan."""
+        return self.config.data.answer
+
+    def splits(self) -> dict[str, Sequence[RankingList]]:
+        """What to train, validate and test on."""
+        return {split: self.prepared.lists(split) for split in ("train", "valid", "test")}
+
+    def build_prompts(self) -> PromptBuilder:
+        data = self.config.data
+        return PromptBuilder(
+            self.tokenizer, data.template, identifiers=data.identifiers, max_length=data.max_length,
+            items=self.prepared.items,
+        )  # fmt: skip
+
+    def build_objective(self) -> Objective:
+        """The objective, and the ranker that measures it."""
+        config = self.config
+        self.builder = self.build_prompts()
+        self.ranker = Ranker(self.model, self.tokenizer, self.builder, answer=config.data.answer)
+        return build_objective(config.objective, self.builder, answer=config.data.answer, seed=self.training.seed)
 
     def prepare(self) -> PreparedData:
         """The prepared lists; a dry run works in a folder that vanishes with it."""
@@ -105,6 +157,10 @@ class Run:
         elif self.training.process_index == 0:
             work.mkdir(parents=True, exist_ok=True)
             self.save_config(work)
+        return self.load(work)
+
+    def load(self, work: Path) -> PreparedData:
+        """The prepared lists; prepared below `work` where they are not yet."""
         return prepare(self.config, work)
 
     def build_model(self) -> tuple[Any, Any]:
@@ -123,6 +179,8 @@ class Run:
             dtype = resolve_dtype(options.dtype)
             tokenizer = load_tokenizer(options.model_name_or_path, options.trust_remote_code)
             model = load_base(options.model_name_or_path, dtype, options.trust_remote_code)
+            if options.init_adapter is not None:
+                model = merge_adapter(model, options.init_adapter, base_path(options.model_name_or_path))
         if items_named:
             add_item_tokens(tokenizer, len(self.prepared.items))
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -144,7 +202,7 @@ class Run:
         rows = {
             "data": f"{self.prepared.path}: {splits} lists",
             "model": f"{self.config.model.model_name_or_path}: {total:,} weights, {trainable:,} trained",
-            "objective": f"{self.config.objective.objective}, answers as {self.config.data.answer}",
+            "objective": f"{self.config.objective.objective}, answers as {self.answers}",
             "tokens": f"{tokens:,} distinct of {data.unshared_tokens:,} per epoch "
             f"({data.unshared_tokens / tokens:.2f}x shared), {data.answer_rows:,} head rows, "
             f"longest list {max(data.sizes):,}",
@@ -172,9 +230,7 @@ class Run:
         """Rank untuned, train, rank tuned; then the table and the files of the run."""
         started, test = time.perf_counter(), self.lists["test"]
         rankings = {"untuned": self.ranker.rank(test)}
-        self.trainer.train(resume_from_checkpoint=self.checkpoint)
-        self.trainer.save_model()
-        self.trainer.save_state()
+        self.fit()
         rankings["tuned"] = self.ranker.rank(test)
         if not self.training.should_save:
             return
@@ -187,7 +243,21 @@ class Run:
             print(f"\n{results.table()}\n")
         print(f"{time.perf_counter() - started:.0f} s; everything is in {self.folder}")
 
-    def validation_ndcg(self) -> dict[str, float]:
+    def fit(self) -> None:
+        """Train, and write weights and state; an adapter over an earlier stage's is made whole."""
+        options = self.config.model
+        self.trainer.train(resume_from_checkpoint=self.checkpoint)
+        self.trainer.save_model()
+        if options.init_adapter is not None and self.training.should_save:
+            if options.stage_adapter == "stacked":
+                stack_adapters(options.init_adapter, self.folder)
+            else:
+                base = load_base(options.model_name_or_path, resolve_dtype(options.dtype), options.trust_remote_code)
+                base = merge_adapter(base, options.init_adapter, base_path(options.model_name_or_path))
+                write_merged_base(base, self.tokenizer, self.folder)
+        self.trainer.save_state()
+
+    def validate(self) -> dict[str, float]:
         """NDCG of the model as it stands, on the validation lists."""
         lists = self.lists["valid"]
         results = evaluate_lists(lists, {"model": self.ranker.scores(lists)}, split="valid", bootstrap=0)
@@ -195,7 +265,8 @@ class Run:
 
     def save_extras(self, folder: Path) -> None:
         """What a run leaves beside the weights: prompt format, data manifest, options, model card."""
-        self.builder.save(folder)
+        if self.builder is not None:
+            self.builder.save(folder)
         (folder / "data_manifest.json").write_text(
             json.dumps(self.prepared.manifest, indent=2) + "\n", encoding="utf-8"
         )
@@ -216,11 +287,7 @@ def claim_folder(config: Config) -> Path:
     if training.output_dir is None:
         if training.world_size > 1:
             raise AlroFastError("several processes need --output_dir: each would number its own folder")
-        folder, n = Path("out") / config.recipe, 1
-        while folder.exists():
-            n += 1
-            folder = Path("out") / f"{config.recipe}-{n}"
-        training.output_dir = str(folder)
+        training.output_dir = str(next_folder(config))
     folder = Path(training.output_dir)
     if training.process_index:
         return folder
@@ -239,6 +306,15 @@ def claim_folder(config: Config) -> Path:
             )
         if not training.resume_from_checkpoint and not training.dry_run:
             shutil.rmtree(folder)
+    return folder
+
+
+def next_folder(config: Config) -> Path:
+    """The next free out/<recipe>."""
+    folder, n = Path("out") / config.recipe, 1
+    while folder.exists():
+        n += 1
+        folder = Path("out") / f"{config.recipe}-{n}"
     return folder
 
 
@@ -310,7 +386,9 @@ def model_card(config: Config, prepared: PreparedData) -> str:
         f"Objective `{options['objective']}` on `{prepared.manifest.get('dataset', 'unnamed')}`, answers as "
         f"`{options['answer']}`, candidates named by `{options['identifiers']}`. Options: config.yaml; data: "
         "data_manifest.json; prompt: prompt_template.yaml and identifiers.json; figures: results.json.\n",
-        "Rank with it: `python -m alro_fast.rank --adapter <this folder> lists.json`.\n",
+        "Rank with it: `python -m alro_fast.rank --adapter <this folder> lists.json`.\n"
+        if prepared.items
+        else "Measure it: `python -m alro_fast.evaluate --adapter <this folder> --preferences FILE`.\n",
     ]
     return "\n".join(lines)
 

@@ -186,9 +186,13 @@ def token_logprobs(hidden: Tensor, head: Head, packed: PackedBatch, backend: str
     return logprobs
 
 
+def branches_of(ids: PreferenceIds) -> list[Branch]:
+    """The token branches of one user, in their order."""
+    return [Branch(branch.prompt_ids + branch.answer_ids, len(branch.prompt_ids)) for branch in ids.branches]
+
+
 def _example(source: Preference | RankingList, ids: PreferenceIds) -> Example:
-    branches = [Branch(b.prompt_ids + b.answer_ids, len(b.prompt_ids)) for b in ids.branches]
-    return Example(Tree(branches, name=source.list_id), (ids,), source)
+    return Example(Tree(branches_of(ids), name=source.list_id), (ids,), source)
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:

@@ -1,0 +1,199 @@
+"""Training runs on preferences: files of them, or one positive and k negatives out of every ranking list.
+
+`alro_fast.train` starts these for `--objective dmpo` and `--preferences FILE`; they differ from its runs in their data,
+in the reference, and in what is measured before and after.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import TrainerCallback
+
+from .data.negatives import Negatives, positive
+from .data.preferences import Preference, read_preferences
+from .data.records import Item, RankingList
+from .errors import AlroFastError
+from .evaluate_preferences import measure, save, score_preferences, table
+from .objectives.base import Example, Objective, build_objective
+from .preference_metrics import Scored, preference_metrics
+from .prompts.preference import PreferencePrompts
+from .references import reference_table
+from .train import Run, prepare
+
+WATCHED = ("pair_accuracy", "user_auc", "hit@1")
+
+
+class PreferenceFiles(NamedTuple):
+    """Stands where a run has its prepared lists."""
+
+    path: Path
+    manifest: dict[str, Any]
+    items: list[Item]
+
+
+class PreferenceRun(Run):
+    """A run of objective dmpo, or of supervised tuning on the chosen answers (sft_chosen)."""
+
+    def __init__(self, config: Any) -> None:
+        model, objective, data = config.model, config.objective, config.data
+        if data.preferences is not None and objective.objective == "sft":
+            objective.objective = "sft_chosen"
+        if objective.objective not in ("dmpo", "sft_chosen"):
+            raise AlroFastError(
+                f"--preferences serves --objective dmpo and sft; {objective.objective} ranks lists (--data_dir)"
+            )
+        compares = objective.objective == "dmpo" and not objective.reference_free
+        if compares and not model.use_peft and not objective.precompute_ref_log_probs:
+            raise AlroFastError(
+                "--use_peft false leaves no reference once training begins; add --precompute_ref_log_probs true "
+                "(or --reference_free true)"
+            )
+        if objective.precompute_ref_log_probs and data.negatives == "hardest" and data.preferences is None:
+            raise AlroFastError(
+                "--precompute_ref_log_probs needs negatives that stay; --negatives hardest changes them every epoch"
+            )
+        if model.model_name_or_path == "scratch" and data.preferences is not None:
+            raise AlroFastError(
+                "--model_name_or_path scratch learns its words from items; give a model for --preferences"
+            )
+        if data.preferences is not None and not data.eval_preferences and config.training.eval_strategy != "no":
+            raise AlroFastError(
+                f"--eval_strategy {config.training.eval_strategy.value} has nothing to evaluate: add --eval_preferences"
+            )
+        if objective.precompute_ref_log_probs:
+            objective.resample_negatives = False
+        super().__init__(config)
+        if objective.objective == "dmpo" and objective.precompute_ref_log_probs and not objective.reference_free:
+            self.objective.references = self.precompute()
+        if self.negatives is not None and self.negatives.by == "hardest":
+            self.trainer.add_callback(_MineEveryEpoch(self))
+
+    @property
+    def answers(self) -> str:
+        return "given" if self.config.data.preferences is not None else self.config.data.preference_answer
+
+    # ---- data
+
+    def load(self, work: Path) -> Any:
+        data = self.config.data
+        if data.preferences is None:
+            return prepare(self.config, work)
+        files = [Path(data.preferences), *map(Path, data.eval_preferences)]
+        need = self.config.objective.objective == "dmpo"
+        self.people = [read_preferences(file, need_rejected=need or number > 0) for number, file in enumerate(files)]
+        hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        return PreferenceFiles(files[0], {"dataset": files[0].stem, "files": hashes}, [])
+
+    def splits(self) -> dict[str, Sequence[Preference | RankingList]]:
+        """Train, valid and test; the tests by name are `self.tests`."""
+        data = self.config.data
+        if data.preferences is not None:
+            self.negatives = None
+            tested = self.people[1:]
+            self.tests = {Path(file).stem: people for file, people in zip(data.eval_preferences, tested)}
+            if len(self.tests) < len(tested):
+                raise AlroFastError("two --eval_preferences files have one name; rename one, results are kept by it")
+            return {"train": self.people[0], "valid": tested[0] if tested else [], "test": []}
+        splits = super().splits()
+        self.negatives = Negatives(
+            self.prepared.items, self.prepared.train_count, (one for lists in splits.values() for one in lists),
+            count=data.num_negatives, by=data.negatives, source=data.negatives_from, seed=self.training.seed,
+        )  # fmt: skip
+        usable = {name: [one for one in lists if self.negatives.usable(one)] for name, lists in splits.items()}
+        left = sum(map(len, splits.values())) - sum(map(len, usable.values()))
+        if left:
+            print(f"{left:,} lists left out: no candidate is rated below another")
+        self.tests = {}
+        return usable
+
+    def build_objective(self) -> Objective:
+        config, data = self.config, self.config.data
+        self.builder = None if data.preferences is not None else self.build_prompts()
+        self.prompts = PreferencePrompts(
+            self.tokenizer, self.builder, form=data.preference_answer, max_length=data.max_length
+        )
+        seed = self.training.seed
+        if self.negatives is not None:
+            self.tests = {self.prepared.manifest.get("dataset", "test"): self.lists["test"]}
+        limit = data.max_test_lists
+        self.tests = {name: people[:limit] for name, people in self.tests.items() if people}
+        return build_objective(config.objective, self.prompts, answer=data.answer, seed=seed, negatives=self.negatives)
+
+    # ---- reference and negatives
+
+    def precompute(self) -> Any:
+        """Reference log-probabilities of the training and validation records, from the file or computed into it."""
+        examples: dict[str, Example] = {}
+        for name in ("train", "valid"):
+            lists = self.lists[name]
+            for example in self.objective.examples([lists[i] for i in range(len(lists))], range(len(lists)), epoch=0):
+                earlier = examples.setdefault(example.source.list_id, example)
+                if earlier is not example and earlier.source != example.source:
+                    raise AlroFastError(
+                        f"two different records are named {example.source.list_id}; rename one of the preference files"
+                    )
+        path = Path(self.config.objective.ref_log_probs or Path(self.training.output_dir) / "reference.safetensors")
+        model, training = self.model.to(self.training.device), self.training
+        with training.main_process_first(local=False):
+            return reference_table(
+                model, list(examples.values()), path, training.tokens_per_batch, self.config.objective.backend
+            )
+
+    def mine(self, epoch: int) -> None:
+        """Choose every training list's negatives: the likeliest of its pool for the model as it stands."""
+        lists = [self.lists["train"][i] for i in range(len(self.lists["train"]))]
+        pools = [self.negatives.pool(one, epoch) for one in lists]
+        contests = [self.negatives.shown(one, pool, epoch) for one, pool in zip(lists, pools)]
+        scored = score_preferences(
+            self.model, self.prompts, contests, self.training.tokens_per_batch, self.config.objective.backend
+        )
+        for one, contest, scores in zip(lists, contests, scored):
+            best = positive(contest)
+            others = [item for i, item in enumerate(contest.candidates) if i != best]
+            margins = scores.rejected - scores.chosen if scores.paired else scores.rejected
+            order = sorted(range(len(others)), key=lambda i, m=margins: -m[i])
+            self.negatives.mined[one.list_id] = tuple(others[i] for i in order[: self.negatives.count])
+
+    # ---- measuring
+
+    def scored(self, people: Sequence[Preference | RankingList]) -> list[Scored]:
+        """Answer scores of the model as it stands; negatives of lists as drawn for epoch 0, never mined."""
+        if self.negatives is not None:
+            people = [self.negatives.contest(one, 0) for one in people]
+        budget = self.training.eval_tokens_per_batch or self.training.tokens_per_batch
+        return score_preferences(self.model, self.prompts, people, budget, self.config.objective.backend)
+
+    def validate(self) -> dict[str, float]:
+        """Preference metrics on the validation records."""
+        lists = self.lists["valid"]
+        found = preference_metrics(self.scored([lists[i] for i in range(len(lists))]))
+        return {name: found[name] for name in WATCHED}
+
+    def train(self) -> None:
+        """Measure, train, measure again; then the table and the files of the run."""
+        model = self.model.to(self.training.device)
+        earlier = "untuned" if self.config.model.init_adapter is None else "earlier stage"
+        scored = {name: {earlier: self.scored(people)} for name, people in self.tests.items()}
+        self.fit()
+        model.eval()
+        for name, people in self.tests.items():
+            scored[name]["tuned"] = self.scored(people)
+        if not self.training.should_save:
+            return
+        if scored:
+            results = {name: measure(rows) for name, rows in scored.items()}
+            save(self.folder, results)
+            print(f"\n{table(results)}\n")
+        print(f"everything is in {self.folder}")
+
+
+class _MineEveryEpoch(TrainerCallback):
+    def __init__(self, owner: PreferenceRun) -> None:
+        self.owner = owner
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.owner.mine(int(state.epoch or 0))
