@@ -13,6 +13,8 @@ COMMANDS = {
     "train": "tune a ranker (no arguments: the demo, on the CPU, in about a minute)",
     "evaluate": "how good its rankings are, beside the baselines",
     "rank": "order the candidates of a JSON list",
+    "report": "report.html of a run or an evaluation",
+    "client": "rank through an inference server",
 }
 
 

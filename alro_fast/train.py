@@ -5,6 +5,7 @@ Steps: options -> prepared lists -> base model and adapter -> objective -> Train
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import shutil
@@ -240,8 +241,18 @@ class Run:
             results.save(self.folder)
             write_predictions(self.folder / "predictions.jsonl", test, rankings)
             write_trec(self.folder, test, scores["tuned"], tag="alro_fast")
+            self.write_report()
             print(f"\n{results.table()}\n")
         print(f"{time.perf_counter() - started:.0f} s; everything is in {self.folder}")
+
+    def write_report(self) -> None:
+        """report.html, where matplotlib is installed."""
+        if importlib.util.find_spec("matplotlib") is None:
+            logger.info("no report.html: its plots need matplotlib (pip install 'alro-fast[plots]')")
+            return
+        from .report import write_report
+
+        write_report(self.folder)
 
     def fit(self) -> None:
         """Train, and write weights and state; an adapter over an earlier stage's is made whole."""
@@ -298,7 +309,7 @@ def claim_folder(config: Config) -> Path:
             raise AlroFastError(
                 f"--output_dir {folder} holds something else than a run of alro_fast; give another folder"
             )
-        begun = any(folder.glob("checkpoint-*")) or (folder / "trainer_state.json").is_file()
+        begun = not {path.name for path in folder.iterdir()} <= {"config.yaml", "data"}
         if begun and not training.resume_from_checkpoint and not training.overwrite_output_dir:
             raise AlroFastError(
                 f"--output_dir {folder} holds an earlier run; add --resume_from_checkpoint true or "
