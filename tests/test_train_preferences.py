@@ -1,0 +1,265 @@
+"""Preference runs end to end on a tiny base: stages, what they write, references kept on disk, every answer form."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.torch import load_file
+from test_objective_dmpo import chat_tokenizer
+from tiny import byte_tokenizer, catalogue, random_lists, tiny_llama
+
+from alro_fast import evaluate, train
+from alro_fast.data.lists import write_prepared
+from alro_fast.data.preferences import read_preferences
+from alro_fast.errors import AlroFastError
+from alro_fast.evaluate_preferences import score_preferences
+from alro_fast.model import load_for_inference
+from alro_fast.prompts.preference import PreferencePrompts
+from alro_fast.ranking import Ranker
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base model, preference files of two domains, prepared lists, and a finished run of two stages."""
+    folder = tmp_path_factory.mktemp("preferences")
+    tokenizer = byte_tokenizer()
+    for name, seed in (("base", 0), ("other", 1)):
+        tiny_llama(len(tokenizer), seed).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    for name, good in (("movies", "North"), ("games", "Glass")):
+        rows = [
+            {"prompt": f"User {u} of {name}. Next:", "chosen": f" {good} {u}", "rejected": [f" Echo {u}", f" Gold {u}"]}
+            for u in range(8)
+        ]
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    lists = random_lists(14, range(3, 6), seed=3, history=3, items=60)
+    splits = {"train": lists[:6], "valid": lists[6:9], "test": lists[9:]}
+    write_prepared(folder / "data", catalogue(60), splits, {"dataset": "made", "tie_rule": "none needed"})
+    train.main(
+        options(
+            folder, "staged", "--preferences", folder / "movies.json", "--eval_preferences", folder / "movies.json",
+            folder / "games.json", "--stages", "sft,dmpo", "--stage_epochs", "1,4", "--stage_learning_rates",
+            "0.003,0.01", "--dpo_beta", 0.5, "--eval_strategy", "epoch",
+        )
+    )  # fmt: skip
+    return folder
+
+
+def options(folder, output, *more):
+    words = {
+        "--model_name_or_path": folder / "base", "--output_dir": folder / output, "--tokens_per_batch": 400,
+        "--num_train_epochs": 1, "--learning_rate": 0.01, "--lora_r": 4, "--lora_alpha": 8, "--use_cpu": True,
+        "--disable_tqdm": True, "--logging_steps": 1, "--save_strategy": "no",
+    }  # fmt: skip
+    return [str(word) for pair in words.items() for word in pair] + [str(word) for word in more]
+
+
+def scores(folder, file, **more):
+    """Of the saved adapter, loaded as anybody would."""
+    model, tokenizer = load_for_inference(folder, device="cpu", **more)
+    found = score_preferences(model, PreferencePrompts(tokenizer), read_preferences(file))
+    return np.concatenate([np.concatenate([one.chosen, one.rejected]) for one in found])
+
+
+def refused(argv):
+    with pytest.raises(AlroFastError) as caught:
+        train.main([str(word) for word in argv])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_stages_leave_an_adapter_each_and_the_second_prefers(folder):
+    assert {path.name for path in (folder / "staged").iterdir()} == {"1-sft", "2-dmpo"}
+    results = json.loads((folder / "staged" / "2-dmpo" / "preference_results.json").read_text())
+    assert results["movies"]["tuned"]["pair_accuracy"] == 1.0
+    assert results["movies"]["earlier stage"]["pair_accuracy"] < 1.0
+    assert results.keys() == {"movies", "games"}
+    config = yaml.safe_load((folder / "staged" / "2-dmpo" / "config.yaml").read_text())
+    assert (config["objective"], config["num_train_epochs"], config["learning_rate"]) == ("dmpo", 4.0, 0.01)
+    history = json.loads((folder / "staged" / "2-dmpo" / "trainer_state.json").read_text())["log_history"]
+    assert history[0]["preference"] == pytest.approx(np.log(2), abs=1e-6)  # the reference is the stage before
+    assert any("eval_hit@1" in entry for entry in history)
+
+
+def test_the_stacked_adapter_is_both_stages_in_one(folder):
+    """Plain PEFT of rank 4 + 4 over the original base; its scores are those the run measured in memory."""
+    config = json.loads((folder / "staged" / "2-dmpo" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (8, 8)
+    assert config["base_model_name_or_path"] == str(folder / "base")
+    weights = load_file(folder / "staged" / "2-dmpo" / "adapter_model.safetensors")
+    assert {tensor.shape[0] for name, tensor in weights.items() if "lora_A" in name} == {8}
+    model, tokenizer = load_for_inference(folder / "staged" / "2-dmpo", device="cpu")
+    people = read_preferences(folder / "games.json")
+    found = score_preferences(model, PreferencePrompts(tokenizer), people)
+    results = json.loads((folder / "staged" / "2-dmpo" / "preference_results.json").read_text())
+    assert results["games"]["tuned"]["pair_accuracy"] == pytest.approx(
+        np.mean(np.concatenate([one.wins() for one in found]))
+    )
+
+
+def test_stacked_and_merged_say_the_same(folder):
+    """The same second stage written both ways: equal scores, and neither is the first stage's."""
+    first = folder / "staged" / "1-sft"
+    for way in ("stacked", "merged"):
+        more = ["--objective", "dmpo", "--preferences", folder / "movies.json", "--init_adapter", first]
+        train.main(options(folder, way, *more, "--stage_adapter", way, "--num_train_epochs", 2))
+    file = folder / "movies.json"
+    one, other, before = (scores(each, file) for each in (folder / "stacked", folder / "merged", first))
+    np.testing.assert_allclose(one, other, atol=1e-3, rtol=1e-5)
+    assert np.abs(one - before).max() > 0.1
+    assert (folder / "merged" / "merged_base" / "model.safetensors").is_file()
+
+
+def test_a_resumed_run_skips_finished_stages(folder, capsys):
+    more = ["--preferences", folder / "movies.json", "--stages", "sft,dmpo", "--resume_from_checkpoint", "true"]
+    before = (folder / "staged" / "2-dmpo" / "adapter_model.safetensors").stat().st_mtime_ns
+    train.main(options(folder, "staged", *more))
+    assert capsys.readouterr().out.count("finished before") == 2
+    assert (folder / "staged" / "2-dmpo" / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_evaluate_measures_any_file_across_domains(folder, capsys, tmp_path):
+    argv = ["--adapter", folder / "staged" / "2-dmpo", "--preferences", folder / "movies.json", folder / "games.json"]
+    evaluate.main([*map(str, argv), "--output_dir", str(tmp_path), "--device", "cpu"])
+    table = capsys.readouterr().out
+    results = json.loads((tmp_path / "preference_results.json").read_text())
+    for domain in ("movies", "games"):
+        assert f"{domain}, untuned" in table
+        assert results[domain]["tuned"]["records"] == 8
+    assert results["movies"]["tuned"]["pair_accuracy"] == 1.0
+    written = json.loads((folder / "staged" / "2-dmpo" / "preference_results.json").read_text())
+    assert results["games"]["tuned"] == written["games"]["tuned"]
+    both = [*argv, "--lists", folder / "data"]
+    for wrong, said in ((["--adapter", folder], "nothing to measure on"), (both, "give one of them")):
+        with pytest.raises(AlroFastError, match=said):
+            evaluate.main([str(word) for word in wrong])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--preference_answer", "titles", "--negatives", "popularity"],
+        ["--preference_answer", "pairs", "--negatives_from", "candidates", "--num_negatives", 2],
+        ["--preference_answer", "identifiers", "--negatives", "hardest", "--num_negatives", 3, "--num_train_epochs", 2],
+    ],
+)
+def test_lists_train_in_every_form(folder, more, tmp_path):
+    argv = ["--data_dir", folder / "data", "--objective", "dmpo", "--tokens_per_batch", 4000]
+    train.main(options(tmp_path, "run", *argv, "--model_name_or_path", folder / "base", *more))
+    results = json.loads((tmp_path / "run" / "preference_results.json").read_text())
+    assert 0 <= results["made"]["tuned"]["user_auc"] <= 1
+    if "identifiers" in more:  # such an adapter ranks lists as any other
+        rankings = Ranker.load(tmp_path / "run", device="cpu").rank(random_lists(2, 4, items=60))
+        assert all(sorted(ranking.order) == [0, 1, 2, 3] for ranking in rankings)
+
+
+def test_mining_takes_the_likeliest_of_the_pool(folder, tmp_path):
+    """Every mined negative is at least as likely, under the model, as every one of its pool that was left."""
+    argv = ["--data_dir", folder / "data", "--objective", "dmpo", "--negatives", "hardest", "--num_negatives", 2]
+    words = options(tmp_path, "run", *argv, "--tokens_per_batch", 4000, "--model_name_or_path", folder / "base")
+    run = train.run_for(train.parse(words))
+    run.mine(0)
+    for i in range(len(run.lists["train"])):
+        one = run.lists["train"][i]
+        pool = run.negatives.pool(one, 0)
+        contest = run.negatives.shown(one, pool, 0)
+        [found] = score_preferences(run.model, run.prompts, [contest])
+        best = max(contest.ratings, key=lambda rating: -1 if rating != rating else rating)
+        others = [item for item, rating in zip(contest.candidates, contest.ratings) if rating != best]
+        likely = dict(zip(others, found.rejected))
+        mined = run.negatives.mined[one.list_id]
+        assert len(mined) == 2
+        assert min(likely[item] for item in mined) >= max(v for item, v in likely.items() if item not in mined)
+
+
+def test_references_are_computed_once_and_checked(folder, tmp_path):
+    argv = ["--preferences", folder / "movies.json", "--objective", "dmpo", "--precompute_ref_log_probs", "true"]
+    kept = ["--ref_log_probs", tmp_path / "kept.safetensors"]
+    train.main(options(folder, "once", *argv, *kept))
+    written = (tmp_path / "kept.safetensors").stat().st_mtime_ns
+    train.main(options(folder, "twice", *argv, *kept))
+    assert (tmp_path / "kept.safetensors").stat().st_mtime_ns == written
+    train.main(options(folder, "live", *argv[:-2]))
+    file = folder / "movies.json"
+    np.testing.assert_allclose(scores(folder / "twice", file), scores(folder / "live", file), atol=1e-4)
+    assert "of another model than this run's" in refused(
+        [*options(folder, "wrong", *argv, *kept), "--model_name_or_path", folder / "other"]
+    )
+    assert "of other data or prompts" in refused(
+        [*options(folder, "wrong", *argv, *kept), "--preferences", folder / "games.json"]
+    )
+
+
+def test_every_weight_can_be_tuned_against_kept_references(folder):
+    argv = ["--preferences", folder / "movies.json", "--objective", "dmpo", "--use_peft", "false"]
+    assert "--use_peft false leaves no reference" in refused(options(folder, "full", *argv))
+    train.main(options(folder, "full", *argv, "--precompute_ref_log_probs", "true"))
+    assert (folder / "full" / "model.safetensors").is_file()
+    history = json.loads((folder / "full" / "trainer_state.json").read_text())["log_history"]
+    assert history[0]["preference"] == pytest.approx(np.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--objective", "alro"], "--preferences serves --objective dmpo and sft"),
+        (["--stages", "sft,dmpo", "--stage_epochs", "1"], "has 1 values for 2 stages"),
+        (["--stages", ","], "names no objective"),
+        (["--objective", "dmpo", "--init_adapter", "FOLDER"], "no adapter_config.json there"),
+        (["--objective", "dmpo", "--init_adapter", "ADAPTER", "--model_name_or_path", "OTHER"], "was trained over"),
+        (["--objective", "dmpo", "--eval_strategy", "epoch"], "has nothing to evaluate"),
+        (["--objective", "dmpo", "--max_length", "9"], "more than --max_length 9"),
+        (["--objective", "dmpo", "--tokens_per_batch", "20"], "more than --tokens_per_batch 20"),
+        (["--objective", "dmpo", "--model_name_or_path", "scratch", "--use_peft", "false"], "leaves no reference"),
+    ],
+)
+def test_mistakes_get_one_line(folder, more, said, tmp_path):
+    places = {"FOLDER": folder, "ADAPTER": folder / "staged" / "1-sft", "OTHER": folder / "other"}
+    argv = options(folder, tmp_path / "mistake", "--preferences", folder / "movies.json")
+    assert said in refused([*argv, *(places.get(word, word) for word in more)])
+
+
+def test_dry_run_of_stages_writes_nothing(folder, capsys, tmp_path):
+    train.main(
+        options(
+            folder, tmp_path / "dry", "--preferences", folder / "movies.json", "--stages", "sft,dmpo", "--dry_run", True
+        )
+    )
+    plan = capsys.readouterr().out
+    assert "sft_chosen" in plan
+    assert "dmpo, answers as given" in plan
+    assert not (tmp_path / "dry").exists()
+
+
+def test_recipes_name_the_release_and_the_paper():
+    release, paper = (train.parse(["--config", name]).objective for name in ("dmpo-release", "dmpo"))
+    assert (release.dmpo_variant, release.reference_free, release.ftx, release.dpo_beta) == (
+        "mean_outside",
+        True,
+        1,
+        0.1,
+    )
+    assert (paper.dmpo_variant, paper.reference_free, paper.ftx) == ("dmpo", False, 0)
+
+
+@pytest.mark.parametrize("data", ["data_ml_1m", "Amazon_Movie"])
+def test_the_authors_files_train_and_evaluate(folder, tmp_path, shared_data, data):
+    """Every k, a few users each, the release's own switches; then another domain's evaluation rows."""
+    files = shared_data / "dmpo-prompts"
+    chat = chat_tokenizer()
+    tiny_llama(len(chat)).save_pretrained(tmp_path / "chat")
+    chat.save_pretrained(tmp_path / "chat")
+    measured = [files / f"rec_{data}_eval_ranking.json", files / "rec_Amazon_Movie_sft_ranking.json"]
+    for k in range(1, 6):
+        argv = [
+            "--config", "dmpo-release", "--stages", "dmpo", "--stage_epochs", 1, "--max_steps", 1,
+            "--preferences", files / f"rec_{data}_dpo_ranking_{k}.json", "--eval_preferences", *measured,
+            "--max_train_lists", 3, "--max_eval_lists", 3, "--max_test_lists", 3, "--tokens_per_batch", 8000,
+            "--model_name_or_path", tmp_path / "chat",
+        ]  # fmt: skip
+        train.main(options(tmp_path, f"{data}-{k}", *argv))
+        results = json.loads((tmp_path / f"{data}-{k}" / "1-dmpo" / "preference_results.json").read_text())
+        assert results[f"rec_{data}_eval_ranking"]["tuned"]["valid"] == 1.0
