@@ -135,7 +135,7 @@ def _head_cases(label: str, config: configs.HeadConfig, element: str, full: bool
     )  # fmt: skip
     yield Case(
         row_kernel.differentiate_kernel, label,
-        {"BLOCK": config.columns, **extras, "PAIRS": full, "ENTROPY": True}, row_warps, 3, False, element,
+        {"BLOCK": row_kernel.GRAD_COLUMNS, **extras, "PAIRS": full, "ENTROPY": True}, 8, 3, False, element,
     )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ _TILES = {
         ),
         (
             StatsConfig(64, 128, 32, 8, 2, 296),
-            StatsConfig(32, 128, 32, 8, 2, 296),
+            StatsConfig(32, 128, 16, 8, 2, 296),
             ExpectedConfig(64, 128, 32, 64, 32, 8, 2),
         ),
     ),
@@ -71,7 +71,7 @@ _TILES = {
         ),
         (
             StatsConfig(64, 128, 32, 8, 2, 304),
-            StatsConfig(32, 128, 32, 8, 2, 304),
+            StatsConfig(32, 128, 32, 4, 2, 304),
             ExpectedConfig(64, 128, 32, 64, 32, 8, 2),
         ),
     ),

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 MAX_SIZE = 128
-CHUNK = 16  # rows of logits, and candidates compared with all others, at a time
+CHUNK = 8  # rows of logits, and candidates compared with all others, at a time
 DIVERGENCES = {"none": 0, "kl": 1, "ce": 2, "symmetric": 3}
 _LOWEST = tl.constexpr(-3.0e38)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -236,7 +236,7 @@ def listwise(
     d_soft_lambda, d_student = torch.empty_like(logits), torch.empty_like(logits)
     d_teacher = torch.empty_like(logits) if has_teacher else None
     if length and logits.numel():
-        block_m, block_c = (max(triton.next_power_of_2(size), CHUNK) for size in (size_m, size_c))
+        block_m, block_c = (max(triton.next_power_of_2(size), 16) for size in (size_m, size_c))
         listwise_kernel[(length,)](
             logits, ratings, ranks, sizes, twin, logits if values is None else values, soft_lambda, permutation,
             expected, pull, d_soft_lambda, d_student, logits if d_teacher is None else d_teacher, size_m, size_r,
@@ -249,4 +249,4 @@ def listwise(
 
 def num_warps(block: int) -> int:
     """Warps for a list whose tiles are CHUNK x block."""
-    return max(block // 16, 1)
+    return max(block // 8, 1)

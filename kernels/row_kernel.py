@@ -26,6 +26,7 @@ import triton.language as tl
 from .head_tile import LOWEST, slope_of, to_logits
 
 MAX_COLUMNS = 8192  # of a tile: one row of it, and its pair's, must fit into a program's registers
+GRAD_COLUMNS = 2048  # of a tile in `differentiate`, which holds three rows
 
 
 class PairTable(NamedTuple):
@@ -248,8 +249,8 @@ def differentiate(
     """
     rows, columns = products.shape
     block = triton.next_power_of_2(columns)
-    if block > MAX_COLUMNS:
-        raise ValueError(f"a tile of {columns} columns; expected at most {MAX_COLUMNS}")
+    if block > GRAD_COLUMNS:
+        raise ValueError(f"a tile of {columns} columns; expected at most {GRAD_COLUMNS}")
     if by_first is not None and grad_out.data_ptr() == products.data_ptr():
         raise ValueError("grad_out must not share memory with products when there are pairs")
     unused = (lse, lse, lse)
@@ -259,7 +260,7 @@ def differentiate(
         *(unused if by_first is None else by_first), *(unused if by_second is None else by_second),
         first_column, columns, products.stride(0), grad_out.stride(0), scale, softcap or 1.0, factor,
         BLOCK=block, HAS_BIAS=bias is not None, HAS_CAP=softcap is not None, PAIRS=by_first is not None,
-        ENTROPY=entropy, num_warps=num_warps(block),
+        ENTROPY=entropy, num_warps=8,
     )  # fmt: skip
 
 

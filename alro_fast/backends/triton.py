@@ -115,8 +115,9 @@ def weight_grad(
         by_second = row_kernel.pair_table(second, first, rows)
         grad_first, grad_second = grad_first.contiguous(), grad_second.contiguous()
     factor = _gradient_factor(hidden.dtype, scale, grad_lse, grad_first, grad_second)
-    products, grad = _tile_buffers(hidden, config.columns, shared=first is None)
-    for start, stop in _tiles(size_v, config.columns):
+    columns = min(config.columns, row_kernel.GRAD_COLUMNS)
+    products, grad = _tile_buffers(hidden, columns, shared=first is None)
+    for start, stop in _tiles(size_v, columns):
         width = stop - start
         _product(hidden, weight[start:stop].T, products[:, :width])
         row_kernel.differentiate(
