@@ -17,6 +17,7 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
+from .layers import FusedLinear
 from .products import product
 
 
@@ -24,7 +25,7 @@ def fuse_lora(model: nn.Module) -> int:
     """Speed up the plain LoRA linears of a PEFT model, in place; returns how many. DoRA and the like stay PEFT's."""
     fused = 0
     for module in model.modules():
-        if type(module) is PeftLinear and type(module.base_layer) is nn.Linear:
+        if type(module) is PeftLinear and type(module.base_layer) in (nn.Linear, FusedLinear):
             module.__class__ = LoRALinear
             fused += 1
     return fused

@@ -23,6 +23,7 @@ from transformers import (
 
 from .attention import use_tree_attention
 from .errors import AlroFastError
+from .layers import fuse_layers
 from .lora import fuse_lora
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def load_base(name: str, dtype: torch.dtype, trust_remote_code: bool = False) ->
             f"--model_name_or_path {name}: no causal LM could be loaded ({_first_line(error)})"
         ) from error
     use_tree_attention(model)
+    fuse_layers(model)
     return model
 
 
@@ -112,6 +114,7 @@ def make_scratch(
     )
     model = LlamaForCausalLM(config)
     use_tree_attention(model)
+    fuse_layers(model)
     return model, wrapped
 
 

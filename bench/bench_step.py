@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from alro_fast.attention import tree_hidden_states, use_tree_attention
 from alro_fast.fused_head import head_of
+from alro_fast.layers import fuse_layers
 from alro_fast.lora import fuse_lora
 from alro_fast.losses import RankingLists, alro_loss
 from alro_fast.packing import Branch, Tree, collate
@@ -90,6 +91,7 @@ class Ours:
     def __init__(self, model: torch.nn.Module, lists: list[dict]) -> None:
         self.model = model
         use_tree_attention(model)
+        fuse_layers(model)
         fuse_lora(model)
         trees = [Tree([Branch(prompt + answer, len(prompt)) for prompt, answer, _ in one["views"]]) for one in lists]
         self.batch = collate(trees, range(len(trees)))

@@ -72,7 +72,9 @@ struct GradLanes {
   const float* grad_second;  // and for the other panel's row
 };
 
+struct AttentionKernels;
 struct ListwiseArgs;
+struct LayerKernels;
 
 struct Kernels {
   const char* name;
@@ -89,6 +91,8 @@ struct Kernels {
   float (*dot)(const float* a, const float* b, int64_t n);
   void (*axpy)(float a, const float* x, float* y, int64_t n);
   void (*listwise)(const ListwiseArgs&, int64_t begin, int64_t end, float* scratch);
+  const AttentionKernels* attention;
+  const LayerKernels* layers;
 };
 
 const Kernels* kernels_generic();

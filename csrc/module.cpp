@@ -10,8 +10,10 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention.h"
 #include "gather.h"
 #include "kernels.h"
+#include "layers.h"
 #include "listwise.h"
 #include "vocab.h"
 
@@ -42,7 +44,8 @@ void check_cpu(const A& array, const char* name) {
   if (array.device_type() != nb::device::cpu::value) fail(std::string(name) + ": expected a tensor on the CPU");
 }
 
-Matrix matrix(const Array& array, const char* name) {
+template <class A>
+Matrix matrix(const A& array, const char* name) {
   check_cpu(array, name);
   if (array.ndim() != 2) fail(std::string(name) + ": expected 2 dimensions, got shape " + shape_of(array));
   const auto dtype = array.dtype();
@@ -58,7 +61,7 @@ template <class T, class A>
 auto* dense(const A& array, const char* name, std::initializer_list<int64_t> shape) {
   check_cpu(array, name);
   if (array.dtype() != nb::dtype<T>())
-    fail(std::string(name) + ": expected " + (std::is_same_v<T, float> ? "float32" : "int64"));
+    fail(std::string(name) + ": expected " + (std::is_same_v<T, float> ? "float32" : std::is_same_v<T, int32_t> ? "int32" : "int64"));
   bool same = array.ndim() == shape.size();
   std::string wanted = "[";
   int64_t dense_stride = 1;
@@ -242,6 +245,165 @@ void listwise(const Array& logits, const Array& ratings, const Array& ranks, con
   alro::listwise(args, threads);
 }
 
+// Data of [rows, columns] of the given type, columns next to each other.
+template <class A>
+alro::Rows rows_of(const A& array, const char* name, const Matrix& like) {
+  const Matrix m = matrix(array, name);
+  if (m.rows != like.rows || m.columns != like.columns || m.dtype != like.dtype)
+    fail(std::string(name) + ": expected the shape and type of the other tensors");
+  if (m.columns > 1 && m.column_stride != 1) fail(std::string(name) + ": expected columns next to each other");
+  return {const_cast<void*>(m.data), m.row_stride};
+}
+
+void check_threads(int threads) {
+  if (threads < 1 || threads > 4096) fail("threads: expected 1 to 4096");
+}
+
+alro::NormArgs norm_args(const Array& x, const Array& weight, double eps, double offset, const Out& y,
+                         const Out& scale, int threads) {
+  const Matrix like = matrix(x, "x");
+  const Matrix factors = matrix(weight, "weight");
+  if (factors.rows != 1 || factors.columns != like.columns || factors.dtype != like.dtype ||
+      (factors.columns > 1 && factors.column_stride != 1))
+    fail("weight: expected a dense [1, columns of x] of the type of x, got " + shape_of(weight));
+  if (like.columns < 1) fail("x: expected at least one column");
+  check_finite(eps, "eps");
+  check_finite(offset, "offset");
+  check_threads(threads);
+  alro::NormArgs args{};
+  args.rows = like.rows;
+  args.columns = like.columns;
+  args.dtype = like.dtype;
+  args.x = rows_of(x, "x", like);
+  args.y = rows_of(y, "y", like);
+  args.weight = factors.data;
+  args.eps = float(eps);
+  args.offset = float(offset);
+  args.scale = dense<float>(scale, "scale", {like.rows});
+  return args;
+}
+
+void rms_norm(const Array& x, const Array& weight, double eps, double offset, const Out& y, const Out& scale,
+              int threads) {
+  const auto args = norm_args(x, weight, eps, offset, y, scale, threads);
+  nb::gil_scoped_release release;
+  alro::norm(args, threads);
+}
+
+void rms_norm_backward(const Array& x, const Array& weight, double offset, const Out& scale, const Out& d_y,
+                       const Out& d_x, const MaybeOut& d_weight, int threads) {
+  auto args = norm_args(x, weight, 0, offset, d_y, scale, threads);
+  args.d_x = rows_of(d_x, "d_x", matrix(x, "x"));
+  args.d_weight = dense_or_null<float>(d_weight, "d_weight", {args.columns});
+  nb::gil_scoped_release release;
+  alro::norm_backward(args, threads);
+}
+
+alro::GatedArgs gated_args(const Array& gate, const Array& up, const std::string& activation, const Out& y,
+                           int threads) {
+  const Matrix like = matrix(gate, "gate");
+  alro::GatedArgs args{};
+  if (activation == "silu") args.activation = alro::Activation::silu;
+  else if (activation == "gelu_tanh") args.activation = alro::Activation::gelu_tanh;
+  else fail("activation: expected silu or gelu_tanh");
+  check_threads(threads);
+  args.rows = like.rows;
+  args.columns = like.columns;
+  args.dtype = like.dtype;
+  args.gate = rows_of(gate, "gate", like);
+  args.up = rows_of(up, "up", like);
+  args.y = rows_of(y, "y", like);
+  return args;
+}
+
+void gated(const Array& gate, const Array& up, const std::string& activation, const Out& y, int threads) {
+  const auto args = gated_args(gate, up, activation, y, threads);
+  nb::gil_scoped_release release;
+  alro::gated(args, threads);
+}
+
+void gated_backward(const Array& gate, const Array& up, const std::string& activation, const Out& d_y,
+                    const Out& d_gate, const Out& d_up, int threads) {
+  auto args = gated_args(gate, up, activation, d_y, threads);
+  const Matrix like = matrix(gate, "gate");
+  args.d_gate = rows_of(d_gate, "d_gate", like);
+  args.d_up = rows_of(d_up, "d_up", like);
+  nb::gil_scoped_release release;
+  alro::gated_backward(args, threads);
+}
+
+// [rows, heads, width] of float32, the last axis dense.
+template <class A>
+alro::HeadRows head_rows(const A& array, const char* name, int64_t rows, int64_t heads, int64_t width) {
+  check_cpu(array, name);
+  if (array.dtype() != nb::dtype<float>()) fail(std::string(name) + ": expected float32");
+  if (array.ndim() != 3 || int64_t(array.shape(0)) != rows || int64_t(array.shape(1)) != heads ||
+      int64_t(array.shape(2)) != width)
+    fail(std::string(name) + ": expected shape [" + std::to_string(rows) + ", " + std::to_string(heads) + ", " +
+         std::to_string(width) + "], got " + shape_of(array));
+  if (width > 1 && array.stride(2) != 1) fail(std::string(name) + ": expected a dense last axis");
+  return {const_cast<float*>(static_cast<const float*>(array.data())), array.stride(0), array.stride(1)};
+}
+
+// trees [trees, 5]: start, prefix_end, end of its rows; first and last (excluded) of its queries
+void tree_attention(const Array& query, const Array& key, const Array& value, const Array& trees,
+                    const Array& query_row, const Array& branch_row, double scale, const Out& out, const Out& lse,
+                    const MaybeArray& grad, const MaybeOut& d_query, const MaybeOut& d_key, const MaybeOut& d_value,
+                    int threads) {
+  if (query.ndim() != 3 || key.ndim() != 3) fail("query, key: expected 3 dimensions");
+  const int64_t queries = int64_t(query.shape(0)), rows = int64_t(key.shape(0));
+  alro::AttentionArgs args{};
+  args.heads = int64_t(query.shape(1));
+  args.width = int64_t(query.shape(2));
+  args.kv_heads = int64_t(key.shape(1));
+  if (args.kv_heads < 1 || args.heads % args.kv_heads || args.width < 1)
+    fail("query, key: expected a multiple of the key heads, and at least one column");
+  if (rows >= std::numeric_limits<int32_t>::max() || queries >= std::numeric_limits<int32_t>::max())
+    fail("query, key: expected fewer than 2^31 rows");
+  args.query = head_rows(query, "query", queries, args.heads, args.width);
+  args.key = head_rows(key, "key", rows, args.kv_heads, args.width);
+  args.value = head_rows(value, "value", rows, args.kv_heads, args.width);
+  args.out = head_rows(out, "out", queries, args.heads, args.width);
+  args.lse = dense<float>(lse, "lse", {queries, args.heads});
+  args.trees = trees.ndim() == 2 ? int64_t(trees.shape(0)) : 0;
+  const int64_t* numbers = dense<int64_t>(trees, "trees", {args.trees, 5});
+  args.query_row = dense<int32_t>(query_row, "query_row", {queries});
+  args.branch_row = dense<int32_t>(branch_row, "branch_row", {rows});
+  static_assert(sizeof(alro::TreeRows) == 5 * sizeof(int64_t));
+  args.tree = reinterpret_cast<const alro::TreeRows*>(numbers);
+  int64_t row = 0, asked = 0;
+  for (int64_t t = 0; t < args.trees; ++t) {
+    const alro::TreeRows& tree = args.tree[t];
+    if (tree.start < row || tree.prefix_end < tree.start || tree.end < tree.prefix_end || tree.end > rows)
+      fail("trees: expected ascending rows of key, start <= prefix_end <= end");
+    if (tree.first_query < asked || tree.last_query < tree.first_query || tree.last_query > queries)
+      fail("trees: expected ascending rows of query");
+    for (int64_t r = tree.start; r < tree.end; ++r) {
+      const int64_t branch = args.branch_row[r];
+      if (branch < tree.prefix_end || branch > tree.end || (r >= tree.prefix_end && branch > r))
+        fail("branch_row: expected the first row of the branch a row belongs to, or the prefix's end");
+    }
+    for (int64_t q = tree.first_query; q < tree.last_query; ++q)
+      if (args.query_row[q] < tree.start || args.query_row[q] >= tree.end)
+        fail("query_row: expected a row of the query's tree");
+    row = tree.end;
+    asked = tree.last_query;
+  }
+  check_finite(scale, "scale");
+  args.scale = float(scale);
+  if (threads < 1 || threads > 4096) fail("threads: expected 1 to 4096");
+  args.threads = threads;
+  if (grad) {
+    if (!d_query || !d_key || !d_value) fail("d_query, d_key, d_value: expected all three, since grad is given");
+    args.grad = head_rows(*grad, "grad", queries, args.heads, args.width);
+    args.d_query = head_rows(*d_query, "d_query", queries, args.heads, args.width);
+    args.d_key = head_rows(*d_key, "d_key", rows, args.kv_heads, args.width);
+    args.d_value = head_rows(*d_value, "d_value", rows, args.kv_heads, args.width);
+  }
+  nb::gil_scoped_release release;
+  alro::attention(args, bool(grad));
+}
+
 }  // namespace
 
 NB_MODULE(_cpp, m) {
@@ -249,6 +411,9 @@ NB_MODULE(_cpp, m) {
   m.def("instruction_set", [] { return std::string(alro::active_kernels().name); });
   m.def("select_instruction_set", [](const std::string& name) { return alro::select_kernels(name.c_str()); }, "name"_a,
         "False where this machine or this build has no such set; for tests and benchmarks.");
+  m.def("tree_attention", &tree_attention, "query"_a, "key"_a, "value"_a, "trees"_a, "query_row"_a, "branch_row"_a,
+        "scale"_a, "out"_a, "lse"_a, "grad"_a.none(), "d_query"_a.none(), "d_key"_a.none(), "d_value"_a.none(),
+        "threads"_a, "Forward; with `grad`, backward (out and lse are then what the forward wrote).");
   m.def("vocab_pass", &vocab_pass, "hidden"_a, "weight"_a, "bias"_a.none(), "softcap"_a, "scale"_a, "first"_a.none(),
         "second"_a.none(), "entropy"_a, "mass_bound"_a, "lse"_a, "expected"_a.none(), "cross"_a.none(),
         "mixed"_a.none(), "spread"_a.none(), "threads"_a,
@@ -263,4 +428,9 @@ NB_MODULE(_cpp, m) {
   m.def("listwise", &listwise, "logits"_a, "ratings"_a, "ranks"_a, "sizes"_a, "twin"_a, "values"_a.none(), "gamma"_a,
         "sigma"_a, "normalise"_a, "divergence"_a, "mask_emitted"_a, "soft_lambda"_a, "permutation"_a, "expected"_a,
         "d_soft_lambda"_a, "d_student"_a, "d_teacher"_a.none(), "threads"_a);
+  m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "offset"_a, "y"_a, "scale"_a, "threads"_a);
+  m.def("rms_norm_backward", &rms_norm_backward, "x"_a, "weight"_a, "offset"_a, "scale"_a, "d_y"_a, "d_x"_a,
+        "d_weight"_a.none(), "threads"_a);
+  m.def("gated", &gated, "gate"_a, "up"_a, "activation"_a, "y"_a, "threads"_a);
+  m.def("gated_backward", &gated_backward, "gate"_a, "up"_a, "activation"_a, "d_y"_a, "d_gate"_a, "d_up"_a, "threads"_a);
 }

@@ -199,6 +199,35 @@ def listwise(
     return terms
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """x [T, H], weight [H] of its dtype -> x s (weight + offset), s [T] float32 = 1 / sqrt(mean(x^2) + eps)."""
+    y, scale = x.new_empty(x.shape), torch.empty(len(x), dtype=torch.float32)
+    _cpp.rms_norm(x, _plain(weight)[None], eps, offset, y, scale, torch.get_num_threads())
+    return y, scale
+
+
+def rms_norm_backward(
+    x: Tensor, weight: Tensor, offset: float, scale: Tensor, grad: Tensor, want_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """scale: from `rms_norm`; grad [T, H] -> gradients of x, in its dtype, and of weight, float32."""
+    d_x = x.new_empty(x.shape)
+    d_weight = torch.empty(len(weight), dtype=torch.float32) if want_weight else None
+    _cpp.rms_norm_backward(x, _plain(weight)[None], offset, scale, grad, d_x, d_weight, torch.get_num_threads())
+    return d_x, d_weight
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """gate, up [T, I] -> activation(gate) * up; activation: silu, gelu_tanh."""
+    y = gate.new_empty(gate.shape)
+    _cpp.gated(gate, up, activation, y, torch.get_num_threads())
+    return y
+
+
+def gated_backward(gate: Tensor, up: Tensor, activation: str, grad: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
+    """Writes the gradients of gate and up."""
+    _cpp.gated_backward(gate, up, activation, grad, d_gate, d_up, torch.get_num_threads())
+
+
 def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> tuple:
     bias = None if bias is None else bias.detach().float().contiguous()
     return hidden.detach(), weight.detach(), bias, 0.0 if softcap is None else softcap, scale
