@@ -583,7 +583,7 @@ def _listwise_backward(
     else:
         grad = torch.zeros_like(d_soft_lambda)
     if grad_permutation.numel():
-        upstream = grad_permutation.masked_fill(twin < 0, 0.0)[:, None, None]
+        upstream = grad_permutation[:, None, None]
         grad += d_student * upstream
         if d_teacher.numel():
             eager.add_rows(grad, twin.clamp(min=0), d_teacher * upstream)

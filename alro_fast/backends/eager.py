@@ -42,8 +42,8 @@ class Listwise(NamedTuple):
     permutation: Tensor  # [L] of list l against twin[l]; 0 where twin[l] < 0
     expected: Tensor  # [L, M] expected rank of candidate i (ranking form) or expected grade (ratings form); 0 on pads
     d_soft_lambda: Tensor  # [L, R, C] d soft_lambda[l] / d logits[l]
-    d_student: Tensor  # [L, R, C] d permutation[l] / d logits[l]
-    d_teacher: Tensor | None  # [L, R, C] d permutation[l] / d logits[twin[l]]; None where the teacher is detached
+    d_student: Tensor  # [L, R, C] d permutation[l] / d logits[l]; 0 where twin[l] < 0
+    d_teacher: Tensor | None  # [L, R, C] d permutation[l] / d logits[twin[l]], 0 where twin[l] < 0; None: detached
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
