@@ -23,6 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_bodies import cascade_attention, dense_attention, flash_serves, varlen_attention, varlen_backend
+from .backends import cpp_attention
 from .errors import AlroFastError
 from .packing import Branch, PackedBatch, Segments, Tree, collate
 
@@ -169,6 +170,8 @@ def tree_attention(
         if backend is not None:
             sequences = layout.answers if answers else layout.stream
             return varlen_attention(backend, query, key, value, sequences, scale, window, softcap), None
+    if window is None and softcap is None and cpp_attention.serves(query, value):
+        return cpp_attention.tree_attention(query, key, value, layout, scale, answers), None
     if query.device.type == "cpu" and window is None and softcap is None and same_width and not answers:
         return cascade_attention(query, key, value, layout, scale), None
     return dense_attention(query, key, value, layout, scale, window, softcap, answers), None

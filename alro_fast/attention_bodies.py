@@ -1,9 +1,10 @@
-"""The sums of tree attention, three ways.
+"""The sums of tree attention, three ways in torch; float32 on the CPU has its own kernels (`backends.cpp_attention`).
 
-- *cascade* (CPU): the prefix and the first branch in one causal call; every other branch twice, against the prefix (no
-  mask) and against itself (causal), the two merged by their log-sum-exps. With O, L the merged output and log-sum-exp,
-  P_ij = exp(s_ij - L_i) and D_i = dO_i . O_i hold for both parts, so each part's backward runs on (O, L) and the
-  gradients add up. No mask is read and no score of a pair that may not see each other is computed.
+- *cascade* (CPU, where those kernels do not serve): the prefix and the first branch in one causal call; every other
+  branch twice, against the prefix (no mask) and against itself (causal), the two merged by their log-sum-exps. With O
+  and L the merged output and log-sum-exp, P_ij = exp(s_ij - L_i) and D_i = dO_i . O_i hold for both parts, so each
+  part's backward runs on (O, L) and the gradients add up. No mask is read and no score of a pair that may not see each
+  other is computed.
 - *varlen* (CUDA, half precision): keys and values gathered by one index, one FlashAttention call for all branches of
   all trees, len_q <= len_k, causal and aligned at the end.
 - *dense* (anything else: sliding windows and soft-capping on the CPU, float32 on CUDA): one masked SDPA call per tree.

@@ -79,9 +79,9 @@ def spoiled(rng: random.Random, arguments: dict) -> dict:
             value = value[..., None]
         elif change == 3 and value.dim() > 1:
             value = value.transpose(0, 1)
-        elif change == 4 and value.dtype == torch.int64 and value.numel():
+        elif change == 4 and not value.is_floating_point() and value.numel():
             value = value.clone()
-            value.view(-1)[rng.randrange(value.numel())] = rng.choice((-(2**63), -2, -1, 0, 10**6, 2**31, 2**63 - 1))
+            value.view(-1)[rng.randrange(value.numel())] = rng.choice((-(2**31), -2, -1, 0, 3, 10**6, 2**31 - 1))
         elif change == 5:
             value = torch.empty_like(value, device="meta")
         else:
@@ -211,6 +211,49 @@ def listwise(rng: random.Random, out: Guarded) -> dict:
     }
 
 
+def tree_attention(rng: random.Random, out: Guarded) -> dict:
+    kv_heads, group, width = rng.randint(1, 3), rng.randint(1, 4), some_size(rng, 150)
+    answers = rng.random() < 0.5
+    trees, branch_row, query_row = [], [], []
+    for _ in range(rng.randint(0, 3)):
+        start, asked = len(branch_row), len(query_row)
+        prefix_end = start + some_size(rng, 150)
+        branch_row += [prefix_end] * (prefix_end - start)
+        for _ in range(rng.randint(0, 4)):
+            branch_row += [len(branch_row)] * some_size(rng, 30)
+        rows = range(start, len(branch_row))
+        if answers:
+            rows = [rng.choice(rows) for _ in range(some_size(rng, 60))] if rows else []
+        query_row += rows
+        trees.append((start, prefix_end, len(branch_row), asked, len(query_row)))
+    rows, queries = len(branch_row) + rng.randint(0, 3), len(query_row)
+    branch_row += [0] * (rows - len(branch_row))
+    heads = kv_heads * group
+
+    def new(count: int, of: int) -> Tensor:
+        made = rng.choice((1.0, 1.0, 1e4, float("nan"))) * torch.randn(of, count, width)
+        return made.transpose(0, 1) if rng.random() < 0.5 else made.transpose(0, 1).contiguous()
+
+    grads = (new(queries, heads), out.new(queries, heads, width)) if rng.random() < 0.5 else (None, None)
+    of_keys = [None if grads[0] is None else out.new(rows, kv_heads, width) for _ in range(2)]
+    return {
+        "query": new(queries, heads),
+        "key": new(rows, kv_heads),
+        "value": new(rows, kv_heads),
+        "trees": torch.tensor(trees, dtype=torch.int64).view(-1, 5),
+        "query_row": torch.tensor(query_row, dtype=torch.int32),
+        "branch_row": torch.tensor(branch_row, dtype=torch.int32),
+        "scale": rng.choice((0.1, 1.0, -1.0, 0.0)),
+        "out": out.new(queries, heads, width),
+        "lse": out.new(queries, heads),
+        "grad": grads[0],
+        "d_query": grads[1],
+        "d_key": of_keys[0],
+        "d_value": of_keys[1],
+        "threads": rng.randint(1, 5),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=60.0)
@@ -222,7 +265,7 @@ def main() -> None:
     outcomes: Counter = Counter()
     end = time.monotonic() + options.seconds
     while time.monotonic() < end:
-        make = rng.choice((vocab_pass, weight_grad, gather_logits, gather_backward, listwise))
+        make = rng.choice((vocab_pass, weight_grad, gather_logits, gather_backward, listwise, tree_attention))
         _cpp.select_instruction_set(rng.choice(("generic", "avx2", "avx512")))
         out = Guarded()
         arguments = make(rng, out)

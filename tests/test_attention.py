@@ -564,6 +564,7 @@ def test_a_whole_model_on_the_varlen_body(family, monkeypatch):
 
     used = []
     model = use_tree_attention(make_model(family, lora=True))
+    monkeypatch.setattr(attention.cpp_attention, "serves", lambda *_: False)
     monkeypatch.setattr(attention, "cascade_attention", body)
     monkeypatch.setattr(attention, "dense_attention", body)
     assert_same(model, make_trees(), pad_to_multiple=32)
