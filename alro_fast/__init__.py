@@ -7,13 +7,18 @@ import importlib
 __version__ = "0.1.0"
 
 _PUBLIC = {  # name -> module that defines it; imported on first use, so `import alro_fast` stays light
+    "ALROCounts": "losses",
     "ALROLoss": "losses",
     "DMPOLoss": "preference",
     "PreferenceLoss": "preference",
     "RankingLists": "losses",
     "Grades": "losses",
+    "alro_counts": "losses",
     "alro_loss": "losses",
+    "alro_loss_from_logits": "losses",
+    "check_lists": "losses",
     "dmpo_loss": "preference",
+    "head_of": "fused_head",
     "linear_kl": "ops",
     "linear_logprobs": "ops",
     "soft_argmax_ranks": "ops",
