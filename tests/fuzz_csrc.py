@@ -254,6 +254,72 @@ def tree_attention(rng: random.Random, out: Guarded) -> dict:
     }
 
 
+def dense_rows(rng: random.Random, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return matrix(rng, rows, columns, dtype).contiguous()
+
+
+def rms_norm(rng: random.Random, out: Guarded) -> dict:
+    rows, columns, dtype = some_size(rng), some_size(rng, 300), rng.choice((torch.float32, torch.bfloat16))
+    return {
+        "x": matrix(rng, rows, columns, dtype),
+        "weight": dense_rows(rng, 1, columns, dtype),
+        "eps": rng.choice((1e-6, 0.0, -1.0)),
+        "offset": rng.choice((0.0, 1.0)),
+        "y": out.new(rows, columns, dtype=dtype),
+        "scale": out.new(rows),
+        "threads": rng.randint(1, 5),
+    }
+
+
+def rms_norm_backward(rng: random.Random, out: Guarded) -> dict:
+    rows, columns, dtype = some_size(rng), some_size(rng, 300), rng.choice((torch.float32, torch.bfloat16))
+    return {
+        "x": matrix(rng, rows, columns, dtype),
+        "weight": dense_rows(rng, 1, columns, dtype),
+        "offset": rng.choice((0.0, 1.0)),
+        "scale": torch.rand(rows),
+        "d_y": dense_rows(rng, rows, columns, dtype),
+        "d_x": out.new(rows, columns, dtype=dtype),
+        "d_weight": out.new(columns) if rng.random() < 0.5 else None,
+        "threads": rng.randint(1, 5),
+    }
+
+
+def gated(rng: random.Random, out: Guarded) -> dict:
+    rows, columns, dtype = some_size(rng), some_size(rng, 300), rng.choice((torch.float32, torch.bfloat16))
+    return {
+        "gate": matrix(rng, rows, columns, dtype),
+        "up": matrix(rng, rows, columns, dtype),
+        "activation": rng.choice(("silu", "gelu_tanh")),
+        "y": out.new(rows, columns, dtype=dtype),
+        "threads": rng.randint(1, 5),
+    }
+
+
+def gated_backward(rng: random.Random, out: Guarded) -> dict:
+    made = gated(rng, out)
+    like, threads = made.pop("y"), made.pop("threads")
+    rows, columns = like.shape
+    made["d_y"] = dense_rows(rng, rows, columns, like.dtype)
+    made["d_gate"] = out.new(rows, columns, dtype=like.dtype)
+    made["d_up"] = out.new(rows, columns, dtype=like.dtype)
+    return {**made, "threads": threads}
+
+
+FUNCTIONS = (
+    vocab_pass,
+    weight_grad,
+    gather_logits,
+    gather_backward,
+    listwise,
+    tree_attention,
+    rms_norm,
+    rms_norm_backward,
+    gated,
+    gated_backward,
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=60.0)
@@ -265,7 +331,7 @@ def main() -> None:
     outcomes: Counter = Counter()
     end = time.monotonic() + options.seconds
     while time.monotonic() < end:
-        make = rng.choice((vocab_pass, weight_grad, gather_logits, gather_backward, listwise, tree_attention))
+        make = rng.choice(FUNCTIONS)
         _cpp.select_instruction_set(rng.choice(("generic", "avx2", "avx512")))
         out = Guarded()
         arguments = make(rng, out)
@@ -280,6 +346,9 @@ def main() -> None:
         outcomes[make.__name__, outcome] += 1
     for (name, outcome), count in sorted(outcomes.items()):
         print(f"{name:<16} {outcome:<12} {count}")
+    unreached = {make.__name__ for make in FUNCTIONS} - {name for name, outcome in outcomes if outcome == "result"}
+    if unreached:
+        raise SystemExit(f"no call of {', '.join(sorted(unreached))} gave a result")
     results = sum(count for (_, outcome), count in outcomes.items() if outcome == "result")
     refusals = sum(outcomes.values()) - results
     if not (results and refusals):
