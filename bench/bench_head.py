@@ -26,19 +26,24 @@ if CUDA:
         (4096, 128256, 64, 0.0), (4096, 128256, 256, 0.0), (4096, 128256, 1024, 0.0), (4096, 128256, 1024, 0.9),
         (4096, 128256, 4096, 0.0), (4096, 128256, 4096, 0.5), (4096, 128256, 16384, 0.0),
     ]  # fmt: skip
+    QUICK_SHAPES = [
+        (4096, 128256, 1024, 0.0), (896, 151936, 4096, 0.0), (4096, 128256, 4096, 0.0), (4096, 128256, 256, 0.0),
+        (2560, 151936, 1024, 0.0),
+    ]  # fmt: skip
     ROUNDS, SECONDS = 20, 3.0
 else:
     SHAPES = [(256, 32000, 64, 0.0), (256, 32000, 256, 0.0), (512, 32000, 256, 0.5)]
+    QUICK_SHAPES = SHAPES[:1]
     ROUNDS, SECONDS = 7, 10.0
 CHECKED_ROWS = 32
 FLOOR = "floor (bare GEMMs)"
 
 
 def cases() -> list[dict]:
-    """BENCH_QUICK=1 keeps what fits a few minutes on a device: forward + backward, half of the shapes."""
+    """BENCH_QUICK=1 keeps what fits a few minutes on a device: forward + backward, five shapes."""
     quick = os.environ.get("BENCH_QUICK") == "1"
     made = []
-    for hidden_size, vocab, rows, ignored in SHAPES[::2] if quick else SHAPES:
+    for hidden_size, vocab, rows, ignored in QUICK_SHAPES if quick else SHAPES:
         shape = {"hidden_size": hidden_size, "vocab": vocab, "rows": rows, "ignored": ignored}
         for group, trainable in (("ce", False), ("ce", True), ("joint", False)):
             if (group == "joint" and ignored) or (trainable and (quick or rows > 4096)):
@@ -149,7 +154,7 @@ def contestants(case: dict, head: Head) -> list[Contestant]:
         backend = name.removeprefix("alro_fast ").split(",")[0]
         interpreted = backend == "triton" and not CUDA
         if name.startswith("alro_fast") and (backend not in available or interpreted):
-            reason = "needs a GPU" if interpreted or backend == "triton" else "not built"
+            reason = "needs a GPU" if backend == "triton" else "serves the CPU only" if CUDA else "not built"
             made.append(Contestant(name, functools.partial(_absent, reason)))
         else:
             made.append(Contestant(name, functools.partial(_prepare, case, head, loss)))

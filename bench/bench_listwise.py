@@ -76,7 +76,7 @@ def contestants(tensors: dict[str, Tensor]) -> list[Contestant]:
     ]
     for backend in ops.BACKENDS:
         if backend not in available or (backend == "triton" and not CUDA):
-            reason = "needs a GPU" if backend == "triton" else "not built"
+            reason = "needs a GPU" if backend == "triton" else "serves the CPU only" if CUDA else "not built"
             made.append(Contestant(f"alro_fast {backend}", functools.partial(_absent, reason)))
         else:
             loss = functools.partial(our_loss, backend)

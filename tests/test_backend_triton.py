@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, HALF_ROUNDING, Head, examples, head, heads
+from kernel_cases import DEVICE, HALF_ROUNDING, Head, head
+from kernel_strategies import examples, heads
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alro_fast.backends import eager

@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, Head, examples, head, heads
+from kernel_cases import DEVICE, Head, head
+from kernel_strategies import examples, heads
 
 from alro_fast.backends import triton as backend
 

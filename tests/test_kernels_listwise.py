@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, examples
+from kernel_cases import DEVICE
+from kernel_strategies import examples
 
 from alro_fast.backends import eager
 
