@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import metrics
+from . import evaluate_preferences, metrics
 from .cli import run
 from .data.lists import open_prepared
 from .data.records import RankingList
 from .errors import AlroFastError
+from .evaluate_preferences import answers_with_texts, run_options
 from .generation import generate_and_parse
 from .orders import Ranking
 from .rank import OneLineParser, add_ranking_options
@@ -37,15 +38,13 @@ __all__ = ["baseline_scores", "evaluate_lists", "main"]
 def main(argv: Sequence[str]) -> None:
     """Check, load, rank with and without the adapter, compare, write."""
     options = parser().parse_args(argv)
-    if options.preferences:
-        from . import evaluate_preferences
-
-        if options.lists:
-            raise AlroFastError("--lists and --preferences are measured apart; give one of them")
+    if options.lists and options.preferences:
+        raise AlroFastError("--lists and --preferences are measured apart; give one of them")
+    if not options.lists and not options.preferences:
+        raise AlroFastError("nothing to measure on: give --lists PREPARED, or --preferences FILE")
+    if options.preferences or answers_with_texts(run_options(options.adapter)):
         evaluate_preferences.main(options)
         return
-    if not options.lists:
-        raise AlroFastError("nothing to measure on: give --lists PREPARED, or --preferences FILE")
     check_options(options.method, options.shuffles, options.merge, options.beams)
     if options.limit is not None and options.limit < 1:
         raise AlroFastError(f"--limit is at least 1; given {options.limit}")

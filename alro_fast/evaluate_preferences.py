@@ -16,12 +16,14 @@ from typing import Any
 import yaml
 from torch import nn
 
+from .data.negatives import Negatives
 from .data.preferences import Preference, read_preferences
 from .data.records import RankingList
 from .errors import AlroFastError
 from .objectives.dmpo import branches_of
 from .packing import Tree
 from .preference_metrics import Scored, accuracy_interval, preference_metrics
+from .prompts import PromptBuilder
 from .prompts.preference import PreferencePrompts
 from .references import answer_logprobs
 
@@ -69,20 +71,24 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def main(options: Any) -> None:
-    """Score every file with and without the adapter, print the table, write preference_results.json."""
+    """Score every file (or the lists) with and without the adapter, print the table, write preference_results.json."""
     from .model import load_for_inference
 
-    files = {Path(file).stem: read_preferences(file) for file in options.preferences}
-    if len(files) < len(options.preferences):
+    config = run_options(options.adapter)
+    sources: dict[str, Sequence[Preference | RankingList]]
+    sources = {Path(file).stem: read_preferences(file)[: options.limit] for file in options.preferences or ()}
+    if len(sources) < len(options.preferences or ()):
         raise AlroFastError("two --preferences files have one name; rename one, results are kept by it")
-    path = Path(options.adapter) / "config.yaml"
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if options.lists:
+        name, contests = contests_of(options.lists, options.split, config)
+        sources[name] = contests[: options.limit]
     model, tokenizer = load_for_inference(options.adapter, device=options.device, base_model=options.base_model)
-    prompts = PreferencePrompts(tokenizer, max_length=config.get("max_length"))
+    builder = PromptBuilder.load(options.adapter, tokenizer) if options.lists else None
+    form = config.get("preference_answer", "titles")
+    prompts = PreferencePrompts(tokenizer, builder, form=form, max_length=config.get("max_length"))
     results: dict[str, dict[str, dict[str, Any]]] = {}
     started, answers = time.perf_counter(), 0
-    for name, people in files.items():
-        people = people[: options.limit]
+    for name, people in sources.items():
         scored = {}
         for ranker in ("untuned", "tuned"):
             if ranker == "untuned" and not hasattr(model, "disable_adapter"):
@@ -98,6 +104,38 @@ def main(options: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save(folder, results)
     print(f"preference_results.json is in {folder}")
+
+
+def run_options(folder: str | Path) -> dict[str, Any]:
+    """The options a run was started with; empty where they are not recorded."""
+    path = Path(folder) / "config.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def answers_with_texts(config: dict[str, Any]) -> bool:
+    """True for a run on preferences whose answers are titles: nothing that identifiers could be read from."""
+    tuned = config.get("objective") in ("dmpo", "sft_chosen")
+    return tuned and (config.get("preferences") is not None or config.get("preference_answer") != "identifiers")
+
+
+def contests_of(folder: str, split: str, config: dict[str, Any]) -> tuple[str, list[RankingList]]:
+    """The data set's name, and a positive with its negatives out of every list of a split, drawn as in training.
+
+    Negatives of a run on the hardest are drawn uniformly: no model has a say in what it is measured on.
+    """
+    from .data.lists import SPLITS, open_prepared
+
+    prepared = open_prepared(folder)
+    by = config.get("negatives", "uniform")
+    negatives = Negatives(
+        prepared.items, prepared.train_count, (one for name in SPLITS for one in prepared.lists(name)),
+        count=config.get("num_negatives", 5), by="uniform" if by == "hardest" else by,
+        source=config.get("negatives_from", "catalogue"), seed=config.get("seed", 42),
+    )  # fmt: skip
+    contests = [negatives.contest(one, 0) for one in prepared.lists(split) if negatives.usable(one)]
+    if not contests:
+        raise AlroFastError(f"{folder} holds no {split} lists with anything to prefer; choose another --split")
+    return prepared.manifest.get("dataset", Path(folder).name), contests
 
 
 def save(folder: Path, results: dict[str, Any]) -> None:

@@ -83,6 +83,11 @@ class Ranker:
         prompts = PromptBuilder.load(folder, tokenizer)
         path = folder / "config.yaml"
         config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if config.get("objective") in ("dmpo", "sft_chosen") and config.get("preference_answer") != "identifiers":
+            raise AlroFastError(
+                f"{folder} was tuned on answers that are titles, not identifiers, which a ranking is read from; "
+                "measure it with alro_fast.evaluate, or tune with --preference_answer identifiers"
+            )
         return cls(
             model,
             tokenizer,

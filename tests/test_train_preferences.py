@@ -151,6 +151,13 @@ def test_lists_train_in_every_form(folder, more, tmp_path):
     train.main(options(tmp_path, "run", *argv, "--model_name_or_path", folder / "base", *more))
     results = json.loads((tmp_path / "run" / "preference_results.json").read_text())
     assert 0 <= results["made"]["tuned"]["user_auc"] <= 1
+    if "titles" in more:  # the command draws the same contests, and so says the same
+        argv = ["--adapter", tmp_path / "run", "--lists", folder / "data", "--output_dir", tmp_path / "measured"]
+        evaluate.main([*map(str, argv), "--device", "cpu"])
+        again = json.loads((tmp_path / "measured" / "preference_results.json").read_text())
+        assert again["made"]["tuned"] == results["made"]["tuned"]
+        with pytest.raises(AlroFastError, match="was tuned on answers that are titles"):
+            Ranker.load(tmp_path / "run", device="cpu")
     if "identifiers" in more:  # such an adapter ranks lists as any other
         rankings = Ranker.load(tmp_path / "run", device="cpu").rank(random_lists(2, 4, items=60))
         assert all(sorted(ranking.order) == [0, 1, 2, 3] for ranking in rankings)
