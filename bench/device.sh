@@ -28,10 +28,10 @@ python -c "import sys, torch, triton; print(sys.version, torch.__version__, trit
 mapfile -t tests < <(grep -l "mark.gpu" tests/test_*.py)
 part tests 150 python -m pytest "${tests[@]}" -q -m gpu -p no:cacheprovider --continue-on-collection-errors \
   --junitxml "$output/tests.xml"
-bench listwise 40 bench/bench_listwise.py
+bench listwise 80 bench/bench_listwise.py
 BENCH_QUICK=1 bench head 200 bench/bench_head.py
 if python -c "import transformers, peft" 2>>"$output/device.log"; then
-  BENCH_QUICK=1 bench step 110 bench/bench_step.py
+  BENCH_QUICK=1 bench step 90 bench/bench_step.py
 else
   echo "step: not run, transformers and peft are not installed" | tee -a "$output/summary.txt"
 fi
