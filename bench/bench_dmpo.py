@@ -37,8 +37,8 @@ from alro_fast.packing import Tree, collate
 from alro_fast.preference import dmpo_loss
 from alro_fast.prompts.preference import AnswerIds, PreferenceIds
 
-USERS, NEGATIVES, PROMPT, ANSWER = 1, 10, 400, 20
-VOCAB, HIDDEN, LAYERS = 8_000, 256, 2
+USERS, NEGATIVES, PROMPT, ANSWER = 2, 10, 400, 20
+VOCAB, HIDDEN, LAYERS = 16_000, 256, 2
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 BETA, ROUNDS = 0.1, 3
 ROOT = Path(__file__).parents[1]
