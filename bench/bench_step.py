@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import gc
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -178,10 +177,17 @@ def peak_memory(name: str) -> int:
 def measure_memory(name: str) -> None:
     way, optimizer = build(name)
     gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
+    before = resident_bytes("VmRSS")
     for _ in range(2):
         step(way, optimizer)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    print(resident_bytes("VmHWM") - before)
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS or VmHWM (its peak) of this process, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 @pytest.mark.benchmark(group="alro step")
@@ -217,4 +223,4 @@ def test_alro_step(benchmark) -> None:
         print(f"{key}: {value:,.2f}" if isinstance(value, float) else f"{key}: {value:,}")
     benchmark.pedantic(step, args=copy.copy(ours), rounds=3)
     assert ratio > 1
-    assert memory["ours"] < memory["ordinary"]
+    assert memory["ours"] <= memory["ordinary"] / 2
