@@ -70,6 +70,17 @@ def test_weight_grad_equals_float64(case: Head, entropy: bool, want_weight: bool
             assert torch.allclose(mine.double(), reference, atol=bound, rtol=0)
 
 
+def test_gradients_of_a_mean_over_many_tokens_fit_float16() -> None:
+    """Upstream gradients of 1e-6 times probabilities of 1e-2: below float16's smallest number."""
+    case = head(16, 24, 200, torch.float16, spread=1.0)
+    grad_lse = torch.full((16,), 1e-6, device=DEVICE)
+    lse = case.logits().logsumexp(1)
+    options = {"entropy": True, "want_weight": True, "want_bias": False}
+    got, _ = backend.weight_grad(*case.arguments, None, None, lse.float(), None, grad_lse, None, None, **options)
+    wanted = 1e-6 * case.logits().softmax(1).T @ case.hidden.double()
+    assert (got - wanted).abs().max() <= 2e-3 * wanted.abs().max()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Work, memory, bits.
 
