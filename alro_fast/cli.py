@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from .errors import AlroFastError
 
@@ -18,12 +20,26 @@ COMMANDS = {
 }
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, like every other mistake's; options are written in full."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise AlroFastError(f"{message}; {self.prog} --help lists the options")
+
+
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
-    """Run a command; a user's mistake becomes one line on stderr and exit status 2."""
+    """Run a command; a user's mistake, or a file that cannot be used, becomes one line on stderr and exit status 2."""
     try:
         main(sys.argv[1:] if argv is None else argv)
     except AlroFastError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        print(f"error: {' '.join(reason.split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .cli import run
+from .cli import OneLineParser, run
 from .errors import AlroFastError
 from .orders import MERGES, Ranking, make_ranking, presentations, slide, unlabelled
-from .rank import OneLineParser, answer, parse_list, read_documents
+from .rank import answer, parse_list, read_documents
 
 if TYPE_CHECKING:
     from .data.records import RankingList

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .cli import run
+from .cli import OneLineParser, run
 from .data.download import LICENCES, cache_folder, download
 from .data.interactions import DATASETS, TABLES, read_interactions
 from .data.lists import check_output_folder, read_manifest, write_prepared
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Command line -> namespace."""
     defaults = ListOptions()
-    parser = argparse.ArgumentParser("python -m alro_fast.prepare", description=__doc__.splitlines()[0])
+    parser = OneLineParser("python -m alro_fast.prepare", description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", required=True, choices=DATASETS)
     parser.add_argument("--output_dir", required=True, type=Path, help="folder for the lists")
     parser.add_argument(

@@ -19,11 +19,11 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .cli import run
+from .cli import OneLineParser, run
 from .data.records import Item, RankingList
 from .errors import AlroFastError
 
@@ -73,13 +73,6 @@ def parser() -> argparse.ArgumentParser:
     add_ranking_options(parser)
     parser.add_argument("--top_k", type=int, help="print only the best K")
     return parser
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, like every other mistake's."""
-
-    def error(self, message: str) -> NoReturn:
-        raise AlroFastError(f"{message}; {self.prog} --help lists the options")
 
 
 def add_ranking_options(parser: argparse.ArgumentParser) -> None:

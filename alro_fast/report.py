@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from . import metrics
-from .cli import run
+from .cli import OneLineParser, run
 from .errors import AlroFastError
 from .plots import (
     Plots,
@@ -28,7 +28,6 @@ from .plots import (
     rankers,
     validation_plot,
 )  # fmt: skip
-from .rank import OneLineParser
 from .results import LABELS
 
 EXAMPLES = 20

@@ -41,6 +41,10 @@ BAD = {
     "missing rating": (HEADER + "1,1,,1\n", "row 1 has a rating that is not a number"),
     "NaN": (HEADER + "1,1,NaN,1\n", "row 1 has a rating that is NaN or infinite"),
     "infinite": (HEADER + "1,1,-inf,1\n", "row 1 has a rating that is NaN or infinite"),
+    "negative rating": (
+        HEADER + "1,1,0,1\n1,2,-1,2\n1,3,-2,2\n",
+        "r.csv row 2 has a negative rating: user '1', item '2', rating '-1', time '2' (2 such rows)",
+    ),
     "negative time": (HEADER + "1,1,1,5\n1,2,1,-5\n", "row 2 has a negative timestamp"),
     "fraction of a time": (HEADER + "1,1,1,5.5\n", "row 1 has a timestamp that is not a whole number"),
     "date as text": (HEADER + "1,1,1,2020-01-01\n", "row 1 has a timestamp that is not a whole number"),
@@ -51,7 +55,7 @@ BAD = {
     "not text": (HEADER.encode() + b"\xff\xfe,1,1,1\n", "r.csv cannot be read"),
     "twice the same": (
         HEADER + "1,7,1,5\n1,8,1,5\n1,7,2,5\n",
-        "2 rows repeat (user, item, time), the first for user '1', item '7', time 5; remove them, or pass "
+        "r.csv: 2 rows repeat (user, item, time), the first for user '1', item '7', time 5; remove them, or pass "
         "--duplicates drop",
     ),
 }

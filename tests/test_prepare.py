@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 
 from alro_fast import prepare
+from alro_fast.cli import run
 from alro_fast.data.download import download as real_download
 from alro_fast.data.lists import FILES, open_prepared
 from alro_fast.errors import AlroFastError
@@ -104,11 +105,46 @@ def test_output_folder_with_something_else_is_refused_before_any_work(ratings, t
         prepare.main(command(ratings, tmp_path / "mine", "--overwrite_output_dir"))
 
 
+@pytest.mark.parametrize("below", ["r.csv/lists", "r.csv/some/lists", "x" * 300])
+def test_output_folder_that_cannot_be_written_is_refused_before_any_work(ratings, tmp_path, below):
+    ratings.write_text("not even read")
+    with pytest.raises(AlroFastError, match=r"output folder .* cannot be written \([A-Z][a-z ]+\); choose another"):
+        prepare.main(command(ratings, tmp_path / below))
+    assert [p.name for p in tmp_path.iterdir()] == ["r.csv"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+def test_output_folder_below_a_file_system_that_takes_none(ratings):
+    ratings.write_text("not even read")
+    with pytest.raises(AlroFastError, match=r"output folder /proc/nope cannot be written"):
+        prepare.main(command(ratings, Path("/proc/nope")))
+
+
+BAD_ARGUMENTS = [
+    ([], "the following arguments are required: --dataset, --output_dir"),
+    (["--dataset", "nope", "--output_dir", "o"], "argument --dataset: invalid choice: 'nope'"),
+    (["--dataset", "csv", "--output_dir", "o", "--list_size", "abc"], "argument --list_size: invalid int value: 'abc'"),
+    (["--dataset", "csv", "--output_dir", "o", "--list_s", "5"], "unrecognized arguments: --list_s 5"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", BAD_ARGUMENTS)
+def test_bad_arguments_are_one_line(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        run(prepare.main, arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.startswith(f"error: {message}")
+    assert error.endswith("; python -m alro_fast.prepare --help lists the options\n")
+    assert error.count("\n") == 1
+
+
 MISTAKES = [
     (["--list_size", "1"], HEADER, "error: --list_size 1 is too small; at least 2 is needed"),
     (["--rating_column", "stars"], HEADER + "1,1,1,1\n", "error: r.csv has no column 'stars'"),
     ([], "", "error: r.csv is empty"),
     ([], HEADER + "1,1,x,1\n", "error: r.csv row 1 has a rating that is not a number"),
+    ([], HEADER + "1,1,-1,1\n", "error: r.csv row 1 has a negative rating"),
     ([], HEADER + "1,1,1,1\n", "error: no user has 15 ratings"),
 ]
 

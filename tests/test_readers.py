@@ -73,6 +73,33 @@ def test_movielens_csv_in_a_subfolder_with_crlf(tmp_path, name):
     assert [s["name"] for s in found.sources] == ["ratings.csv", "movies.csv"]
 
 
+BAD_MOVIES = {
+    "ragged": (b"movieId,title,genres\n2,Two,Drama,more\n", r"movies\.csv cannot be read"),
+    "open quote": (b'movieId,title,genres\n2,"Two,Drama\n3,Three,Drama\n', r"movies\.csv cannot be read"),
+    "latin-1": (b"movieId,title,genres\n2,Caf\xe9,Drama\n", r"movies\.csv cannot be read .*utf-?8"),
+    "empty": (b"", r"movies\.csv is empty; a table is expected"),
+}
+
+
+@pytest.mark.parametrize("movies, message", BAD_MOVIES.values(), ids=BAD_MOVIES)
+def test_unreadable_movies_are_one_line_that_names_the_file(tmp_path, movies, message):
+    (tmp_path / "ratings.csv").write_text("userId,movieId,rating,timestamp\n7,2,4.5,10\n")
+    (tmp_path / "movies.csv").write_bytes(movies)
+    with pytest.raises(AlroFastError, match=message) as caught:
+        read_interactions("ml-latest-small", tmp_path, allow_altered=True, notice=silent)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("titles_beside", [True, False])
+def test_latin_1_titles_of_a_table_name_the_file_they_are_in(tmp_path, titles_beside):
+    (tmp_path / "r.csv").write_text("user_id,item_id,rating,timestamp\n1,2,3,4\n")
+    titled = tmp_path / "t.csv"
+    titled.write_bytes(b"user_id,item_id,rating,timestamp,title\n1,2,3,4,Caf\xe9\n")
+    files = {"ratings_file": titled} if titles_beside else {"ratings_file": tmp_path / "r.csv", "items_file": titled}
+    with pytest.raises(AlroFastError, match=r"^t\.csv cannot be read .*utf-?8"):
+        read_interactions("csv", **files, notice=silent)
+
+
 REVIEWS = {
     "amazon-2014": {"reviewerID": "A1", "asin": "B1", "overall": 5.0, "unixReviewTime": 1_400_000_000},
     "amazon-2018": {"reviewerID": "A1", "asin": "B1", "overall": 5.0, "unixReviewTime": 1_500_000_000},

@@ -40,7 +40,7 @@ DATASETS = (*MOVIELENS, *AMAZON_COLUMNS, *TABLES)
 class Interactions:
     """Ratings in file order, one row per (user, item).
 
-    user, item: uint32 codes; rating: float32, finite; time: int64 >= 0 in `time_unit`.
+    user, item: uint32 codes; rating: float32, finite, >= 0; time: int64 >= 0 in `time_unit`.
     user_ids: string per user code; items: item_id, title, category per item code (title and category never null).
     """
 
@@ -91,7 +91,7 @@ def read_interactions(
     counts["items"] = raw.items.height
     if dataset in MOVIELENS:
         _check_counts(dataset, (counts["ratings"], counts["users"], counts["items"]), allow_altered, notice)
-    table = _one_rating_per_item(table, user_ids, item_ids, duplicates, counts, notice)
+    table = _one_rating_per_item(table, ratings, user_ids, item_ids, duplicates, counts, notice)
     catalogue, recode = _catalogue(raw, item_ids, untitled)
     table = table.with_columns(item=recode[table["item"].to_numpy()])
     if untitled == "drop":
@@ -195,6 +195,7 @@ def _encode(raw: RawData, path: Path) -> tuple[pl.DataFrame, pl.Series, pl.Serie
         "has no item": _blank(item),
         "has a rating that is not a number": rating.is_null(),
         "has a rating that is NaN or infinite": ~rating.is_finite(),
+        "has a negative rating": rating < 0,
         "has a timestamp that is not a whole number": time.is_null(),
         "has a negative timestamp": time < 0,
     }
@@ -275,6 +276,7 @@ def _check_counts(
 
 def _one_rating_per_item(
     table: pl.DataFrame,
+    path: Path,
     user_ids: pl.Series,
     item_ids: pl.Series,
     duplicates: str,
@@ -293,7 +295,7 @@ def _one_rating_per_item(
         who = f"user {user_ids[first['user']]!r}, item {item_ids[first['item']]!r}, time {first['time']}"
         _need(
             duplicates == "drop",
-            f"{doubled.height:,} rows repeat (user, item, time), the first for {who}; remove "
+            f"{path.name}: {doubled.height:,} rows repeat (user, item, time), the first for {who}; remove "
             "them, or pass --duplicates drop to keep the last of each",
         )
         rows = table.height

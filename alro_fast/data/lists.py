@@ -196,12 +196,16 @@ def write_prepared(
 
 
 def check_output_folder(path: Path) -> None:
-    """AlroFastError unless `path` is new, empty, or a prepared folder and nothing else."""
-    if path.is_file():
-        raise AlroFastError(f"output folder {path} is a file; choose another name")
-    if not path.exists():
-        return
-    found = {p.name for p in path.iterdir()}
+    """AlroFastError unless `path` can be written and is new, empty, or a prepared folder and nothing else."""
+    try:
+        if path.is_file():
+            raise AlroFastError(f"output folder {path} is a file; choose another name")
+        found = {p.name for p in path.iterdir()} if path.exists() else set()
+        for folder in (next(p for p in path.absolute().parents if p.exists()), *([path] if path.exists() else [])):
+            with tempfile.TemporaryDirectory(prefix=".alro_fast-", dir=folder):
+                pass
+    except OSError as error:
+        raise AlroFastError(f"output folder {path} cannot be written ({error.strerror}); choose another") from None
     foreign = sorted(found - set(FILES)) or (sorted(found) if found and read_manifest(path) is None else [])
     if foreign:
         names = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")

@@ -96,7 +96,9 @@ def read_movielens_csv(ratings: Path, items: Path, columns: Columns) -> RawData:
     """ratings.csv and movies.csv of the later editions: comma-separated with a header, UTF-8."""
     names = columns.over(MOVIELENS_COLUMNS)
     scan = _pick(_scan_csv(ratings), ratings, _rating_columns(names))
-    movies = _pick(_scan_csv(items), items, _item_columns(names, TABLE_COLUMNS)).collect()
+    rows = _pick(_scan_csv(items), items, _item_columns(names, TABLE_COLUMNS))
+    with polars_errors(items):
+        movies = rows.collect()
     genres = [(genres or "").split("|") for genres in movies["category"]]
     return RawData(scan, _items(zip(movies["item_id"], movies["title"], genres)), (ratings, items))
 
@@ -121,7 +123,8 @@ def read_table(ratings: Path, items: Path | None, columns: Columns, separator: s
     rows = rows.select(pl.all().cast(pl.String)).with_columns(
         **{name: pl.lit(None, pl.String) for name in ITEM_SCHEMA if name not in wanted}
     )
-    found = rows.unique(subset="item_id", keep="first", maintain_order=True).collect(engine="streaming")
+    with polars_errors(items or ratings):
+        found = rows.unique(subset="item_id", keep="first", maintain_order=True).collect(engine="streaming")
     files = (ratings,) if items is None else (ratings, items)
     return RawData(scan, found.select(list(ITEM_SCHEMA)), files, _time_unit(scan))
 
@@ -179,7 +182,7 @@ def _need_columns(found: Sequence[str], path: Path, wanted: dict[str, tuple[str,
 def _scan_csv(path: Path, separator: str = ",", names: list[str] | None = None) -> pl.LazyFrame:
     """Every cell as text, so that a bad number is reported with its row instead of guessed around."""
     if path.stat().st_size == 0:
-        raise AlroFastError(f"{path.name} is empty; ratings are expected in it")
+        raise AlroFastError(f"{path.name} is empty; a table is expected in it")
     header = names is None
     how = {"separator": separator, "has_header": header, "infer_schema": False, "quote_char": '"' if header else None}
     with polars_errors(path):
