@@ -1,4 +1,4 @@
-"""A decoder's layers between attention and LoRA in one visit of memory each: RMS norm, gated activation, linear.
+"""A decoder's layers around its matrix products in one visit of memory each: norm, gated activation, rotation, linear.
 
 `fuse_layers(model)` gives modules that are known by structure, and by what they compute on a small random input, a
 class derived from their own whose forward is fused. Parameters, names, hooks and files stay as they are. Where no fused
@@ -6,6 +6,7 @@ kernel serves a call (autocast, torch.compile, other dtypes, no compiled extensi
 
     norm    y = x / sqrt(mean(x^2) + eps) * (weight + offset)     offset 1: Gemma
     gated   y = activation(gate) * up                             activation: SiLU, or GELU by tanh
+    rotary  y = x cos + rotate_half(x) sin
     linear  y = x W^T + b                                         `alro_fast.products`
 
 float32 and bfloat16; all sums are float32 and the result is rounded once. CPU: csrc/. CUDA: liger-kernel, where it is
@@ -17,6 +18,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -28,14 +30,15 @@ from .backends import cpp
 from .products import prefers_onednn, product
 
 logger = logging.getLogger(__name__)
+ROTARY = "apply_rotary_pos_emb"
 ACTIVATIONS = {"silu": nn.functional.silu, "gelu_tanh": functools.partial(nn.functional.gelu, approximate="tanh")}
 
 
 def fuse_layers(model: nn.Module) -> int:
-    """Speed up the norms, gated MLPs and plain linears of a model, in place; returns how many modules."""
-    norms = mlps = linears = 0
+    """Speed up the norms, gated MLPs, attentions and plain linears of a model, in place; returns how many modules."""
+    norms = mlps = attentions = linears = 0
     for module in model.modules():
-        if isinstance(module, FusedNorm | FusedMLP | FusedLinear) or "forward" in vars(module):
+        if isinstance(module, FusedNorm | FusedMLP | FusedAttention | FusedLinear) or "forward" in vars(module):
             continue
         if (found := _norm_constants(module)) is not None:
             _derive(module, FusedNorm, norm_constants=found)
@@ -43,11 +46,14 @@ def fuse_layers(model: nn.Module) -> int:
         elif (found := _mlp_parts(module)) is not None:
             _derive(module, FusedMLP, mlp_parts=found)
             mlps += 1
+        elif (found := _attention_forward(type(module))) is not None:
+            _derive(module, FusedAttention, attention_forward=found)
+            attentions += 1
         elif type(module) is nn.Linear and prefers_onednn():
             module.__class__ = FusedLinear
             linears += 1
-    logger.info("fused layers: %d norms, %d gated MLPs, %d linears", norms, mlps, linears)
-    return norms + mlps + linears
+    logger.info("fused layers: %d norms, %d gated MLPs, %d attentions, %d linears", norms, mlps, attentions, linears)
+    return norms + mlps + attentions + linears
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------
@@ -87,6 +93,15 @@ class FusedMLP(nn.Module):
         if (liger := _liger_for(kind, gate, up)) is not None:
             return self.down_proj(liger(gate, up))
         return self.down_proj(getattr(self, module)(gate) * up)
+
+
+class FusedAttention(nn.Module):
+    """Mixin in front of a module's own class, whose forward runs with a fused `apply_rotary_pos_emb`."""
+
+    attention_forward: Callable[..., Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.attention_forward(self, *args, **kwargs)
 
 
 class FusedLinear(nn.Linear):
@@ -157,6 +172,44 @@ def _mlp_parts(module: nn.Module) -> tuple[str, str] | None:
             if _gives(act, grid, function(grid.double())) and _gives(twin, x, down(function(gated) * factor).double()):
                 return activation, kind
     return None
+
+
+@functools.cache
+def _attention_forward(kind: type[nn.Module]) -> Callable[..., Any] | None:
+    """The class's own forward, calling `_rotary` for its module's function `apply_rotary_pos_emb`.
+
+    transformers offers no other place for it: the function is a global of the module that defines the class. What is
+    made here is a second function over the same code; the module and the class stay as they are.
+    """
+    forward = kind.forward
+    if ROTARY not in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        return None
+    own = forward.__globals__.get(ROTARY)
+    if own is None or not _rotates_halves(own):
+        return None
+    names = forward.__globals__ | {ROTARY: functools.partial(_rotary, own)}
+    bound = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    bound.__kwdefaults__ = forward.__kwdefaults__
+    return bound
+
+
+def _rotates_halves(function: Callable[..., Any]) -> bool:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        query, key = torch.randn(2, 4, 5, 6), torch.randn(2, 2, 5, 6)
+        cos, sin = torch.randn(2, 5, 6), torch.randn(2, 5, 6)
+    try:
+        found = function(query, key, cos, sin)
+        return len(found) == 2 and all(
+            torch.allclose(y, _plain_rotary(x, cos, sin), rtol=1e-5, atol=1e-5) for y, x in zip(found, (query, key))
+        )
+    except Exception:
+        return False
+
+
+def _plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
 
 
 def _twin(module: nn.Module, **own: dict[str, Any]) -> nn.Module:
@@ -238,6 +291,50 @@ class _Gated(torch.autograd.Function):
 
 def _gate_and_up(gate: Tensor, up: Tensor | None) -> tuple[Tensor, ...]:
     return (_rows(gate), _rows(up)) if up is not None else _rows(gate).chunk(2, dim=1)
+
+
+def _rotary(
+    own: Callable[..., Any], query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """own(query, key, cos, sin): `own` rotates halves, and anything beyond that is left to it."""
+    if args or kwargs or not _rotary_serves(query, key, cos, sin):
+        return own(query, key, cos, sin, *args, **kwargs)
+    cos, sin = (table.expand(len(query), -1, -1) for table in (cos, sin))
+    return _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)
+
+
+def _rotary_serves(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    if (
+        query.dim() != 4
+        or key.dim() != 4
+        or cos.requires_grad
+        or sin.requires_grad
+        or cos.shape[0] not in (1, len(query))
+    ):
+        return False
+    shape = (cos.shape[0], query.shape[2], query.shape[3])
+    return (
+        (cos.shape == sin.shape == shape and key.shape[2:] == query.shape[2:] and len(key) == len(query))
+        and (shape[2] % 2 == 0 and cos.stride(2) == sin.stride(2) == 1)
+        and _cpu_serves(query, key, cos, sin)
+    )
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return cpp.rotary(_with_rows(x), cos, sin, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return cpp.rotary(_with_rows(grad), *ctx.saved_tensors, True), None, None
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    x = x.detach()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class _Linear(torch.autograd.Function):

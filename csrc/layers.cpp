@@ -50,4 +50,10 @@ void gated_backward(const GatedArgs& args, int threads) {
             [&](int, int64_t begin, int64_t end) { kernels.gated_backward(args, begin, end); });
 }
 
+void rotary(const RotaryArgs& args, int threads) {
+  const LayerKernels& kernels = *active_kernels().layers;
+  over_rows(args.batches * args.rows, args.heads * args.width, threads,
+            [&](int, int64_t begin, int64_t end) { kernels.rotary(args, begin, end); });
+}
+
 }  // namespace alro

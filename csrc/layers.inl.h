@@ -1,4 +1,4 @@
-// RMS norm and gated activation on rows; T is the storage: float, or uint16_t for bfloat16.
+// RMS norm, gated activation and rotary position embedding on rows; T is the storage: float, or uint16_t for bfloat16.
 #pragma once
 
 #include <cmath>
@@ -153,6 +153,26 @@ static void gated_backward_rows(const GatedArgs& args, int64_t begin, int64_t en
   }
 }
 
+template <class T>
+static void rotary_rows(const RotaryArgs& args, int64_t begin, int64_t end) {
+  const int64_t half = args.width / 2;
+  for (int64_t at = begin; at < end; ++at) {
+    const int64_t batch = at / args.rows, row = at % args.rows;
+    const T* cos = static_cast<const T*>(args.cos) + batch * args.cos_batch_stride + row * args.cos_row_stride;
+    const T* sin = static_cast<const T*>(args.sin) + batch * args.sin_batch_stride + row * args.sin_row_stride;
+    const T* x = static_cast<const T*>(args.x.data) + batch * args.x.batch_stride + row * args.x.row_stride;
+    T* y = static_cast<T*>(args.y.data) + batch * args.y.batch_stride + row * args.y.row_stride;
+    for (int64_t head = 0; head < args.heads; ++head, x += args.x.head_stride, y += args.y.head_stride)
+      along(half, [&](int64_t i, int64_t n) {
+        const vf a = get(x + i, n), b = get(x + half + i, n);
+        const vf sin_a = get(sin + i, n), sin_b = get(sin + half + i, n);
+        const vf from_b = args.transpose ? sin_b : -sin_a, from_a = args.transpose ? -sin_a : sin_b;
+        put(y + i, a * get(cos + i, n) + b * from_b, n);
+        put(y + half + i, b * get(cos + half + i, n) + a * from_a, n);
+      });
+  }
+}
+
 static void norm_any(const NormArgs& args, int64_t begin, int64_t end) {
   (args.dtype == DType::f32 ? norm_rows<float> : norm_rows<uint16_t>)(args, begin, end);
 }
@@ -176,6 +196,10 @@ static void gated_backward_any(const GatedArgs& args, int64_t begin, int64_t end
          : gated_backward_rows<uint16_t, Activation::gelu_tanh>)(args, begin, end);
 }
 
-static const LayerKernels layer_table = {norm_any, norm_backward_any, gated_any, gated_backward_any};
+static void rotary_any(const RotaryArgs& args, int64_t begin, int64_t end) {
+  (args.dtype == DType::f32 ? rotary_rows<float> : rotary_rows<uint16_t>)(args, begin, end);
+}
+
+static const LayerKernels layer_table = {norm_any, norm_backward_any, gated_any, gated_backward_any, rotary_any};
 
 }  // namespace alro::ALRO_ISA

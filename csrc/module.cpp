@@ -45,15 +45,20 @@ void check_cpu(const A& array, const char* name) {
 }
 
 template <class A>
-Matrix matrix(const A& array, const char* name) {
+DType storage(const A& array, const char* name) {
   check_cpu(array, name);
-  if (array.ndim() != 2) fail(std::string(name) + ": expected 2 dimensions, got shape " + shape_of(array));
   const auto dtype = array.dtype();
-  const bool f32 = dtype == nb::dtype<float>();
   const bool bf16 = dtype.code == uint8_t(nb::dlpack::dtype_code::Bfloat) && dtype.bits == 16 && dtype.lanes == 1;
-  if (!f32 && !bf16) fail(std::string(name) + ": expected float32 or bfloat16");
+  if (dtype != nb::dtype<float>() && !bf16) fail(std::string(name) + ": expected float32 or bfloat16");
+  return bf16 ? DType::bf16 : DType::f32;
+}
+
+template <class A>
+Matrix matrix(const A& array, const char* name) {
+  const DType dtype = storage(array, name);
+  if (array.ndim() != 2) fail(std::string(name) + ": expected 2 dimensions, got shape " + shape_of(array));
   return {array.data(),    int64_t(array.shape(0)), int64_t(array.shape(1)), array.stride(0),
-          array.stride(1), f32 ? DType::f32 : DType::bf16};
+          array.stride(1), dtype};
 }
 
 // Data of a contiguous array of T with the given shape.
@@ -322,6 +327,40 @@ void gated(const Array& gate, const Array& up, const std::string& activation, co
   alro::gated(args, threads);
 }
 
+void rotary(const Array& x, const Array& cos, const Array& sin, bool transpose, const Out& y, int threads) {
+  alro::RotaryArgs args{};
+  args.dtype = storage(x, "x");
+  if (x.ndim() != 4 || x.shape(3) % 2 || x.shape(3) == 0)
+    fail("x: expected [batches, heads, rows, even width], got " + shape_of(x));
+  args.batches = int64_t(x.shape(0));
+  args.heads = int64_t(x.shape(1));
+  args.rows = int64_t(x.shape(2));
+  args.width = int64_t(x.shape(3));
+  args.transpose = transpose;
+  check_threads(threads);
+  const auto check = [&](const auto& array, const char* name, size_t dims) {
+    bool same = storage(array, name) == args.dtype && array.ndim() == dims && int64_t(array.shape(0)) == args.batches &&
+                int64_t(array.shape(dims - 2)) == args.rows && int64_t(array.shape(dims - 1)) == args.width;
+    if (!same || (dims == 4 && int64_t(array.shape(1)) != args.heads))
+      fail(std::string(name) + ": expected the type of x and its batches, rows and width, got " + shape_of(array));
+    if (array.stride(dims - 1) != 1) fail(std::string(name) + ": expected columns next to each other");
+  };
+  check(x, "x", 4);
+  check(y, "y", 4);
+  check(cos, "cos", 3);
+  check(sin, "sin", 3);
+  args.x = {const_cast<void*>(x.data()), x.stride(0), x.stride(1), x.stride(2)};
+  args.y = {y.data(), y.stride(0), y.stride(1), y.stride(2)};
+  args.cos = cos.data();
+  args.sin = sin.data();
+  args.cos_batch_stride = cos.stride(0);
+  args.cos_row_stride = cos.stride(1);
+  args.sin_batch_stride = sin.stride(0);
+  args.sin_row_stride = sin.stride(1);
+  nb::gil_scoped_release release;
+  alro::rotary(args, threads);
+}
+
 void gated_backward(const Array& gate, const Array& up, const std::string& activation, const Out& d_y,
                     const Out& d_gate, const Out& d_up, int threads) {
   auto args = gated_args(gate, up, activation, d_y, threads);
@@ -431,6 +470,7 @@ NB_MODULE(_cpp, m) {
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "offset"_a, "y"_a, "scale"_a, "threads"_a);
   m.def("rms_norm_backward", &rms_norm_backward, "x"_a, "weight"_a, "offset"_a, "scale"_a, "d_y"_a, "d_x"_a,
         "d_weight"_a.none(), "threads"_a);
+  m.def("rotary", &rotary, "x"_a, "cos"_a, "sin"_a, "transpose"_a, "y"_a, "threads"_a);
   m.def("gated", &gated, "gate"_a, "up"_a, "activation"_a, "y"_a, "threads"_a);
   m.def("gated_backward", &gated_backward, "gate"_a, "up"_a, "activation"_a, "d_y"_a, "d_gate"_a, "d_up"_a, "threads"_a);
 }

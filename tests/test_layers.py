@@ -11,11 +11,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from alro_fast import layers, products
 from alro_fast.backends import cpp
-from alro_fast.layers import ACTIVATIONS, FusedLinear, FusedMLP, FusedNorm, fuse_layers
+from alro_fast.layers import ACTIVATIONS, FusedAttention, FusedLinear, FusedMLP, FusedNorm, fuse_layers
 from alro_fast.lora import fuse_lora
 
 SIZES = {
@@ -143,6 +144,66 @@ def test_bfloat16_gate_is_as_exact_as_torch(kind):
     assert_as_exact(outcome(gated(kind), gate, up), eager, wanted)
 
 
+@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (1, 3, 5, 6), (2, 4, 7, 40), (1, 2, 130, 128)])
+@pytest.mark.parametrize("lying", ["by heads", "by rows", "every other"])
+def test_rotary(shape, lying):
+    torch.manual_seed(0)
+    batches, heads, rows, width = shape
+    x = torch.randn(shape)
+    if lying == "by rows":
+        x = torch.randn(batches, rows, heads, width).transpose(1, 2)
+    elif lying == "every other":
+        x = torch.randn(batches, heads, rows, 2 * width)[..., ::2]
+    tables = torch.randn(2, batches, rows, width)  # halves that differ, so that a mix-up shows
+    got = outcome(lambda x: layers._Rotary.apply(x, *tables), x)
+    assert_close(got, outcome(lambda x: layers._plain_rotary(x, *tables.double()), x.double()), 1e-6)
+    assert got[0].transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.usefixtures("_instruction_set")
+def test_bfloat16_rotary_is_as_exact_as_torch():
+    torch.manual_seed(0)
+    x, cos, sin = torch.randn(1, 3, 20, 24).bfloat16(), *torch.randn(2, 1, 20, 24).bfloat16()
+    wanted = outcome(lambda x: layers._plain_rotary(x, cos.double(), sin.double()), x.double())
+    eager = outcome(lambda x: layers._plain_rotary(x, cos, sin), x)
+    assert_as_exact(outcome(lambda x: layers._Rotary.apply(x, cos, sin), x), eager, wanted)
+
+
+def refuse(*_):
+    raise AssertionError
+
+
+@needs_kernels
+def test_rotary_leaves_the_rest_to_the_model():
+    """Part of the width, other keywords, one angle for all, learned angles: the model's own function."""
+    own = modeling_llama.apply_rotary_pos_emb
+    query, key, cos, sin = torch.randn(2, 4, 5, 6), torch.randn(2, 2, 5, 6), *torch.randn(2, 1, 5, 6)
+    for one, other in zip(layers._rotary(refuse, query, key, cos, sin), own(query, key, cos, sin)):
+        torch.testing.assert_close(one, other)
+    swapped = query.transpose(1, 2), key.transpose(1, 2)
+    for one, other in zip(layers._rotary(own, *swapped, cos, sin, unsqueeze_dim=2), own(*swapped, cos, sin, 2)):
+        assert torch.equal(one, other)
+    for args in (
+        (query, key, cos[..., :4], sin[..., :4]),
+        (query, key, cos, sin.requires_grad_()),
+        (query, key, cos.double(), sin.double()),
+    ):
+        with pytest.raises(AssertionError):
+            layers._rotary(refuse, *args)
+
+
+def test_a_model_that_rotates_otherwise_keeps_its_attention():
+    """GPT-J's kind: neighbours are rotated, not halves."""
+    config = transformers.GlmConfig(**SIZES)
+    assert not any(isinstance(m, FusedAttention) for m in fused_modules(AutoModelForCausalLM.from_config(config)))
+
+
+def fused_modules(model):
+    fuse_layers(model)
+    return model.modules()
+
+
 @needs_kernels
 def test_any_layout():
     torch.manual_seed(0)
@@ -227,7 +288,8 @@ def test_every_family(family):
     assert sum(isinstance(m, FusedNorm) for m in fused.modules()) == NORMS[family]
     assert sum(isinstance(m, FusedMLP) for m in fused.modules()) == 2
     linears = sum(isinstance(m, nn.Linear) for m in fused.modules())
-    assert count == NORMS[family] + 2 + (linears if products.prefers_onednn() else 0)
+    assert sum(isinstance(m, FusedAttention) for m in fused.modules()) == 2
+    assert count == NORMS[family] + 4 + (linears if products.prefers_onednn() else 0)
     assert fuse_layers(fused) == 0
     assert fused.state_dict().keys() == model.state_dict().keys()
     assert_same_training(model, copy.deepcopy(fused))
@@ -384,3 +446,15 @@ def test_kernels_refuse_what_does_not_fit():
         cpp._cpp.gated(x, x, "relu", y, 1)
     with pytest.raises(ValueError, match="d_up"):
         cpp._cpp.gated_backward(x, x, "silu", y, y, y[:, :3], 1)
+    x, table = torch.randn(2, 3, 5, 4), torch.randn(2, 5, 4)
+    for args, name in (
+        ((x[..., :3], table, table, False, x, 1), "x"),
+        ((x[0], table, table, False, x, 1), "x"),
+        ((x, table[:1], table, False, x, 1), "cos"),
+        ((x, table, table[:, :4], False, x, 1), "sin"),
+        ((x, table.bfloat16(), table, False, x, 1), "cos"),
+        ((x, table, table, False, x[:, :2], 1), "y"),
+        ((x, table, table, False, x.transpose(2, 3).contiguous().transpose(2, 3), 1), "y"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            cpp._cpp.rotary(*args)

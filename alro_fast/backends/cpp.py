@@ -228,6 +228,14 @@ def gated_backward(gate: Tensor, up: Tensor, activation: str, grad: Tensor, d_ga
     _cpp.gated_backward(gate, up, activation, grad, d_gate, d_up, torch.get_num_threads())
 
 
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, transpose: bool) -> Tensor:
+    """x [B, heads, T, D]; cos, sin [B, T, D] -> x cos + rotate_half(x) sin, or the transpose of that map; lies as
+    [B, T, heads, D]."""
+    y = x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+    _cpp.rotary(x, cos, sin, transpose, y, torch.get_num_threads())
+    return y
+
+
 def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> tuple:
     bias = None if bias is None else bias.detach().float().contiguous()
     return hidden.detach(), weight.detach(), bias, 0.0 if softcap is None else softcap, scale
