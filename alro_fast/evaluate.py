@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import json
+import os
 import resource
 import sys
 import time
@@ -21,14 +23,14 @@ import torch
 
 from . import evaluate_preferences, metrics
 from .cli import run
-from .data.lists import open_prepared
+from .data.lists import PreparedData, open_prepared
 from .data.records import RankingList
 from .errors import AlroFastError
 from .evaluate_preferences import answers_with_texts, run_options
 from .generation import generate_and_parse
 from .orders import Ranking
 from .rank import OneLineParser, add_ranking_options
-from .ranking import Ranker, check_options
+from .ranking import Ranker, check_device, check_options
 from .report import write_report
 from .results import baseline_scores, evaluate_lists, write_predictions, write_trec
 
@@ -42,12 +44,17 @@ def main(argv: Sequence[str]) -> None:
         raise AlroFastError("--lists and --preferences are measured apart; give one of them")
     if not options.lists and not options.preferences:
         raise AlroFastError("nothing to measure on: give --lists PREPARED, or --preferences FILE")
+    if options.limit is not None and options.limit < 1:
+        raise AlroFastError(f"--limit is at least 1; given {options.limit}")
+    if options.bootstrap < 0:
+        raise AlroFastError(f"--bootstrap is at least 0 (no intervals); given {options.bootstrap}")
+    check_device(options.device)
+    options.output_dir = options.output_dir or str(Path(options.adapter) / "evaluation")
+    check_creatable(Path(options.output_dir))
     if options.preferences or answers_with_texts(run_options(options.adapter)):
         evaluate_preferences.main(options)
         return
-    check_options(options.method, options.shuffles, options.merge, options.beams)
-    if options.limit is not None and options.limit < 1:
-        raise AlroFastError(f"--limit is at least 1; given {options.limit}")
+    check_options(options.method, options.shuffles, options.merge, options.beams, options.seed)
     metrics.gains(np.empty(0), options.gain)  # an unknown one is an error now, not after the ranking
     prepared = open_prepared(options.lists)
     lists = prepared.lists(options.split)
@@ -59,7 +66,9 @@ def main(argv: Sequence[str]) -> None:
     )
     if options.generate and ranker.answer != "ranking":
         raise AlroFastError("--generate needs a model that answers with identifiers; this one answers with grades")
-    folder = Path(options.output_dir or options.adapter)
+    if ranker.prompts.identifiers == "items":
+        check_catalogue(Path(options.adapter), prepared)
+    folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
 
     how = {
@@ -106,8 +115,9 @@ def main(argv: Sequence[str]) -> None:
     results.save(folder)
     write_predictions(folder / "predictions.jsonl", lists, rankings)
     factor = write_trec(folder, lists, scores["tuned"], tag="alro_fast")
-    times = "" if factor == 1 else f" (ratings x {factor} in qrels.trec, which holds whole numbers)"
-    print(f"results.json, predictions.jsonl, run.trec and qrels.trec are in {folder}{times}")
+    trec = "" if factor is None else ", run.trec, qrels.trec"
+    times = f" (ratings x {factor} in qrels.trec, which holds whole numbers)" if factor not in (None, 1) else ""
+    print(f"written to {folder}: results.json, predictions.jsonl{trec}{times}")
     if find_spec("matplotlib") is None:
         print("no report.html: its plots need matplotlib (pip install 'alro-fast[plots]')")
     else:
@@ -124,11 +134,35 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--preferences", nargs="+", help="preference files, in place of lists; of any data set")
     parser.add_argument("--split", default="test", help="train, valid or test (default)")
     parser.add_argument("--limit", type=int, help="only the first N lists")
-    parser.add_argument("--output_dir", help="where the files go; default: the adapter's folder")
+    parser.add_argument("--output_dir", help="where the files go; default: `evaluation` in the adapter's folder")
     parser.add_argument("--gain", default="exp2", help="exp2: 2^rating - 1 (default); linear: the rating")
     parser.add_argument("--generate", action="store_true", help="also rank by generated text, parsed: the ordinary way")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples behind an interval (default 1000)")
     return parser
+
+
+def check_creatable(folder: Path) -> None:
+    """AlroFastError when `--output_dir` is no folder and cannot become one, or nothing can be written there."""
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise AlroFastError(f"--output_dir {folder}: {above} is a file; give a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise AlroFastError(f"--output_dir {folder}: {above} cannot be written to; give another folder")
+
+
+def check_catalogue(adapter: Path, prepared: PreparedData) -> None:
+    """AlroFastError unless the lists' items are those the model was trained on: its tokens are numbers of items."""
+    path = adapter / "data_manifest.json"
+    if not path.is_file():
+        raise AlroFastError(
+            f"{adapter} names items by tokens of their own, but its data_manifest.json, which says what items, is gone"
+        )
+    trained = json.loads(path.read_text(encoding="utf-8"))["files"]["items.parquet"]["sha256"]
+    if prepared.manifest["files"]["items.parquet"]["sha256"] != trained:
+        raise AlroFastError(
+            f"{adapter} names items by tokens of their own, and {prepared.path} holds other items than it was trained "
+            "on; give lists of the same catalogue"
+        )
 
 
 def timed(ranker: Ranker, lists: Sequence[RankingList], how: dict) -> tuple[list[Ranking], float]:

@@ -100,7 +100,7 @@ def main(options: Any) -> None:
     seconds = time.perf_counter() - started
     print(table(results))
     print(f"{answers:,} answers in {seconds:.1f} s")
-    folder = Path(options.output_dir or options.adapter)
+    folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     save(folder, results)
     print(f"preference_results.json is in {folder}")

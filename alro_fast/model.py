@@ -46,18 +46,19 @@ def base_path(name: str) -> str:
     return str(DEMO_MODEL) if name == "demo" else name
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer; AlroFastError when the folder or hub id has none."""
+def load_tokenizer(name: str, trust_remote_code: bool = False, place: str | None = None) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer; AlroFastError, naming `place`, when the folder or hub id has none."""
     try:
         return AutoTokenizer.from_pretrained(base_path(name), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise AlroFastError(
-            f"--model_name_or_path {name}: no tokenizer could be loaded ({_first_line(error)})"
-        ) from error
+        place = place or f"--model_name_or_path {name}"
+        raise AlroFastError(f"{place}: no tokenizer could be loaded ({_first_line(error)})") from error
 
 
-def load_base(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal LM on tree attention, its weights in `dtype`; AlroFastError when it cannot be loaded."""
+def load_base(
+    name: str, dtype: torch.dtype, trust_remote_code: bool = False, place: str | None = None
+) -> PreTrainedModel:
+    """A causal LM on tree attention, its weights in `dtype`; AlroFastError, naming `place`, when there is none."""
     path = base_path(name)
     try:
         AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -65,9 +66,8 @@ def load_base(name: str, dtype: torch.dtype, trust_remote_code: bool = False) ->
             path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
         )
     except (OSError, ValueError, KeyError) as error:
-        raise AlroFastError(
-            f"--model_name_or_path {name}: no causal LM could be loaded ({_first_line(error)})"
-        ) from error
+        place = place or f"--model_name_or_path {name}"
+        raise AlroFastError(f"{place}: no causal LM could be loaded ({_first_line(error)})") from error
     use_tree_attention(model)
     fuse_layers(model)
     return model
@@ -157,21 +157,22 @@ def load_for_inference(
         raise AlroFastError(f"{folder}: no such folder; expected one written by alro_fast.train")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    tokenizer = load_tokenizer(str(folder))
     adapter = folder / "adapter_config.json"
+    if not adapter.is_file() and not (folder / "config.json").is_file():
+        raise AlroFastError(f"{folder}: neither adapter_config.json nor config.json found; expected a trained folder")
+    tokenizer = load_tokenizer(str(folder), place=str(folder))
     if adapter.is_file():
         base = base_model or json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        model = load_base(_recorded_base(base), dtype)
+        place = f"--base_model {base}" if base_model else f"{folder}: base model {base}"
+        model = load_base(_recorded_base(base), dtype, place=place)
         try:
             model = PeftModel.from_pretrained(model, folder)
         except (RuntimeError, ValueError, KeyError) as error:
             raise AlroFastError(
                 f"{folder}: the adapter does not fit the base model {base} ({_first_line(error)})"
             ) from error
-    elif (folder / "config.json").is_file():
-        model = load_base(str(folder), dtype)
     else:
-        raise AlroFastError(f"{folder}: neither adapter_config.json nor config.json found; expected a trained folder")
+        model = load_base(str(folder), dtype, place=str(folder))
     return model.to(device).eval(), tokenizer
 
 

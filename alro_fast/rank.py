@@ -34,14 +34,18 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> None:
     """Read and check everything, load the model, print rankings as they come."""
     options = parser().parse_args(argv)
+    if options.top_k is not None and options.top_k < 1:
+        raise AlroFastError(f"--top_k is at least 1; given {options.top_k}")
     documents = read_documents(options.file)
     lists = [parse_list(document, number) for number, document in enumerate(documents, start=1)]
     from .ranking import (  # torch takes seconds to import: not before the input is known to be good
         Ranker,
+        check_device,
         check_options,
     )
 
-    check_options(options.method, options.shuffles, options.merge, options.beams)
+    check_options(options.method, options.shuffles, options.merge, options.beams, options.seed)
+    check_device(options.device)
     ranker = Ranker.load(
         options.adapter, device=options.device, base_model=options.base_model, token_budget=options.token_budget
     )

@@ -126,7 +126,7 @@ class Ranker:
         ranked by windows that slide from the end of the list to its start.
         Raises AlroFastError for an unknown method, an empty list or one that names a candidate twice.
         """
-        check_options(method, shuffles, merge_by, beams)
+        check_options(method, shuffles, merge_by, beams, seed)
         method = self._method(method)
         source = iter(lists)
         while chunk := list(islice(source, CHUNK)):
@@ -169,7 +169,10 @@ class Ranker:
     def _read_rows(
         self, lists: list[RankingList], presented: list[np.ndarray], method: str, beams: int
     ) -> list[np.ndarray]:
-        """`first`, and `expected` for grades: one tree per list, one forward per packed batch of trees."""
+        """`first`, and `expected` for grades: one forward per packed batch of trees.
+
+        `first` has a tree per list, a branch per presentation; grades a tree per presentation, a branch per candidate.
+        """
         flat = [entry for entry, orders in zip(lists, presented, strict=True) for _ in orders]
         orders = [order.tolist() for shown in presented for order in shown]
         if self.answer == "ranking":
@@ -178,18 +181,21 @@ class Ranker:
             prompts = iter(self.prompts.rates(flat, orders))
         trees, tokens = [], []
         for entry, shown in zip(lists, presented, strict=True):
-            branches = []
+            groups = []
             for prompt in islice(prompts, len(shown)):
                 if self.answer == "ranking":
                     start = prompt.prompt_ids + prompt.answer_ids[: prompt.slot_offsets[0]]
-                    branches.append(_predicting(start, prompt.candidate_ids))
+                    groups.append([_predicting(start, prompt.candidate_ids)])
                     tokens.append(prompt.candidate_ids)
                 else:
-                    for question in prompt.branches:
-                        branches.append(_predicting(prompt.prompt_ids + question.question_ids, prompt.grade_ids))
-                        tokens.append(prompt.grade_ids)
-            trees.append(Tree(branches, name=f"list {entry.list_id}"))
-            self._check_length(entry, max(len(branch.ids) for branch in branches))
+                    starts = [prompt.prompt_ids + question.question_ids for question in prompt.branches]
+                    groups.append([_predicting(start, prompt.grade_ids) for start in starts])
+                    tokens += [prompt.grade_ids] * len(starts)
+            if self.answer == "ranking":
+                groups = [list(chain.from_iterable(groups))]
+            for branches in groups:
+                trees.append(Tree(branches, name=f"list {entry.list_id}"))
+                self._check_length(entry, max(len(branch.ids) for branch in branches))
         rows = iter(self._logits(trees, tokens))
         if self.answer == "ranking":
             return [np.stack([_log_softmax(next(rows)) for _ in shown]) for shown in presented]
@@ -274,15 +280,26 @@ class Ranker:
         return method or self.default_method
 
 
-def check_options(method: str | None, shuffles: int, merge_by: str, beams: int) -> None:
+def check_options(method: str | None, shuffles: int, merge_by: str, beams: int, seed: int = 0) -> None:
     """AlroFastError for a value that no ranker takes."""
     if method is not None and method not in METHODS:
         raise AlroFastError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
     for name, value in (("shuffles", shuffles), ("beams", beams)):
         if value < 1:
             raise AlroFastError(f"{name} is at least 1; given {value}")
+    if seed < 0:
+        raise AlroFastError(f"seed is at least 0; given {seed}")
     if merge_by not in MERGES:
         raise AlroFastError(f"unknown merge {merge_by!r}; expected one of {', '.join(MERGES)}")
+
+
+def check_device(name: str | None) -> None:
+    """AlroFastError for a device that PyTorch does not know or cannot compute on here."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # the last two: a build of PyTorch without it
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+        raise AlroFastError(f"--device {name} cannot be used here ({reason}); give cpu, or leave it out") from error
 
 
 def expected_slots(logprobs: np.ndarray, gamma: float) -> np.ndarray:

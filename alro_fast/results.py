@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Scores = Sequence[Sequence[float] | np.ndarray]  # per list, per candidate in the list's own order; higher is better
 Scorer = Scores | Callable[["Sequence[RankingList]"], Scores]
 
+logger = logging.getLogger(__name__)
 LABELS = {"mean_rating": "mean rating", "generate": "tuned, generate", "oracle": "best possible"}
 
 
@@ -245,13 +247,19 @@ def _prediction(ranking: Ranking) -> dict[str, Any]:
     return document
 
 
-def write_trec(folder: str | Path, lists: Sequence[RankingList], scores: Scores, tag: str) -> int:
+def write_trec(folder: str | Path, lists: Sequence[RankingList], scores: Scores, tag: str) -> int | None:
     """run.trec and qrels.trec of the graded candidates of the lists that have something to rank, so that any TREC tool
-    with the same conventions gives our means. Returns the factor that made the ratings whole numbers.
+    with the same conventions gives our means. Returns the factor that made the ratings whole numbers; None, with a
+    warning and without files, when no factor up to 1000 does.
 
     Names are percent-encoded (the format knows no spaces). NDCG with linear gain does not change with the factor.
     """
     factor = _whole_factor(lists)
+    if factor is None:
+        logger.warning("no run.trec and qrels.trec: they hold whole numbers, ratings here have over three decimals")
+        for name in ("run.trec", "qrels.trec"):  # of an earlier measurement in this folder
+            (Path(folder) / name).unlink(missing_ok=True)
+        return None
     kept = [(entry, row) for entry, row in zip(lists, scores, strict=True) if not entry.all_equal]
     folder = Path(folder)
     with (folder / "run.trec").open("w", encoding="utf-8") as run, (folder / "qrels.trec").open("w") as qrels:
@@ -266,14 +274,12 @@ def write_trec(folder: str | Path, lists: Sequence[RankingList], scores: Scores,
     return factor
 
 
-def _whole_factor(lists: Sequence[RankingList]) -> int:
+def _whole_factor(lists: Sequence[RankingList]) -> int | None:
     ratings = np.unique([rating for entry in lists for rating in entry.ratings if not math.isnan(rating)])
     for factor in (1, 2, 4, 5, 10, 20, 100, 1000):
         if np.allclose(ratings * factor, np.round(ratings * factor), atol=1e-6):
             return factor
-    raise AlroFastError(
-        "ratings need more than three decimals: TREC files hold whole numbers, so leave those files out"
-    )
+    return None
 
 
 def _check_shape(name: str, scores: Scores, lists: Sequence[RankingList]) -> None:

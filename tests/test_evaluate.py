@@ -18,7 +18,7 @@ from alro_fast import evaluate, metrics
 from alro_fast.data.lists import open_prepared, write_prepared
 from alro_fast.errors import AlroFastError
 from alro_fast.orders import Ranking
-from alro_fast.prompts import PromptBuilder
+from alro_fast.prompts import PromptBuilder, add_item_tokens
 from alro_fast.ranking import Ranker
 from alro_fast.results import baseline_scores, evaluate_lists, write_trec
 
@@ -231,7 +231,7 @@ def test_peers_with_exponential_gain_and_whole_stars(tmp_path):
     assert np.mean(list(theirs["ndcg_burges@3"].values())) == pytest.approx(ours.mean("x", "ndcg@3"), abs=1e-9)
 
 
-def test_trec_files_hold_graded_candidates_of_rankable_lists(lists, tmp_path):
+def test_trec_files_hold_graded_candidates_of_rankable_lists(lists, tmp_path, caplog):
     scores = [np.arange(len(entry.ratings), dtype=float) for entry in lists]
     assert write_trec(tmp_path, lists, scores, tag="t") == 2  # half stars become whole numbers
     qrels, run = read_trec(tmp_path)
@@ -239,8 +239,12 @@ def test_trec_files_hold_graded_candidates_of_rankable_lists(lists, tmp_path):
     assert lists[6].candidates[0].item_id not in run["l6"]
     assert qrels["l0"] == {item.item_id: 2 * r for item, r in zip(lists[0].candidates, lists[0].ratings)}
     odd = [replace(lists[0], ratings=tuple(math.pi + i for i in range(len(lists[0].ratings))))]
-    with pytest.raises(AlroFastError, match="more than three decimals"):
-        write_trec(tmp_path, odd, scores[:1], tag="t")
+    caplog.clear()
+    assert write_trec(tmp_path, odd, scores[:1], tag="t") is None
+    assert [record.message for record in caplog.records] == [
+        "no run.trec and qrels.trec: they hold whole numbers, ratings here have over three decimals"
+    ]
+    assert not list(tmp_path.iterdir())  # nor those of the earlier lists
 
 
 def test_order_sensitivity_is_the_mean_tau():
@@ -272,6 +276,11 @@ def test_order_sensitivity_is_the_mean_tau():
         ({"--method": "best"}, "unknown method 'best'"),
         ({"--gain": "log"}, "unknown gain 'log'"),
         ({"--adapter": "nowhere"}, "nowhere: no such folder"),
+        ({"--bootstrap": "-1"}, "--bootstrap is at least 0"),
+        ({"--seed": "-1"}, "seed is at least 0; given -1"),
+        ({"--device": "foo"}, "--device foo cannot be used here"),
+        ({"--device": "cuda:99"}, "--device cuda:99 cannot be used here"),
+        ({"--output_dir": f"{__file__}/out"}, r"--output_dir .*test_evaluate.py is a file; give a folder"),
     ],
 )
 def test_bad_options_are_one_line(changed, message, adapter, prepared, tmp_path):
@@ -288,7 +297,8 @@ def test_limit_and_a_model_without_adapter(adapter, prepared, tmp_path, capsys):
     tokenizer.save_pretrained(full)
     PromptBuilder(tokenizer, "movies").save(full)
     evaluate.main(f"--adapter {full} --lists {prepared.path} --limit 5 --bootstrap 0 --generate".split())
-    document = json.loads((full / "results.json").read_text())
+    assert not (full / "results.json").exists()  # the training run's own stays what it was
+    document = json.loads((full / "evaluation" / "results.json").read_text())
     assert list(document) == ["random", "popularity", "mean_rating", "generate", "tuned", "about"]
     assert 0 <= document["about"]["generate_invalid_rate"] <= 1
     assert "untuned" not in document
@@ -297,4 +307,36 @@ def test_limit_and_a_model_without_adapter(adapter, prepared, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "predictions.jsonl" in printed
     assert "% of the answers were no permutation" in printed
-    assert len((full / "predictions.jsonl").read_text().splitlines()) == 5
+    assert len((full / "evaluation" / "predictions.jsonl").read_text().splitlines()) == 5
+
+
+def test_ratings_with_many_decimals_are_measured_without_trec_files(adapter, lists, tmp_path, capsys):
+    odd = [replace(entry, ratings=tuple(rating + math.pi for rating in entry.ratings)) for entry in lists[:3]]
+    write_prepared(tmp_path / "data", catalogue(300), {"test": odd})
+    out = tmp_path / "out"
+    evaluate.main(f"--adapter {adapter} --lists {tmp_path / 'data'} --output_dir {out} --bootstrap 0".split())
+    assert {"results.json", "predictions.jsonl"} <= {path.name for path in out.iterdir()}
+    assert not list(out.glob("*.trec"))
+    assert f"written to {out}: results.json, predictions.jsonl\n" in capsys.readouterr().out
+
+
+def test_item_tokens_of_another_catalogue_are_refused(tmp_path):
+    tokenizer, shelf, run = byte_tokenizer(), catalogue(9), tmp_path / "run"
+    add_item_tokens(tokenizer, len(shelf))
+    tiny_llama(len(tokenizer)).save_pretrained(run)
+    tokenizer.save_pretrained(run)
+    PromptBuilder(tokenizer, "movies", identifiers="items", items=shelf).save(run)
+    entries = {"test": random_lists(2, 3, history=2, items=9)}
+    write_prepared(tmp_path / "own", shelf, entries)
+    write_prepared(tmp_path / "other", [item._replace(title=f"Not {item.title}") for item in shelf], entries)
+    own, other = (
+        f"--adapter {run} --lists {tmp_path / name} --bootstrap 0 --device cpu".split() for name in ("own", "other")
+    )
+    with pytest.raises(AlroFastError, match=r"its data_manifest.json, .* is gone"):
+        evaluate.main(own)
+    (run / "data_manifest.json").write_text((tmp_path / "own" / "manifest.json").read_text())
+    with pytest.raises(AlroFastError, match="other holds other items than it was trained on"):
+        evaluate.main(other)
+    assert not (run / "evaluation").exists()
+    evaluate.main(own)
+    assert (run / "evaluation" / "results.json").is_file()

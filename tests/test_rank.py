@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -176,6 +178,16 @@ def test_bad_input_is_one_clear_line(capsys, text, message):
 def test_bad_options_and_folders(capsys, adapter, tmp_path):
     with pytest.raises(AlroFastError, match="unknown method 'random'"):
         ranked(capsys, adapter, HEAT, "--method", "random")
+    for words, said in (
+        ("--top_k 0", "--top_k is at least 1; given 0"),
+        ("--top_k -1", "--top_k is at least 1; given -1"),
+        ("--seed -1", "seed is at least 0; given -1"),
+        ("--device foo", "--device foo cannot be used here"),
+        ("--device cuda:99", "--device cuda:99 cannot be used here"),
+    ):
+        with pytest.raises(AlroFastError, match=said) as raised:
+            ranked(capsys, adapter, HEAT, *words.split())
+        assert "\n" not in str(raised.value)
     with pytest.raises(AlroFastError, match="no such folder"):
         ranked(capsys, tmp_path / "missing", HEAT)
     with pytest.raises(AlroFastError, match="no such file"):
@@ -188,6 +200,26 @@ def test_bad_options_and_folders(capsys, adapter, tmp_path):
     tokenizer.save_pretrained(tmp_path / "wide")
     with pytest.raises(AlroFastError, match="does not fit"):
         ranked(capsys, adapter, HEAT, "--base_model", str(tmp_path / "wide"))
+
+
+def test_a_folder_that_is_no_run_is_named_as_such(capsys, adapter, tmp_path):
+    """`--model_name_or_path` is a flag of train: nothing here speaks of it."""
+    empty, bare, gone = tmp_path / "empty", tmp_path / "bare", tmp_path / "gone"
+    for folder in (empty, bare):
+        folder.mkdir()
+    (bare / "config.json").write_text("{}")
+    shutil.copytree(adapter, gone)
+    config = json.loads((gone / "adapter_config.json").read_text())
+    (gone / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "base")}))
+    for folder, options, said in (
+        (empty, (), f"{empty}: neither adapter_config.json nor config.json found"),
+        (bare, (), f"{bare}: no tokenizer could be loaded"),
+        (gone, (), f"{gone}: base model {tmp_path / 'base'}: no causal LM could be loaded"),
+        (adapter, ("--base_model", str(empty)), f"--base_model {empty}: no causal LM could be loaded"),
+    ):
+        with pytest.raises(AlroFastError, match=re.escape(said)) as raised:
+            ranked(capsys, folder, HEAT, *options)
+        assert "--model_name_or_path" not in str(raised.value)
 
 
 def test_a_process_of_its_own_prints_no_traceback(adapter):

@@ -169,6 +169,18 @@ def test_grades_give_their_expectation():
         ranker.rank(lists, method="first")
 
 
+def test_presentations_that_are_graded_share_their_candidates(monkeypatch):
+    """Every presentation costs what it costs alone: its candidates are read once, not once per grade."""
+    ranker, entry = Ranker(MODEL, TOKENIZER, PROMPTS, answer="ratings"), random_lists(1, 6, seed=5)[0]
+    rows, read = [], ranker._logits
+    monkeypatch.setattr(ranker, "_logits", lambda trees, tokens: rows.append(trees) or read(trees, tokens))
+    ranker.rank([entry])
+    ranker.rank([entry], shuffles=3)
+    (alone,), together = rows
+    assert [tree.num_answer_rows for tree in together] == [6, 6, 6]
+    assert sum(tree.num_tokens for tree in together) == pytest.approx(3 * alone.num_tokens, rel=0.01)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_company_changes_nothing(method):
     lists = random_lists(12, range(1, 9), seed=6)
@@ -307,6 +319,7 @@ def test_token_logits_are_float32_and_apply_the_head(monkeypatch):
         ({"shuffles": 0}, "shuffles is at least 1; given 0"),
         ({"method": "beam", "beams": 0}, "beams is at least 1; given 0"),
         ({"merge_by": "vote"}, "unknown merge 'vote'"),
+        ({"seed": -1}, "seed is at least 0; given -1"),
     ],
 )
 def test_options_are_checked(options, message):
