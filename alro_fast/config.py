@@ -56,6 +56,14 @@ class ModelArguments:
     scratch_layers: int = option(4, "Layers of a `scratch` model.")
     scratch_vocab_size: int = option(2048, "Text vocabulary of a `scratch` model's tokenizer, learned from the titles.")
 
+    def __post_init__(self) -> None:
+        for name in ("lora_r", "lora_alpha", "scratch_hidden_size", "scratch_layers"):
+            _at_least(name, getattr(self, name), 1)
+        if self.scratch_hidden_size % 32:
+            raise AlroFastError(f"--scratch_hidden_size is {self.scratch_hidden_size}; expected a multiple of 32")
+        if not 0 <= self.lora_dropout < 1:
+            raise AlroFastError(f"--lora_dropout is {self.lora_dropout:g}; expected 0 <= lora_dropout < 1")
+
 
 @dataclass
 class DataArguments:
@@ -106,6 +114,18 @@ class DataArguments:
     max_eval_lists: int | None = option(None, "Use at most this many validation lists during training.")
     max_test_lists: int | None = option(None, "Use at most this many test lists for the closing table.")
 
+    def __post_init__(self) -> None:
+        for name in ("max_train_lists", "max_eval_lists", "max_test_lists"):
+            _at_least(name, getattr(self, name), 1)
+        cut = [name for name in ("history_length", "list_size", "train_stride") if getattr(self, name) != _CUT[name]]
+        if self.data_dir is not None and self.raw_dir:
+            raise AlroFastError("--raw_dir is for preparing; the lists of --data_dir are prepared: give one of the two")
+        if self.data_dir is None and self.dataset == "demo" and (cut or self.raw_dir):
+            raise AlroFastError(f"--{(cut or ['raw_dir'])[0]} needs a --dataset other than the demo")
+
+
+_CUT = {"history_length": 20, "list_size": 10, "train_stride": None}
+
 
 @dataclass
 class ObjectiveArguments:
@@ -140,6 +160,13 @@ class ObjectiveArguments:
     resample_negatives: bool = option(True, "Draw the negatives of ranking lists anew every epoch.")
     backend: str = option("auto", "Backend of the fused ops.", ["auto", "eager", "cpp", "triton"])
 
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "permutations"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("gamma", "sigma"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise AlroFastError(f"--{name} is {getattr(self, name):g}; expected more than 0")
+
 
 @dataclass
 class RankerTrainingArguments(TrainingArguments):
@@ -164,6 +191,24 @@ class RankerTrainingArguments(TrainingArguments):
     logging_steps: float = option(10, "Steps between log lines.")
     logging_first_step: bool = option(True, "Log the first step too.")
     save_total_limit: int | None = option(2, "Checkpoints kept.")
+
+    def __post_init__(self) -> None:
+        given = self.output_dir
+        super().__post_init__()
+        if given is None:  # transformers puts a name of its own; ours is chosen when the run begins
+            self.output_dir = None
+        if str(self.resume_from_checkpoint).lower() in ("none", "false", ""):
+            self.resume_from_checkpoint = None
+        elif str(self.resume_from_checkpoint).lower() == "true":
+            self.resume_from_checkpoint = True
+        _at_least("tokens_per_batch", self.tokens_per_batch, 1)
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise AlroFastError(f"--num_train_epochs is {self.num_train_epochs:g}; expected more than 0")
+
+
+def _at_least(name: str, value: float | None, least: float) -> None:
+    if value is not None and value < least:
+        raise AlroFastError(f"--{name} is {value:g}; expected at least {least:g}")
 
 
 ARGUMENTS = (ModelArguments, DataArguments, ObjectiveArguments, RankerTrainingArguments)

@@ -27,6 +27,7 @@ from .config import Config, parse
 from .data.lists import PreparedData, open_prepared
 from .data.records import RankingList
 from .errors import AlroFastError
+from .memory import keep_freed_memory
 from .model import add_lora, base_path, load_base, load_tokenizer, make_scratch, resolve_dtype
 from .objectives.base import Objective, build_objective
 from .prompts import PromptBuilder, add_item_tokens
@@ -42,6 +43,13 @@ RESUMABLE = {  # options that may differ between a checkpoint and the run that r
 }  # fmt: skip
 
 
+LEFT_BY_A_RUN = (  # what --overwrite_output_dir may remove
+    "checkpoint-*", "runs", "data", "plots", "evaluation", "1-*", "2-*", "base", "references*", "config.yaml", "*.json",
+    "*.jsonl", "*.safetensors", "*.trec", "README.md", "report.html", "prompt_template.yaml", "training_args.bin",
+    "tokenizer*", "chat_template.jinja", "merges.txt", "vocab.*",
+)  # fmt: skip
+
+
 def main(argv: Sequence[str]) -> None:
     """Parse, check, build, train, compare."""
     config = parse(argv)
@@ -49,6 +57,7 @@ def main(argv: Sequence[str]) -> None:
     for name in ("httpx", "torch", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
+    keep_freed_memory()
     for stage in stages(config, argv):
         session = run_for(stage)
         session.describe()
@@ -100,6 +109,7 @@ class Run:
             self.folder = claim_folder(config)
             self.checkpoint = find_checkpoint(config, self.folder)
             self.prepared = self.prepare()
+        check_same_data(self.checkpoint, self.prepared)
         set_seed(self.training.seed)
         limits = {
             "train": config.data.max_train_lists,
@@ -149,16 +159,35 @@ class Run:
         return build_objective(config.objective, self.builder, answer=config.data.answer, seed=self.training.seed)
 
     def prepare(self) -> PreparedData:
-        """The prepared lists; a dry run works in a folder that vanishes with it."""
+        """The prepared lists. A dry run, and a run that will replace another, work in a folder that vanishes: nothing
+        of the old run is touched before everything is checked."""
         work = self.folder
-        if self.training.dry_run:
-            self._vanishing = tempfile.TemporaryDirectory(prefix="alro_fast-")
-            work = Path(self._vanishing.name)
-            self.training.output_dir = str(work)
+        self._aside = None
+        if self.training.dry_run or (begun(work) and self.checkpoint is None):
+            near = None if self.training.dry_run else work.parent
+            self._aside = tempfile.TemporaryDirectory(prefix=".alro_fast-", dir=near)
+            work = Path(self._aside.name)
+            if self.training.dry_run:
+                self.training.output_dir = str(work)
         elif self.training.process_index == 0:
             work.mkdir(parents=True, exist_ok=True)
             self.save_config(work)
         return self.load(work)
+
+    def take_over(self) -> None:
+        """Remove the run that this one replaces, and move the data prepared meanwhile to where it stood."""
+        if self._aside is None or self.training.process_index:
+            return
+        made = Path(self._aside.name) / "data"
+        for path in self.folder.iterdir():
+            if path.name == "data" and not made.is_dir():
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if made.is_dir():
+            shutil.move(made, self.folder / "data")
+            self.prepared.path = self.folder / "data"
+        self._aside.cleanup()
+        self.save_config(self.folder)
 
     def load(self, work: Path) -> PreparedData:
         """The prepared lists; prepared below `work` where they are not yet."""
@@ -229,6 +258,7 @@ class Run:
 
     def train(self) -> None:
         """Rank untuned, train, rank tuned; then the table and the files of the run."""
+        self.take_over()
         started, test = time.perf_counter(), self.lists["test"]
         rankings = {"untuned": self.ranker.rank(test)}
         self.fit()
@@ -309,15 +339,22 @@ def claim_folder(config: Config) -> Path:
             raise AlroFastError(
                 f"--output_dir {folder} holds something else than a run of alro_fast; give another folder"
             )
-        begun = not {path.name for path in folder.iterdir()} <= {"config.yaml", "data"}
-        if begun and not training.resume_from_checkpoint and not training.overwrite_output_dir:
+        if begun(folder) and not training.resume_from_checkpoint and not training.overwrite_output_dir:
             raise AlroFastError(
                 f"--output_dir {folder} holds an earlier run; add --resume_from_checkpoint true or "
                 "--overwrite_output_dir true, or give another folder"
             )
-        if not training.resume_from_checkpoint and not training.dry_run:
-            shutil.rmtree(folder)
+        foreign = sorted(path.name for path in folder.iterdir() if not any(map(path.match, LEFT_BY_A_RUN)))
+        if foreign and begun(folder) and not training.resume_from_checkpoint:
+            raise AlroFastError(
+                f"--output_dir {folder} holds {foreign[0]}, which no run wrote: it is not replaced; give another folder"
+            )
     return folder
+
+
+def begun(folder: Path) -> bool:
+    """Whether `folder` holds more than a run that stopped before its first step leaves."""
+    return folder.is_dir() and not {path.name for path in folder.iterdir()} <= {"config.yaml", "data"}
 
 
 def next_folder(config: Config) -> Path:
@@ -332,9 +369,9 @@ def next_folder(config: Config) -> Path:
 def find_checkpoint(config: Config, folder: Path) -> str | None:
     """The checkpoint to resume from, or None; AlroFastError when there is none or its configuration differs."""
     wanted = config.training.resume_from_checkpoint
-    if not wanted or str(wanted).lower() == "false":
+    if wanted is None:
         return None
-    latest = str(wanted).lower() == "true"
+    latest = wanted is True
     path = get_last_checkpoint(str(folder)) if latest and folder.is_dir() else (None if latest else str(wanted))
     if path is None or not Path(path).is_dir():
         raise AlroFastError(f"--resume_from_checkpoint: no checkpoint in {folder if latest else wanted}")
@@ -352,13 +389,25 @@ def find_checkpoint(config: Config, folder: Path) -> str | None:
     return path
 
 
+def check_same_data(checkpoint: str | None, prepared: PreparedData) -> None:
+    """AlroFastError when a checkpoint was trained on other lists than those at hand."""
+    recorded = Path(checkpoint or "") / "data_manifest.json"
+    if checkpoint is None or not recorded.is_file():
+        return
+    if json.loads(recorded.read_text(encoding="utf-8")).get("files") != prepared.manifest.get("files"):
+        raise AlroFastError(
+            f"--resume_from_checkpoint: {checkpoint} was trained on other lists than those of {prepared.path}; "
+            "resume with the same data, or start in another --output_dir"
+        )
+
+
 def prepare(config: Config, folder: Path) -> PreparedData:
     """The prepared lists: `data_dir` as it is, or `dataset` prepared into <output_dir>/data."""
     data = config.data
     if data.data_dir is not None:
         return open_prepared(data.data_dir)
     target = folder / "data"
-    if not (target / "manifest.json").is_file():
+    if config.training.resume_from_checkpoint is None or not (target / "manifest.json").is_file():
         if data.dataset == "demo":
             from .data.demo import make_demo
 
@@ -372,7 +421,7 @@ def prepare(config: Config, folder: Path) -> PreparedData:
                 )
             words = ["--dataset", data.dataset, "--raw_dir", data.raw_dir, "--output_dir", str(target)]
             words += ["--history_length", str(data.history_length), "--list_size", str(data.list_size)]
-            words += ["--seed", str(config.training.seed)]
+            words += ["--seed", str(config.training.seed), "--overwrite_output_dir"]
             words += ["--train_stride", str(data.train_stride)] if data.train_stride else []
             prepare_command.main(words)
     return open_prepared(target)

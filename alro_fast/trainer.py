@@ -49,21 +49,21 @@ class TreeDataset(Dataset):
         for start in tqdm(starts, desc="prompts", unit="chunk", disable=not progress or len(starts) < 4, leave=False):
             indices = list(range(start, min(start + SIZING_CHUNK, len(lists))))
             for example in objective.examples([lists[i] for i in indices], indices, epoch=0):
-                self.sizes.append(example.tree.num_tokens)
-                self.unshared_tokens += example.tree.unshared_tokens
-                self.answer_rows += example.tree.num_answer_rows
+                self.sizes.append(sum(tree.num_tokens for tree in example.trees))
+                self.unshared_tokens += sum(tree.unshared_tokens for tree in example.trees)
+                self.answer_rows += sum(tree.num_answer_rows for tree in example.trees)
                 self.dropped_history += example.views[0].dropped_history
 
     def __len__(self) -> int:
         return len(self.lists)
 
-    def check(self, token_budget: int) -> None:
-        """AlroFastError, naming the list, when one tree alone exceeds the budget."""
+    def check(self, token_budget: int, option: str = "--tokens_per_batch") -> None:
+        """AlroFastError, naming the list, when one list alone exceeds the budget that `option` sets."""
         longest = max(range(len(self.sizes)), key=self.sizes.__getitem__, default=None)
         if longest is not None and self.sizes[longest] > token_budget:
             raise AlroFastError(
                 f"list {self.lists[longest].list_id} has {self.sizes[longest]} distinct tokens, more than "
-                f"--tokens_per_batch {token_budget}; raise it, or shorten histories with --max_length"
+                f"{option} {token_budget}; raise it, or shorten histories with --max_length"
             )
 
     def __getitem__(self, index: tuple[int, list[int]]) -> Batch:
@@ -74,7 +74,8 @@ class TreeDataset(Dataset):
 
 def build_batch(examples: Sequence[Example], objective: Objective) -> Batch:
     """Pack the examples' trees into one stream and read the objective's targets off it."""
-    packed = collate([example.tree for example in examples], range(len(examples)))
+    trees = [tree for example in examples for tree in example.trees]
+    packed = collate(trees, range(len(trees)))
     targets, counts = objective.targets(packed, examples)
     return Batch(packed, targets, counts, len(examples), [example.source for example in examples])
 
@@ -143,14 +144,17 @@ class RankerTrainer(Trainer):
         self.objective, self.evaluate_ranking, self.save_extras = objective, evaluate_ranking, save_extras
         self._sums: dict[str, torch.Tensor] = {}
         self._counted = dict.fromkeys(("lists", "unique_tokens", "unshared_tokens", "padded_tokens", "head_rows"), 0)
-        self._since = time.perf_counter()
+        self._since, self._noted_step = time.perf_counter(), 0
         super().__init__(
             model, args, data_collator=_only, train_dataset=train_dataset, eval_dataset=eval_dataset,
             callbacks=callbacks, **options,
         )  # fmt: skip
         self.loss_is_scaled_for_ga = True
         train_dataset.check(args.tokens_per_batch)
+        if eval_dataset is not None:
+            eval_dataset.check(self._eval_budget, self._eval_option)
         _accept_trees(model)
+        self.add_callback(_MeterStart(self))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressLine())
@@ -158,13 +162,21 @@ class RankerTrainer(Trainer):
     # ---- batches
 
     def get_train_dataloader(self) -> DataLoader:
-        return self._loader(self.train_dataset, self.args.tokens_per_batch, self.args.data_seed or self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return self._loader(self.train_dataset, self.args.tokens_per_batch, seed)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        budget = self.args.eval_tokens_per_batch or self.args.tokens_per_batch
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        dataset.check(budget)
-        return self._loader(dataset, budget, seed=None)
+        dataset.check(self._eval_budget, self._eval_option)
+        return self._loader(dataset, self._eval_budget, seed=None)
+
+    @property
+    def _eval_budget(self) -> int:
+        return self.args.eval_tokens_per_batch or self.args.tokens_per_batch
+
+    @property
+    def _eval_option(self) -> str:
+        return "--eval_tokens_per_batch" if self.args.eval_tokens_per_batch else "--tokens_per_batch"
 
     def num_examples(self, dataloader: DataLoader) -> int:
         return len(dataloader.dataset)
@@ -250,7 +262,7 @@ class RankerTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the loss's parts, throughput and sharing to the Trainer's line of a training step."""
         if "loss" in logs and self._counted["lists"]:
-            steps = self.state.global_step - getattr(self, "_noted_step", 0)
+            steps = self.state.global_step - self._noted_step
             seconds = time.perf_counter() - self._since
             counted = self._counted
             logs |= {name: (total / max(steps, 1)).item() for name, total in self._sums.items()}
@@ -316,6 +328,16 @@ def _accept_trees(model: torch.nn.Module) -> None:
         return ordinary(*args, **kwargs) if packed_trees is None else tree_hidden_states(causal, packed_trees)
 
     causal.forward = forward
+
+
+class _MeterStart(TrainerCallback):
+    """Throughput and averages of a log line begin with training, at the step a resumed run begins with."""
+
+    def __init__(self, trainer: RankerTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._noted_step, self.trainer._since = state.global_step, time.perf_counter()
 
 
 class ProgressLine(ProgressCallback):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -127,7 +129,8 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(folder):
     histories = [
         json.loads((folder / name / "trainer_state.json").read_text())["log_history"] for name in ("run", "killed")
     ]
-    losses = [[entry["loss"] for entry in history if "loss" in entry] for history in histories]
+    parts = ("loss", "sft", "soft_lambda", "permutation", "grad_norm", "learning_rate")
+    losses = [[[entry[part] for part in parts] for entry in each if "loss" in entry] for each in histories]
     assert losses[0] == losses[1]
     assert len(losses[0]) > 5
 
@@ -159,6 +162,50 @@ def test_dry_run_prints_the_plan_and_writes_nothing(folder, capsys):
     assert not (folder / "dry").exists()
 
 
+def test_replacing_a_run_waits_until_everything_is_checked(folder):
+    """A mistake loses nothing; a file of somebody else's is never removed; a sound run replaces the old one."""
+    shutil.copytree(folder / "run", folder / "old")
+    before = {path: path.stat().st_size for path in (folder / "old").rglob("*")}
+    replace = ["--overwrite_output_dir", "true", "--max_steps", "2"]
+    refused(options(folder, "old", *replace, "--objective", "listnet"))
+    refused(options(folder, "old", *replace, "--template", "novels"))
+    assert {path: path.stat().st_size for path in (folder / "old").rglob("*")} == before
+    (folder / "old" / "notes.txt").write_text("mine")
+    assert "holds notes.txt" in refused(options(folder, "old", *replace))
+    (folder / "old" / "notes.txt").unlink()
+    train.main(options(folder, "old", *replace))
+    assert json.loads((folder / "old" / "trainer_state.json").read_text())["global_step"] == 2
+    assert not (folder / "old" / "checkpoint-16").exists()
+
+
+def test_a_checkpoint_of_other_lists_is_refused(folder):
+    write_prepared(folder / "others", catalogue(40), {"train": random_lists(9, 4, seed=5, history=3, items=40)})
+    more = ["--resume_from_checkpoint", "true", "--data_dir", str(folder / "others")]
+    assert "was trained on other lists" in refused(options(folder, "run", *more))
+
+
+def test_no_output_folder_means_the_next_free_one(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    words = options(folder, "unused", "--max_steps", "1", "--save_strategy", "no", "--eval_strategy", "no")
+    at = words.index("--output_dir")
+    del words[at : at + 2]
+    for name in ("run", "run-2"):
+        train.main(words)
+        assert (folder / "out" / name / "results.json").is_file()
+
+
+def test_unrated_candidates_have_no_grade_to_learn(folder):
+    """The ratings form over lists with unrated candidates in any place."""
+    lists = [
+        dataclasses.replace(each, ratings=(math.nan, *each.ratings[1:-1], math.nan))
+        for each in random_lists(6, 5, seed=9, history=3, items=40)
+    ]
+    write_prepared(folder / "unrated", catalogue(40), {"train": lists, "test": lists[:2]})
+    more = ["--answer", "ratings", "--max_steps", "2", "--data_dir", str(folder / "unrated"), "--eval_strategy", "no"]
+    train.main(options(folder, "graded", *more))
+    assert (folder / "graded" / "results.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -175,6 +222,12 @@ def test_dry_run_prints_the_plan_and_writes_nothing(folder, capsys):
         (["--tokens_per_batch", "50"], "more than --tokens_per_batch 50"),
         (["--resume_from_checkpoint", "true"], "no checkpoint in"),
         (["--answer", "essay"], "invalid choice: 'essay'"),
+        (["--sigma", "0"], "--sigma is 0; expected more than 0"),
+        (["--permutations", "-1"], "--permutations is -1"),
+        (["--max_train_lists", "0"], "--max_train_lists is 0; expected at least 1"),
+        (["--num_train_epochs", "-1"], "--num_train_epochs is -1"),
+        (["--eval_tokens_per_batch", "50"], "more than --eval_tokens_per_batch 50"),
+        (["--raw_dir", "."], "give one of the two"),
     ],
 )
 def test_mistakes_get_one_line_before_any_work(folder, more, said):

@@ -99,7 +99,8 @@ def test_loss_is_the_reference_loss_of_unshared_forwards(answer):
     rows = [
         model.get_decoder()(torch.from_numpy(branch)[None]).last_hidden_state[0, start - 1 : -1]
         for example in examples
-        for branch, start in zip(example.tree.ids, example.tree.answer_starts)
+        for tree in example.trees
+        for branch, start in zip(tree.ids, tree.answer_starts)
     ]
     hidden = torch.cat(rows)
     head = head_of(model)

@@ -50,7 +50,7 @@ class ALROObjective(SFTObjective):
         ranks = torch.zeros((len(views), width), dtype=torch.long)
         twin = torch.full((len(views),), -1, dtype=torch.long)
         grades = None
-        original = 0
+        original = tree = 0
         for l, (t, v) in enumerate(views):
             example, view = examples[t], examples[t].views[v]
             m = len(example.source.candidates)
@@ -58,17 +58,19 @@ class ALROObjective(SFTObjective):
                 original = l
             else:
                 twin[l] = original
-            ratings[l, :m] = torch.tensor(example.source.ratings)
-            ranks[l, :m] = torch.tensor(view.ranks)
             if self.answer == "ranking":
-                slot_rows[l, :m] = packed.branch_rows[t][v] + torch.tensor(view.slot_offsets)
+                ratings[l, :m] = torch.tensor(example.source.ratings)
+                ranks[l, :m] = torch.tensor(view.ranks)
+                slot_rows[l, :m] = packed.branch_rows[tree][v] + torch.tensor(view.slot_offsets)
                 candidate_ids[l, :m] = torch.tensor(view.candidate_ids)
-            else:
+            else:  # an unrated candidate has no grade, hence no row: it is left out, ranks stay those of the rest
                 rated = [i for i, branch in enumerate(view.branches) if branch.answer_ids]
-                starts = packed.branch_rows[t][v * len(rated) : (v + 1) * len(rated)]
-                for i, start in zip(rated, starts):
-                    slot_rows[l, i] = start + view.branches[i].grade_offset
+                ratings[l, : len(rated)] = torch.tensor([example.source.ratings[i] for i in rated])
+                ranks[l, : len(rated)] = torch.tensor([view.ranks[i] for i in rated])
+                rows = zip(rated, packed.branch_rows[tree + v])
+                slot_rows[l, : len(rated)] = torch.tensor([row + view.branches[i].grade_offset for i, row in rows])
                 grades = Grades(torch.tensor(view.grade_ids), torch.tensor(view.grade_values))
+            tree += len(example.trees) if v == len(example.views) - 1 else 0
         twins = sum(len(example.views) - 1 for example in examples)
         targets = ALROTargets(
             RankingLists(slot_rows, candidate_ids, ratings, ranks, twin, grades), len(packed.labels), len(views), twins

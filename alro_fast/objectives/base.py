@@ -38,9 +38,15 @@ REGISTRY = {  # --objective -> module:class
 class Example(NamedTuple):
     """One ranking list, ready to train on: its tree, and what the objective needs to read the answers back."""
 
-    tree: Tree
-    views: tuple[Any, ...]  # the presentations in the tree, in branch order
+    trees: tuple[Tree, ...]  # one for all presentations, or one for each
+    views: tuple[Any, ...]  # the presentations, in branch order
     source: RankingList | Preference
+
+    @property
+    def tree(self) -> Tree:
+        """The only tree of an example that has one."""
+        (tree,) = self.trees
+        return tree
 
 
 class LossTerm(NamedTuple):

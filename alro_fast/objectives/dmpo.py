@@ -192,7 +192,7 @@ def branches_of(ids: PreferenceIds) -> list[Branch]:
 
 
 def _example(source: Preference | RankingList, ids: PreferenceIds) -> Example:
-    return Example(Tree(branches_of(ids), name=source.list_id), (ids,), source)
+    return Example((Tree(branches_of(ids), name=source.list_id),), (ids,), source)
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:

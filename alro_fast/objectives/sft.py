@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -29,7 +30,8 @@ class SFTObjective:
         return [None]
 
     def examples(self, lists: Sequence[RankingList], indices: Sequence[int], epoch: int) -> list[Example]:
-        """One tree per list: the shared prompt, and a branch per presentation (and candidate, for grades)."""
+        """The presentations of each list as trees: one tree of rankings, or a tree of grades for each presentation,
+        whose questions share the whole page."""
         orders = [self.orders(source, index, epoch) for source, index in zip(lists, indices)]
         repeated = [source for source, each in zip(lists, orders) for _ in each]
         build = self.builder.rankings if self.answer == "ranking" else self.builder.rates
@@ -37,8 +39,10 @@ class SFTObjective:
         examples = []
         for source, each in zip(lists, orders):
             mine = tuple(next(views) for _ in each)
-            branches = [branch for view in mine for branch in branches_of(view)]
-            examples.append(Example(Tree(branches, name=source.list_id), mine, source))
+            branches = [branches_of(view) for view in mine]
+            grouped = [list(chain.from_iterable(branches))] if self.answer == "ranking" else branches
+            trees = tuple(Tree(group, name=f"list {source.list_id}") for group in grouped)
+            examples.append(Example(trees, mine, source))
         return examples
 
     def targets(self, packed: PackedBatch, examples: Sequence[Example]) -> tuple[Any, dict[str, int]]:
