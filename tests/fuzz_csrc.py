@@ -306,6 +306,20 @@ def gated_backward(rng: random.Random, out: Guarded) -> dict:
     return {**made, "threads": threads}
 
 
+def rotary(rng: random.Random, out: Guarded) -> dict:
+    batches, heads, rows, half = rng.randint(0, 3), rng.randint(0, 3), some_size(rng, 60), some_size(rng, 70)
+    dtype = rng.choice((torch.float32, torch.bfloat16))
+    x = rng.choice((1.0, 1e6, float("nan"))) * torch.randn(batches, rows, heads, 2 * half)
+    return {
+        "x": rng.choice((x.transpose(1, 2), x.transpose(1, 2).contiguous())).to(dtype),
+        "cos": torch.randn(1, rows, 2 * half, dtype=dtype).expand(batches, -1, -1),
+        "sin": torch.randn(batches, rows, 2 * half, dtype=dtype),
+        "transpose": rng.random() < 0.5,
+        "y": out.new(batches, rows, heads, 2 * half, dtype=dtype).transpose(1, 2),
+        "threads": rng.randint(1, 5),
+    }
+
+
 FUNCTIONS = (
     vocab_pass,
     weight_grad,
@@ -317,6 +331,7 @@ FUNCTIONS = (
     rms_norm_backward,
     gated,
     gated_backward,
+    rotary,
 )
 
 
