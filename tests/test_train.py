@@ -113,8 +113,9 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(folder):
         "train.main(sys.argv[1:])\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *options(folder, "killed")], cwd=ROOT, stdout=subprocess.DEVNULL
-    )
+        [sys.executable, "-c", code, *options(folder, "killed")],
+        cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     waited = time.monotonic()
     while not (folder / "killed" / "checkpoint-4" / "trainer_state.json").is_file():
         assert process.poll() is None
