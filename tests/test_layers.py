@@ -170,6 +170,20 @@ def test_bfloat16_rotary_is_as_exact_as_torch():
     assert_as_exact(outcome(lambda x: layers._Rotary.apply(x, cos, sin), x), eager, wanted)
 
 
+@pytest.mark.usefixtures("_instruction_set")
+def test_bfloat16_is_float32_rounded_once():
+    """To nearest, ties to even; NaN and infinities survive."""
+    torch.manual_seed(0)
+    x, up, weight = (torch.randn(shape).bfloat16() for shape in ((40, 130), (40, 130), (130,)))
+    up[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    for half, single in (
+        (cpp.gated(x, up, "silu"), cpp.gated(x.float(), up.float(), "silu")),
+        (cpp.rms_norm(x, weight, 1e-6, 1.0)[0], cpp.rms_norm(x.float(), weight.float(), 1e-6, 1.0)[0]),
+        (cpp.gated(up, x, "silu"), cpp.gated(up.float(), x.float(), "silu")),
+    ):
+        torch.testing.assert_close(half, single.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
 def refuse(*_):
     raise AssertionError
 
