@@ -71,7 +71,7 @@ def slide(lists: list[RankingList], width: int, rank: Callable[[list[RankingList
     for turn in range(max(map(len, starts), default=0)):
         due = [i for i in range(len(lists)) if turn < len(starts[i])]
         windows = [orders[i][starts[i][turn] : starts[i][turn] + width] for i in due]
-        parts = [_subset(lists[i], window) for i, window in zip(due, windows, strict=True)]
+        parts = [lists[i].select(window) for i, window in zip(due, windows, strict=True)]
         for i, window, ranking in zip(due, windows, rank(parts), strict=True):
             orders[i][starts[i][turn] : starts[i][turn] + width] = window[list(ranking.order)]
     rankings = []
@@ -80,14 +80,6 @@ def slide(lists: list[RankingList], width: int, rank: Callable[[list[RankingList
         shown = np.arange(len(order))[None]
         rankings.append(Ranking(entry.list_id, tuple(order.tolist()), scores, shown, scores[None]))
     return rankings
-
-
-def _subset(entry: RankingList, kept: np.ndarray) -> RankingList:
-    return replace(
-        entry,
-        candidates=tuple(entry.candidates[i] for i in kept),
-        ratings=tuple(entry.ratings[i] for i in kept),
-    )
 
 
 def make_ranking(entry: RankingList, presented: np.ndarray, by_presentation: np.ndarray, merge_by: str) -> Ranking:

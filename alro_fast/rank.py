@@ -5,7 +5,8 @@ Reads one JSON list, an array of them, or JSON lines, from FILE or standard inpu
     {"history": [{"title": "Heat", "category": "Crime", "rating": 4.5}],
      "candidates": [{"id": 7, "title": "Casino", "category": "Crime"}, {"title": "Clueless"}]}
 
-`id` and `category` may be left out, `history` too; `list_id` is passed through. Prints a JSON line per list, best
+`id` and `category` may be left out, `history` too; `list_id` is passed through. A candidate's `hint` is a first stage's
+predicted rating of it, for models tuned with hints. Prints a JSON line per list, best
 candidate first: {"list_id": ..., "ranking": [{"rank": 1, "id": 7, "title": "Casino", "score": -0.4}, ...]}.
 """
 
@@ -47,7 +48,11 @@ def main(argv: Sequence[str]) -> None:
     check_options(options.method, options.shuffles, options.merge, options.beams, options.seed)
     check_device(options.device)
     ranker = Ranker.load(
-        options.adapter, device=options.device, base_model=options.base_model, token_budget=options.token_budget
+        options.adapter,
+        device=options.device,
+        base_model=options.base_model,
+        trust_remote_code=options.trust_remote_code,
+        token_budget=options.token_budget,
     )
     if ranker.prompts.identifiers == "items":
         items = catalogue(options.adapter)
@@ -83,6 +88,7 @@ def add_ranking_options(parser: argparse.ArgumentParser) -> None:
     """What `rank` and `evaluate` have in common."""
     parser.add_argument("--adapter", required=True, help="folder that alro_fast.train wrote")
     parser.add_argument("--base_model", help="base model in place of the one the adapter names")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base model")
     parser.add_argument("--method", help="first, expected, greedy or beam; default: first (expected for grades)")
     parser.add_argument("--shuffles", type=int, default=1, help="presentations of each list, merged (default 1)")
     parser.add_argument("--merge", default="mean", help="how they are merged: mean (of scores), borda or kemeny")
@@ -150,8 +156,11 @@ def parse_list(document: Any, number: int) -> RankingList:
                 f"{place}: candidates {first[item.item_id]} and {at} have the same id {candidates[at - 1]['id']!r}; "
                 "give every candidate once"
             )
+    unknown = (math.nan,) * len(shown)
+    hints = tuple(_hint(entry, f"{place}, candidate {at}") for at, entry in enumerate(candidates, start=1))
+    hints = () if all(map(math.isnan, hints)) else hints
     name = str(document.get("list_id", number))
-    return RankingList(name, name, tuple(past), tuple(ratings), tuple(shown), (math.nan,) * len(shown))
+    return RankingList(name, name, tuple(past), tuple(ratings), tuple(shown), unknown, hints)
 
 
 @functools.cache
@@ -210,10 +219,18 @@ def _item(entry: Any, place: str, unnamed: str) -> Item:
 
 
 def _rating(entry: Any, place: str) -> float:
-    rating = entry.get("rating")
-    if isinstance(rating, bool) or not isinstance(rating, int | float) or not math.isfinite(rating):
-        raise AlroFastError(f'{place}: expected a "rating" that is a number, found {_kind(rating)}')
-    return float(rating)
+    return _number(entry.get("rating"), "rating", place)
+
+
+def _hint(entry: Any, place: str) -> float:
+    hint = entry.get("hint")
+    return math.nan if hint is None else _number(hint, "hint", place)
+
+
+def _number(value: Any, name: str, place: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise AlroFastError(f'{place}: expected a "{name}" that is a number, found {_kind(value)}')
+    return float(value)
 
 
 def _kind(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -11,9 +12,10 @@ import pytest
 
 from alro_fast import __version__
 from alro_fast.data import lists as module
-from alro_fast.data.lists import FILES, LIST_SCHEMA, check_output_folder, open_prepared, write_prepared
+from alro_fast.data.lists import FILES, HINTED_SCHEMA, LIST_SCHEMA, check_output_folder, open_prepared, write_prepared
 from alro_fast.data.records import Item, RankingList
 from alro_fast.errors import AlroFastError
+from alro_fast.orders import unlabelled
 
 NAN = float("nan")
 ITEMS = [Item(i, f"id-{i}", f"Film {i} <é>, The", "Drama" if i % 2 else "") for i in range(6)]
@@ -171,3 +173,32 @@ def test_frames_are_written_as_given(tmp_path):
     data = open_prepared(tmp_path)
     assert same(data.lists("valid")[0], ranking_list("u-1", "u", {0: 4.0}, {2: 1.0, 1: NAN}))
     assert pl.read_parquet(tmp_path / "lists-valid.parquet").equals(frame)
+
+
+HINTED = [
+    replace(LISTS["train"][0], hints=(2.5, NAN)),
+    replace(LISTS["train"][1], hints=()),
+    replace(LISTS["test"][0], hints=(0.25, 1.0, 4.0)),
+]
+
+
+def test_hints_come_back_and_leave_other_folders_alone(tmp_path):
+    write_prepared(tmp_path / "plain", ITEMS, LISTS)
+    write_prepared(tmp_path / "hinted", ITEMS, LISTS | {"train": HINTED})
+    found = open_prepared(tmp_path / "hinted").lists("train")
+    assert all(same(a, b) for a, b in zip(found, HINTED, strict=True))
+    assert same(found[1:][1], HINTED[2])
+    assert pl.read_parquet(tmp_path / "hinted" / "lists-train.parquet").schema == HINTED_SCHEMA
+    for split in ("train", "test"):
+        assert pl.read_parquet(tmp_path / "plain" / f"lists-{split}.parquet").schema == LIST_SCHEMA
+    names = ("items.parquet", "lists-test.parquet")
+    assert all((tmp_path / "plain" / n).read_bytes() == (tmp_path / "hinted" / n).read_bytes() for n in names)
+
+
+def test_select_takes_ratings_and_hints_along():
+    chosen = HINTED[2].select([2, 0])
+    assert same(
+        chosen, replace(ranking_list("u-3", "u", {0: 4.0, 1: 5.0, 2: 1.0}, {3: 0.5, 4: 3.5}), hints=(4.0, 0.25))
+    )
+    assert HINTED[1].select([1]).hints == ()
+    assert unlabelled(HINTED[2]).hints == HINTED[2].hints

@@ -80,6 +80,19 @@ def test_titles_may_repeat_and_history_may_be_empty(capsys, adapter):
     assert len(line["ranking"]) == 3
 
 
+def test_hints_are_read_and_checked():
+    hinted = json.loads(json.dumps(HEAT))
+    hinted["candidates"][1]["hint"] = 2
+    found = rank.parse_list(hinted, 1)
+    assert repr(found.hints) == "(nan, 2.0, nan)"
+    assert rank.parse_list(HEAT, 1).hints == ()
+    hinted["candidates"][2]["hint"] = "good"
+    with pytest.raises(
+        AlroFastError, match=r"""list 1, candidate 3: expected a "hint" that is a number, found the text"""
+    ):
+        rank.parse_list(hinted, 1)
+
+
 @pytest.mark.parametrize("options", [("--method", "beam", "--beams", "2"), ("--shuffles", "3", "--merge", "kemeny")])
 def test_options_reach_the_ranker(capsys, adapter, options):
     (line,) = ranked(capsys, adapter, HEAT, *options)

@@ -1,7 +1,7 @@
 """The prepared folder: items, ranking lists and a manifest, written once and read by everything after.
 
     items.parquet            row i is Item.index i: item_id, title, category, train_count, train_mean (null: unrated)
-    lists-<split>.parquet    one row per list, see LIST_SCHEMA
+    lists-<split>.parquet    one row per list, see LIST_SCHEMA, and HINTED_SCHEMA where lists carry hints
     manifest.json            where the lists come from, how they were made, SHA-256 of the files beside it
 
 train_count and train_mean are taken over the ratings that are in no validation or test candidate set.
@@ -44,6 +44,7 @@ LIST_SCHEMA = {
     "first_time": pl.Int64,  # of the earliest and the latest rated candidate, in the manifest's time_unit
     "last_time": pl.Int64,
 }
+HINTED_SCHEMA = LIST_SCHEMA | {"hints": pl.List(pl.Float32)}  # null: a list without; a null within: unknown
 FILES = ("items.parquet", *(f"lists-{split}.parquet" for split in SPLITS), "manifest.json")
 ROW_GROUP = 1 << 16
 
@@ -61,6 +62,10 @@ class Lists(Sequence[RankingList]):
         self._history_ratings, _ = _flat(frame["history_ratings"], np.float32)
         self._candidates, self._offsets = _flat(frame["candidates"], np.uint32)
         self._ratings, _ = _flat(frame["ratings"], np.float32)
+        if "hints" in frame.columns:
+            self._hints, self._hint_offsets = _flat(frame["hints"], np.float32)
+        else:
+            self._hints, self._hint_offsets = np.zeros(0, np.float32), np.zeros(frame.height + 1, np.int64)
 
     def __len__(self) -> int:
         return self._frame.height
@@ -71,6 +76,7 @@ class Lists(Sequence[RankingList]):
         row = range(len(self))[index]
         past = slice(*self._history_offsets[row : row + 2])
         here = slice(*self._offsets[row : row + 2])
+        hinted = slice(*self._hint_offsets[row : row + 2])
         return RankingList(
             list_id=self._frame["list_id"][row],
             user_id=self._frame["user_id"][row],
@@ -78,6 +84,7 @@ class Lists(Sequence[RankingList]):
             history_ratings=tuple(self._history_ratings[past].tolist()),
             candidates=tuple(self._items[i] for i in self._candidates[here].tolist()),
             ratings=tuple(self._ratings[here].tolist()),
+            hints=tuple(self._hints[hinted].tolist()),
         )
 
     @property
@@ -99,7 +106,7 @@ class PreparedData:
     def __init__(self, path: Path, manifest: dict):
         self.path = path
         self.manifest = manifest
-        frame = self._read("items.parquet", ITEM_SCHEMA)
+        frame = self._read("items.parquet", (ITEM_SCHEMA,))
         columns = (frame[name].to_list() for name in ("item_id", "title", "category"))
         self.items: list[Item] = [Item(index, *cells) for index, cells in enumerate(zip(*columns))]
         self.train_count: np.ndarray = frame["train_count"].to_numpy()
@@ -111,10 +118,11 @@ class PreparedData:
         if split not in SPLITS:
             raise AlroFastError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
         if split not in self._lists:
-            self._lists[split] = Lists(self.items, self._read(f"lists-{split}.parquet", LIST_SCHEMA))
+            frame = self._read(f"lists-{split}.parquet", (LIST_SCHEMA, HINTED_SCHEMA))
+            self._lists[split] = Lists(self.items, frame)
         return self._lists[split]
 
-    def _read(self, name: str, schema: Mapping[str, pl.DataType]) -> pl.DataFrame:
+    def _read(self, name: str, schemas: Sequence[Mapping[str, pl.DataType]]) -> pl.DataFrame:
         file = self.path / name
         if not file.is_file():
             raise AlroFastError(f"{self.path} lacks {name}; prepare the data again")
@@ -123,8 +131,10 @@ class PreparedData:
         if found != self.manifest["files"].get(name, {}).get("sha256"):
             raise AlroFastError(f"{file} is not the file its manifest.json speaks of; prepare the data again")
         frame = pl.read_parquet(file)
-        if dict(frame.schema) != dict(schema):
-            raise AlroFastError(f"{file} has columns {frame.columns}; expected {list(schema)}: prepare the data again")
+        if dict(frame.schema) not in schemas:
+            raise AlroFastError(
+                f"{file} has columns {frame.columns}; expected {list(schemas[0])}: prepare the data again"
+            )
         return frame
 
 
@@ -159,7 +169,7 @@ def write_prepared(
     """Write a prepared folder, whole or not at all; the same arguments give the same bytes.
 
     items: records, their train statistics then counted over the lists; or a frame of ITEM_SCHEMA.
-    lists_by_split: records or a frame of LIST_SCHEMA for each split; a split left out is empty.
+    lists_by_split: records or a frame of LIST_SCHEMA or HINTED_SCHEMA for each split; a split left out is empty.
     manifest_extra: what the manifest says beyond format, versions and file hashes.
     An earlier prepared folder at `path` is replaced; any other content is refused.
     """
@@ -214,7 +224,7 @@ def check_output_folder(path: Path) -> None:
 
 def _flat(column: pl.Series, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     """Values of a list column end to end (null: NaN) and int64 offsets [rows + 1]."""
-    lengths = column.list.len().to_numpy()
+    lengths = column.list.len().fill_null(0).to_numpy()
     values = column.filter(column.list.len() > 0).explode()
     if values.dtype.is_float():
         values = values.fill_null(math.nan)
@@ -223,9 +233,10 @@ def _flat(column: pl.Series, dtype: type) -> tuple[np.ndarray, np.ndarray]:
 
 def _list_frame(lists: Sequence[RankingList] | pl.DataFrame) -> pl.DataFrame:
     if isinstance(lists, pl.DataFrame):
-        if dict(lists.schema) != LIST_SCHEMA:
+        if dict(lists.schema) not in (LIST_SCHEMA, HINTED_SCHEMA):
             raise AlroFastError(f"list frame has columns {dict(lists.schema)}; expected {LIST_SCHEMA}")
         return lists
+    hinted = any(one.hints for one in lists)
     rows = [
         (
             one.list_id,
@@ -233,14 +244,19 @@ def _list_frame(lists: Sequence[RankingList] | pl.DataFrame) -> pl.DataFrame:
             [item.index for item in one.history],
             list(one.history_ratings),
             [item.index for item in one.candidates],
-            [None if math.isnan(rating) else rating for rating in one.ratings],
+            _nan_to_none(one.ratings),
             one.all_equal,
             None,
             None,
+            *([_nan_to_none(one.hints) or None] if hinted else []),
         )
         for one in lists
     ]
-    return pl.DataFrame(rows, schema=LIST_SCHEMA, orient="row")
+    return pl.DataFrame(rows, schema=HINTED_SCHEMA if hinted else LIST_SCHEMA, orient="row")
+
+
+def _nan_to_none(values: Sequence[float]) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values]
 
 
 def _item_frame(items: Sequence[Item], frames: Mapping[str, pl.DataFrame]) -> pl.DataFrame:

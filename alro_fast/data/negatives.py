@@ -105,7 +105,9 @@ class Negatives:
         order = self._generator(one, epoch, "order").permutation(len(candidates)).tolist()
         candidates = [candidates[i] for i in order]
         ratings = tuple(rating_of.get(item.index, math.nan) for item in candidates)
-        return replace(one, candidates=tuple(candidates), ratings=ratings)
+        hint_of = {item.index: hint for item, hint in zip(one.candidates, one.hints)}
+        hints = tuple(hint_of.get(item.index, math.nan) for item in candidates) if one.hints else ()
+        return replace(one, candidates=tuple(candidates), ratings=ratings, hints=hints)
 
     def _below(self, one: RankingList) -> list[int]:
         best = positive(one)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 
@@ -19,7 +19,11 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RankingList:
-    """One user's history and candidates. `ratings` are labels, never shown in a prompt; NaN: an unrated candidate."""
+    """One user's history and candidates. `ratings` are labels, never shown in a prompt; NaN: an unrated candidate.
+
+    `hints`: a first stage's predicted rating of each candidate, made without the candidate's own rating or
+    interaction, on the data's rating scale; NaN: unknown; empty: no hints at all.
+    """
 
     list_id: str
     user_id: str
@@ -27,6 +31,17 @@ class RankingList:
     history_ratings: tuple[float, ...]
     candidates: tuple[Item, ...]  # in presented order
     ratings: tuple[float, ...]
+    hints: tuple[float, ...] = ()
+
+    def select(self, order: Iterable[int]) -> RankingList:
+        """The list with candidates order[0], order[1], ... alone, their ratings and hints with them."""
+        order = list(order)
+        return replace(
+            self,
+            candidates=tuple(self.candidates[i] for i in order),
+            ratings=tuple(self.ratings[i] for i in order),
+            hints=tuple(self.hints[i] for i in order) if self.hints else (),
+        )
 
     @property
     def all_equal(self) -> bool:
@@ -38,7 +53,7 @@ def target_ranks(ratings: Sequence[float], item_ids: Sequence[str]) -> list[int]
     """Target slot of each candidate, 1 = best: higher rating first, unrated last, ties by item id.
 
     The tie key does not depend on the presented order, so a list and its re-orderings share one target
-    (methods.md 1.4: otherwise the target itself teaches position bias).
+    (docs/methods.md 1.1: otherwise the target itself teaches position bias).
     """
 
     def key(i: int) -> tuple[bool, float, str]:
