@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -225,6 +226,16 @@ def test_draws_depend_on_seed_epoch_and_list_alone():
     places = [positive(negatives().contest(one, epoch)) for epoch in range(30)]
     assert set(places) == {0, 1, 2, 3, 4}  # no place gives the positive away
     assert one.list_id != other.list_id
+
+
+def test_hints_stay_with_their_candidates():
+    one = replace(LISTS[0], hints=tuple(float(item.index) for item in LISTS[0].candidates))
+    shown = negatives().contest(one, 0)
+    own = {item.index for item in one.candidates}
+    hints = [float(item.index) if item.index in own else math.nan for item in shown.candidates]
+    assert repr(shown.hints) == repr(tuple(hints))
+    assert 0 < sum(map(math.isnan, hints)) < len(hints)
+    assert negatives().contest(LISTS[0], 0).hints == ()
 
 
 def test_popular_items_are_drawn_in_proportion():
