@@ -80,7 +80,7 @@ def load_template(template: str | Path) -> PromptTemplate:
         raise AlroFastError(
             f"no prompt template {str(template)!r}: expected one of {ready}, or the path of a YAML file"
         )
-    return parse_template(_read(path), name=path.stem, origin=str(path))
+    return parse_template(read_text(path), name=path.stem, origin=str(path))
 
 
 def parse_template(source: str, *, name: str, origin: str) -> PromptTemplate:
@@ -88,7 +88,7 @@ def parse_template(source: str, *, name: str, origin: str) -> PromptTemplate:
     try:
         content = yaml.safe_load(source)
     except yaml.YAMLError as error:
-        raise AlroFastError(f"{origin} is not a prompt template: not valid YAML ({_one_line(error)})") from None
+        raise AlroFastError(f"{origin} is not a prompt template: not valid YAML ({one_line(error)})") from None
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
         raise AlroFastError(
@@ -96,7 +96,7 @@ def parse_template(source: str, *, name: str, origin: str) -> PromptTemplate:
             f"expected the keys {', '.join(_sections())}; was a data file given for the template?"
         )
     flat = _flatten(content, origin)
-    grades = _grades(flat.pop("ratings.grades"), origin)
+    grades = parse_grades(flat.pop("ratings.grades"), origin)
     for key, text in flat.items():
         _check_text(key, text, origin)
     try:
@@ -113,7 +113,8 @@ def placeholders(text: str) -> list[tuple[str, str | None]]:
     return [(literal, field) for literal, field, _, _ in string.Formatter().parse(text)]
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a template file; AlroFastError where it is none."""
     if path.stat().st_size > MAX_BYTES:
         raise AlroFastError(
             f"{path} is not a prompt template: {path.stat().st_size} bytes, where a template has at most {MAX_BYTES}; "
@@ -167,7 +168,8 @@ def _check_text(key: str, text: Any, origin: str) -> None:
         raise AlroFastError(f"{origin}: {key} must be a single line")
 
 
-def _grades(grades: Any, origin: str) -> dict[str, float]:
+def parse_grades(grades: Any, origin: str, key: str = "ratings.grades") -> dict[str, float]:
+    """Text of a grade -> the rating it stands for; AlroFastError naming `key` when that is not what `grades` is."""
     fine = (
         isinstance(grades, dict)
         and len(grades) >= 2
@@ -177,7 +179,7 @@ def _grades(grades: Any, origin: str) -> dict[str, float]:
     )
     if not fine:
         raise AlroFastError(
-            f'{origin}: ratings.grades must map at least two texts to different numbers, such as {{"1": 1, "2": 2}}; '
+            f'{origin}: {key} must map at least two texts to different numbers, such as {{"1": 1, "2": 2}}; '
             f"found {grades!r:.80}"
         )
     return {str(text): float(value) for text, value in grades.items()}
@@ -187,5 +189,6 @@ def _sections() -> list[str]:
     return list(dict.fromkeys(key.split(".")[0] for key in FIELDS))
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """The start of an error's message, without line breaks."""
     return " ".join(str(error).split())[:120]
