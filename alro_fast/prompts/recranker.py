@@ -158,10 +158,10 @@ class RecRankerPrompts:
             self._check(ask)
         history = list(dict.fromkeys(chain.from_iterable(ask.source.history for ask in asks)))
         candidates = list(dict.fromkeys(chain.from_iterable(ask.source.candidates for ask in asks)))
-        for sentence, items in (
-            (self._rated_line, history), (self._title_line, history), (self._point, candidates), (self._pair, candidates)
-        ):  # fmt: skip
-            sentence.prepare(items)
+        for sentence in (self._rated_line, self._title_line):
+            sentence.prepare(history)
+        for sentence in (self._point, self._pair):
+            sentence.prepare(candidates)
         self._list.prepare(candidates)
         return [self._encode(ask) for ask in asks]
 
@@ -353,7 +353,7 @@ class RecRankerPrompts:
         encoder = Encoder(tokenizer)
         if encoder.fingerprint() != known:
             raise AlroFastError(
-                f"tokenizer {encoder.name!r} is not the one {directory} was made with; load the one saved in that folder"
+                f"tokenizer {encoder.name!r} is not the one {directory} was made with; load the one saved there"
             )
         template = parse_task_template(source, name=name, origin=str(directory / TEMPLATE_FILE))
         return cls(tokenizer, template, **options)

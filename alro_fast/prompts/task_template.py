@@ -1,4 +1,4 @@
-"""The words of the three tasks' prompts (RecRanker, arXiv 2312.16018): a YAML file, read and checked before anything runs."""
+"""The words of RecRanker's three tasks (arXiv 2312.16018): a YAML file, read and checked before anything runs."""
 
 from __future__ import annotations
 
