@@ -81,7 +81,9 @@ class DataArguments:
     )
     template: str = option("movies", "Prompt template: the name of a ready one, or a YAML file.")
     identifiers: str = option(
-        "letters", "How candidates are named: letters of the page, or one token per item.", ["letters", "items"]
+        "letters",
+        "How candidates are named: letters of the page, or one token per item; objective recranker: or their titles.",
+        ["letters", "items", "titles"],
     )
     answer: str = option(
         "ranking", "ranking: identifiers in order; ratings: one grade per candidate.", ["ranking", "ratings"]
@@ -129,7 +131,7 @@ _CUT = {"history_length": 20, "list_size": 10, "train_stride": None}
 
 @dataclass
 class ObjectiveArguments:
-    """What is minimised. methods.md 1.8: loss = cross-entropy + alpha * soft lambda + beta * permutation."""
+    """What is minimised. docs/methods.md 1.4: loss = cross-entropy + alpha * soft lambda + beta * permutation."""
 
     objective: str = option("alro", "Training objective.")
     alpha: float = option(0.5, "Weight of the soft lambda loss.")
@@ -137,9 +139,9 @@ class ObjectiveArguments:
     gamma: float | None = option(None, "Sharpness of the soft-argmax. Default: 1 for score=logprob, 10 for prob.")
     sigma: float = option(1.0, "Slope of the pairwise logistic in the soft lambda loss.")
     permutations: int = option(1, "Re-ordered presentations per list and step (0: none, and no permutation loss).")
-    score: str = option("logprob", "Score of item i at slot k (methods.md 1.6).", ["logprob", "prob", "logit"])
+    score: str = option("logprob", "Score of item i at slot k (docs/methods.md 1.2).", ["logprob", "prob", "logit"])
     score_space: str = option("candidates", "What scores are normalised over.", ["candidates", "vocab"])
-    psl: str = option("kl", "Distance of the permutation loss (methods.md 1.7).", ["kl", "ce", "symmetric"])
+    psl: str = option("kl", "Distance of the permutation loss (docs/methods.md 1.3).", ["kl", "ce", "symmetric"])
     psl_space: str = option("candidates", "Distributions compared by the permutation loss.", ["candidates", "vocab"])
     psl_detach: bool = option(True, "No gradient through the original order's distribution.")
     dpo_beta: float = option(0.1, "objective dmpo: strength of the preference, times the log-ratio to the reference.")
@@ -158,10 +160,20 @@ class ObjectiveArguments:
         None, "File they are kept in and taken from (.safetensors). Default: reference.safetensors of the output."
     )
     resample_negatives: bool = option(True, "Draw the negatives of ranking lists anew every epoch.")
+    task_weights: str = option("1,1,1", "objective recranker: weights of the pointwise, pairwise and listwise task.")
+    points_per_list: int = option(5, "objective recranker: rated candidates of a list that are graded in one epoch.")
+    pairs_per_list: int = option(5, "objective recranker: pairs of a liked and another candidate in one epoch.")
+    position_shifting: bool = option(
+        True, "objective recranker: swap pairs and shuffle candidates and history, anew every epoch."
+    )
+    hybrid: str = option(
+        "code", "objective recranker: utilities of the hybrid, with the constants of the released code or the paper.",
+        ["code", "paper"],
+    )  # fmt: skip
     backend: str = option("auto", "Backend of the fused ops.", ["auto", "eager", "cpp", "triton"])
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "permutations"):
+        for name in ("alpha", "beta", "permutations", "points_per_list", "pairs_per_list"):
             _at_least(name, getattr(self, name), 0)
         for name in ("gamma", "sigma"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:

@@ -62,7 +62,11 @@ def main(argv: Sequence[str]) -> None:
         raise AlroFastError(f"{options.lists} holds no {options.split} lists; choose another --split")
     lists = [lists[i] for i in range(min(options.limit or len(lists), len(lists)))]
     ranker = Ranker.load(
-        options.adapter, device=options.device, base_model=options.base_model, token_budget=options.token_budget
+        options.adapter,
+        device=options.device,
+        base_model=options.base_model,
+        trust_remote_code=options.trust_remote_code,
+        token_budget=options.token_budget,
     )
     if options.generate and ranker.answer != "ranking":
         raise AlroFastError("--generate needs a model that answers with identifiers; this one answers with grades")

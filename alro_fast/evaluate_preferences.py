@@ -82,7 +82,12 @@ def main(options: Any) -> None:
     if options.lists:
         name, contests = contests_of(options.lists, options.split, config)
         sources[name] = contests[: options.limit]
-    model, tokenizer = load_for_inference(options.adapter, device=options.device, base_model=options.base_model)
+    model, tokenizer = load_for_inference(
+        options.adapter,
+        device=options.device,
+        base_model=options.base_model,
+        trust_remote_code=options.trust_remote_code,
+    )
     builder = PromptBuilder.load(options.adapter, tokenizer) if options.lists else None
     form = config.get("preference_answer", "titles")
     prompts = PreferencePrompts(tokenizer, builder, form=form, max_length=config.get("max_length"))

@@ -3,7 +3,7 @@
     out = alro_loss(hidden, model.lm_head.weight, labels, lists, alpha=1.0, beta=1.0, gamma=1.0, sigma=1.0)
     out.loss.backward()
 
-One joint pass over the head serves every term and both orders. Formulas: methods.md 1.4-1.11; definition in plain
+One joint pass over the head serves every term and both orders. Formulas: docs/methods.md 1.1-1.5; definition in plain
 PyTorch: `alro_fast.reference`.
 """
 
@@ -388,7 +388,7 @@ def _compose(
 
 
 def _scores(logits: Tensor, lse: Tensor, slot_rows: Tensor, options: _Options) -> Tensor:
-    """y [L, M slots, M candidates] of methods.md 1.6 from the candidates' logits."""
+    """y [L, M slots, M candidates] of docs/methods.md 1.2 from the candidates' logits."""
     if options.score == "logit":
         return logits
     if options.score_space == "vocab":

@@ -146,11 +146,12 @@ def load_for_inference(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     base_model: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The tuned model of a run's folder (an adapter over its base, or full weights) and its tokenizer, in eval mode.
 
-    `base_model` overrides the base recorded in adapter_config.json. Raises AlroFastError for a folder that holds
-    neither, or an adapter that does not fit the base.
+    `base_model` overrides the base recorded in adapter_config.json; `trust_remote_code` runs code that comes with it.
+    Raises AlroFastError for a folder that holds neither, or an adapter that does not fit the base.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -160,11 +161,11 @@ def load_for_inference(
     adapter = folder / "adapter_config.json"
     if not adapter.is_file() and not (folder / "config.json").is_file():
         raise AlroFastError(f"{folder}: neither adapter_config.json nor config.json found; expected a trained folder")
-    tokenizer = load_tokenizer(str(folder), place=str(folder))
+    tokenizer = load_tokenizer(str(folder), trust_remote_code, place=str(folder))
     if adapter.is_file():
         base = base_model or json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
         place = f"--base_model {base}" if base_model else f"{folder}: base model {base}"
-        model = load_base(_recorded_base(base), dtype, place=place)
+        model = load_base(_recorded_base(base), dtype, trust_remote_code, place=place)
         try:
             model = PeftModel.from_pretrained(model, folder)
         except (RuntimeError, ValueError, KeyError) as error:
@@ -172,7 +173,7 @@ def load_for_inference(
                 f"{folder}: the adapter does not fit the base model {base} ({_first_line(error)})"
             ) from error
     else:
-        model = load_base(str(folder), dtype, place=str(folder))
+        model = load_base(str(folder), dtype, trust_remote_code, place=str(folder))
     return model.to(device).eval(), tokenizer
 
 

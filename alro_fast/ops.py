@@ -135,7 +135,7 @@ def soft_argmax_ranks(scores: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
     """Expected rank of each candidate, s_i = sum_k k softmax_k(gamma scores_ki): [L, M], 0 on pads, lower is better.
 
     scores [L, M slots, M candidates]; mask [L, M] bool: which candidates list l has, a prefix of each row (a list of n
-    candidates has n slots). Differentiable in scores. Source: methods.md 1.6.
+    candidates has n slots). Differentiable in scores. Source: docs/methods.md 1.2.
     """
     check_scores(scores, mask)
     scores = scores.to(_result_dtype(scores))
@@ -159,7 +159,7 @@ def soft_lambda(
 
     scores [L, M slots, M candidates], differentiable; ratings [L, M] >= 0, NaN = ungraded (in no pair); mask as in
     `soft_argmax_ranks`; ranks [L, M] target slots, 1 = best; None: descending ratings, ungraded last, ties by position.
-    Loss and gradient come from one launch. Source: methods.md 1.6.
+    Loss and gradient come from one launch. Source: docs/methods.md 1.2.
     """
     check_scores(scores, mask)
     if ratings.shape != mask.shape:

@@ -5,10 +5,10 @@
 
 With l = log pi(answer) - log pi_ref(answer) and the margins m_i = l_chosen - l_rejected_i of a user's k negatives:
 
-    dmpo          -log sig(beta mean_i m_i)                  the mean inside the sigmoid (methods.md 2.1)
+    dmpo          -log sig(beta mean_i m_i)                  the mean inside the sigmoid (docs/methods.md 2.1)
     mean_outside  mean_i -log sig(beta m_i)                  DPO over k pairs: what DMPO's release trains (2.2)
-    sdpo          log(1 + sum_i exp(-beta m_i))              softmax-weighted negatives (2.7)
-    mult          -sum_{i chosen} log softmax(beta l)_i      over all answers, several chosen ones allowed (2.8)
+    sdpo          log(1 + sum_i exp(-beta m_i))              softmax-weighted negatives (2.3)
+    mult          -sum_{i chosen} log softmax(beta l)_i      over all answers, several chosen ones allowed (2.4)
 
 All equal DPO for k = 1. Definition in plain PyTorch: `alro_fast.reference.dmpo_loss`.
 """

@@ -69,7 +69,7 @@ def accuracy_interval(records: Sequence[Scored]) -> Interval:
 
 
 def pooled_coin_auc(records: Sequence[Scored], seed: int = 42) -> float:
-    """The DMPO authors' AUC (methods.md 2.6): of every pair a fair coin keeps the chosen answer (label 1) or the
+    """The DMPO authors' AUC (docs/methods.md 2.5): of every pair a fair coin keeps the chosen answer (label 1) or the
     rejected one (label 0); area under the ROC curve of the summed log-probabilities over all pairs pooled.
 
     It compares answers of different users, and lengths: mostly it measures whether likely texts are chosen ones. Beside

@@ -3,7 +3,7 @@
 Slow and obvious: full [N, V] logits, one list at a time, any floating dtype (float64 stays float64, half precision is
 computed in float32), differentiable by autograd to any order. Functions take the arguments of their namesakes in
 `alro_fast.ops` and `alro_fast.losses`; `mass_bound` and `backend` are accepted for that reason and have no effect.
-Symbols and section numbers are those of the methods specification.
+Symbols and section numbers are those of docs/methods.md.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def relabelled(z_q: Tensor, ids_p: Tensor, ids_q: Tensor) -> Tensor:
 
 
 def divergence(z_p: Tensor, z_q: Tensor, kind: str = "kl", detach_p: bool = False) -> Tensor:
-    """1.7, over the last axis of logits: "kl" KL(P || Q), "ce" -sum P log Q, "symmetric" (KL(P||Q) + KL(Q||P)) / 2."""
+    """1.3, over the last axis of logits: "kl" KL(P || Q), "ce" -sum P log Q, "symmetric" (KL(P||Q) + KL(Q||P)) / 2."""
     log_p, log_q = torch.log_softmax(z_p.detach() if detach_p else z_p, -1), torch.log_softmax(z_q, -1)
     p, q = log_p.exp(), log_q.exp()
     if kind == "kl":
@@ -88,7 +88,7 @@ def divergence(z_p: Tensor, z_q: Tensor, kind: str = "kl", detach_p: bool = Fals
 
 
 def soft_argmax(y: Tensor, gamma: float) -> Tensor:
-    """1.6: s_i = sum_k k softmax_k(gamma y_ki) of one list; y [n slots, n candidates] -> [n]."""
+    """1.2: s_i = sum_k k softmax_k(gamma y_ki) of one list; y [n slots, n candidates] -> [n]."""
     position = torch.arange(1, len(y) + 1, dtype=y.dtype, device=y.device)
     return position @ torch.softmax(gamma * y, dim=0)
 
@@ -102,12 +102,12 @@ def soft_argmax_ranks(scores: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
 
 
 def discount_gap(distance: Tensor) -> Tensor:
-    """1.5: delta = 1/D_d - 1/D_{d+1}, D_k = log2(1 + k), for a distance d >= 1 of target positions."""
+    """1.2: delta = 1/D_d - 1/D_{d+1}, D_k = log2(1 + k), for a distance d >= 1 of target positions."""
     return 1 / torch.log2(1 + distance) - 1 / torch.log2(2 + distance)
 
 
 def gains(ratings: Tensor) -> Tensor:
-    """1.6: G_i = (2^r_i - 1) / maxDCG of one list; ratings [n] without NaN; all 0 where no rating is above 0."""
+    """1.2: G_i = (2^r_i - 1) / maxDCG of one list; ratings [n] without NaN; all 0 where no rating is above 0."""
     gain = 2**ratings - 1
     best_first = gain.sort(descending=True).values
     position = torch.arange(1, len(gain) + 1, dtype=gain.dtype, device=gain.device)
@@ -116,7 +116,7 @@ def gains(ratings: Tensor) -> Tensor:
 
 
 def pairwise_lambda(badness: Tensor, ratings: Tensor, ranks: Tensor, sigma: float) -> Tensor:
-    """1.6, one list: sum over r_i > r_j of delta_ij |G_i - G_j| log2(1 + exp(sigma (badness_i - badness_j))).
+    """1.2, one list: sum over r_i > r_j of delta_ij |G_i - G_j| log2(1 + exp(sigma (badness_i - badness_j))).
 
     badness [n], lower = better: the expected rank, or minus the expected grade. Ungraded candidates are in no pair.
     """
@@ -162,7 +162,7 @@ def alro_loss(
     backend: str = "auto",
     **options,
 ) -> ALROLossOutput:
-    """1.8: L = L_SFT + alpha L_SLL + beta L_PSL; options are those of `alro_loss_from_logits`."""
+    """1.4: L = L_SFT + alpha L_SLL + beta L_PSL; options are those of `alro_loss_from_logits`."""
     z = head_logits(hidden, weight, bias=bias, softcap=softcap, scale=scale)
     return alro_loss_from_logits(z, labels, lists, **options)
 
@@ -229,7 +229,7 @@ def dmpo_loss(
     ftx: float = 0.0,
     chosen_lengths: Tensor | None = None,
 ) -> PreferenceLoss:
-    """2.1, 2.2, 2.7, 2.8: the preference loss, user by user; every argument as `alro_fast.dmpo_loss`."""
+    """2.1, 2.2, 2.3, 2.4: the preference loss, user by user; every argument as `alro_fast.dmpo_loss`."""
     chosen, rejected = _wide(chosen), _wide(rejected)
     gain_chosen = chosen if ref_chosen is None else chosen - _wide(ref_chosen)
     gain_rejected = rejected if ref_rejected is None else rejected - _wide(ref_rejected)
@@ -265,7 +265,7 @@ def dmpo_loss(
 
 
 def identifier_scores(slots: Tensor, ids: Tensor, score: str, space: str) -> Tensor:
-    """1.6: y_ki of one list, [n slots, n candidates], from the logits of its slots [n, V]."""
+    """1.2: y_ki of one list, [n slots, n candidates], from the logits of its slots [n, V]."""
     own = slots[:, ids]
     if score == "logit":
         return own
@@ -274,14 +274,14 @@ def identifier_scores(slots: Tensor, ids: Tensor, score: str, space: str) -> Ten
 
 
 def expected_grade(rows: Tensor, token_ids: Tensor, values: Tensor) -> Tensor:
-    """1.11: e_i = sum_c values_c softmax_c(z_i) over the grade tokens; rows [n, V] -> [n], higher is better."""
+    """1.5: e_i = sum_c values_c softmax_c(z_i) over the grade tokens; rows [n, V] -> [n], higher is better."""
     return torch.softmax(rows[:, token_ids], dim=1) @ values.to(rows.dtype)
 
 
 def _permutation(
     z: Tensor, lists: RankingLists, index: int, kind: str, space: str, detach: bool, mask_emitted: bool
 ) -> Tensor:
-    """1.7: mean divergence of the twin's original (P) and list `index` (Q) over the slots with a choice left."""
+    """1.3: mean divergence of the twin's original (P) and list `index` (Q) over the slots with a choice left."""
     original = int(lists.twin[index])
     n = int((lists.slot_rows[index] >= 0).sum())
     z_p, z_q = z[lists.slot_rows[original, :n]], z[lists.slot_rows[index, :n]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import shutil
 import tempfile
 import time
@@ -334,6 +335,9 @@ def claim_folder(config: Config) -> Path:
         return folder
     if folder.is_file():
         raise AlroFastError(f"--output_dir {folder} is a file; give a folder")
+    stands = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (stands.is_dir() and os.access(stands, os.W_OK | os.X_OK)):
+        raise AlroFastError(f"--output_dir {folder} cannot be written: {stands} is a file, or read-only")
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / "config.yaml").is_file() or "alro_fast_version" not in (folder / "config.yaml").read_text():
             raise AlroFastError(

@@ -49,7 +49,7 @@ def test_values_are_those_of_the_formulas(variant):
 
 
 def test_gradients_are_those_of_the_closed_forms():
-    """methods.md 2.1, 2.7, 2.8: weights of the chosen and of every rejected answer."""
+    """docs/methods.md 2.1, 2.3, 2.4: weights of the chosen and of every rejected answer."""
     inputs = draw()
     m = BETA * margins(*inputs)
     pull = torch.sigmoid(-m.mean(dim=1))
@@ -119,7 +119,7 @@ def test_the_relatives_are_ordered(values, beta):
 
 
 def test_several_positives_bound_plackett_luce_from_above():
-    """2.8: the multinomial loss is above the exact likelihood of every positive before every negative."""
+    """2.4: the multinomial loss is above the exact likelihood of every positive before every negative."""
     positives, negatives = draw(users=1, k=3)[1], draw(users=1, k=4, seed=1)[1]
     weights = torch.exp(BETA * torch.cat([positives, negatives], 1))[0]
     exact = 0.0

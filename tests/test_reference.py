@@ -214,7 +214,7 @@ def test_soft_lambda_gradient_by_the_formula():
 
 @pytest.mark.parametrize(("score", "space"), list(itertools.product(SCORES, SPACES)))
 def test_logit_gradients_of_the_three_scores(score, space):
-    """The three lines of methods 1.6 for dL/dz, with an arbitrary upstream gradient Y of y."""
+    """The three lines of docs/methods.md 1.2 for dL/dz, with an arbitrary upstream gradient Y of y."""
     slots = torch.randn(3, 7, dtype=F64, requires_grad=True)
     ids = torch.tensor([5, 0, 2])
     upstream = torch.randn(3, 3, dtype=F64)

@@ -185,6 +185,11 @@ def test_a_checkpoint_of_other_lists_is_refused(folder):
     assert "was trained on other lists" in refused(options(folder, "run", *more))
 
 
+def test_an_output_folder_below_a_file_is_refused(folder):
+    place = folder / "base" / "config.json" / "run"
+    assert f"--output_dir {place} cannot be written" in refused(options(folder, place))
+
+
 def test_no_output_folder_means_the_next_free_one(folder, monkeypatch):
     monkeypatch.chdir(folder)
     words = options(folder, "unused", "--max_steps", "1", "--save_strategy", "no", "--eval_strategy", "no")
@@ -229,6 +234,7 @@ def test_unrated_candidates_have_no_grade_to_learn(folder):
         (["--num_train_epochs", "-1"], "--num_train_epochs is -1"),
         (["--eval_tokens_per_batch", "50"], "more than --eval_tokens_per_batch 50"),
         (["--raw_dir", "."], "give one of the two"),
+        (["--answer", "ratings", "--score", "prob"], "--score prob --score_space candidates belong to --answer ranking"),
     ],
 )
 def test_mistakes_get_one_line_before_any_work(folder, more, said):

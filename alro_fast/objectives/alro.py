@@ -1,4 +1,4 @@
-"""ALRO (arXiv 2403.19181): cross-entropy + soft lambda + permutation-sensitive loss (methods.md 1.4-1.8, 1.11)."""
+"""ALRO (arXiv 2403.19181): cross-entropy + soft lambda + permutation-sensitive loss (docs/methods.md 1)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from ..data.records import RankingList
+from ..errors import AlroFastError
 from ..losses import Grades, RankingLists, alro_loss
 from ..packing import PackedBatch
 from .base import Example, LossTerm
 from .sft import SFTObjective
 
 if TYPE_CHECKING:
+    from ..config import ObjectiveArguments
     from ..fused_head import Head
+    from ..prompts import PromptBuilder
 
 
 class ALROTargets(NamedTuple):
@@ -33,6 +36,14 @@ class ALROObjective(SFTObjective):
 
     Every re-ordering is the twin of the stored order; cross-entropy and soft lambda run over all of them.
     """
+
+    def __init__(self, arguments: ObjectiveArguments, builder: PromptBuilder, *, answer: str, seed: int) -> None:
+        if answer == "ratings" and (arguments.score, arguments.score_space) != ("logprob", "candidates"):
+            raise AlroFastError(
+                f"--score {arguments.score} --score_space {arguments.score_space} belong to --answer ranking; grades are "
+                "read as their expected value: leave both out"
+            )
+        super().__init__(arguments, builder, answer=answer, seed=seed)
 
     def orders(self, ranking_list: RankingList, index: int, epoch: int) -> list[list[int] | None]:
         """The stored order, then `permutations` others, never the identity."""
@@ -78,7 +89,7 @@ class ALROObjective(SFTObjective):
         return targets, {"sft": targets.rows, "soft_lambda": targets.presented, "permutation": targets.twins}
 
     def loss(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: ALROTargets) -> list[LossTerm]:
-        """The three terms; methods.md 1.8 weighs them 1, alpha, beta."""
+        """The three terms; docs/methods.md 1.4 weighs them 1, alpha, beta."""
         options = self.arguments
         gamma = options.gamma if options.gamma is not None else (10.0 if options.score == "prob" else 1.0)
         out = alro_loss(

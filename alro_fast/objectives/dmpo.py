@@ -1,4 +1,4 @@
-"""Preference tuning at 1:k (methods.md 2): a user's prompt once, the chosen and k rejected answers as its branches.
+"""Preference tuning at 1:k (docs/methods.md 2): a user's prompt once, the chosen and k rejected answers as branches.
 
 The policy's and the reference's log-probabilities of all 1 + k answers come from one packed forward each; the reference
 is the same model with its adapter switched off, or was computed once before training (`ReferenceTable`).

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: cross-entropy of the answer tokens (methods.md 1.4), for both answer forms."""
+"""Supervised fine-tuning: cross-entropy of the answer tokens (docs/methods.md 1.1), for both answer forms."""
 
 from __future__ import annotations
 
