@@ -12,6 +12,7 @@ from .errors import AlroFastError
 
 COMMANDS = {
     "prepare": "ratings -> ranking lists",
+    "first_stage": "ratings -> a retriever's lists with hints (RecRanker)",
     "train": "tune a ranker (no arguments: the demo, on the CPU, in about a minute)",
     "evaluate": "how good its rankings are, beside the baselines",
     "rank": "order the candidates of a JSON list",
@@ -52,7 +53,7 @@ def main() -> None:
     if not arguments or arguments[0] in {"-h", "--help"}:
         print("usage: alro-fast COMMAND [options]\n")
         for name, purpose in COMMANDS.items():
-            print(f"  {name:<10} {purpose}")
+            print(f"  {name:<11} {purpose}")
         raise SystemExit(0 if arguments else 2)
     if arguments[0] not in COMMANDS:
         print(f"error: unknown command {arguments[0]!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)

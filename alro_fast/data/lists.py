@@ -2,6 +2,8 @@
 
     items.parquet            row i is Item.index i: item_id, title, category, train_count, train_mean (null: unrated)
     lists-<split>.parquet    one row per list, see LIST_SCHEMA, and HINTED_SCHEMA where lists carry hints
+    targets.parquet          of a first stage: one row per held-out like, see TARGET_SCHEMA (optional)
+    sampling.png             of a first stage: a plot of the users it sampled (optional)
     manifest.json            where the lists come from, how they were made, SHA-256 of the files beside it
 
 train_count and train_mean are taken over the ratings that are in no validation or test candidate set.
@@ -45,7 +47,14 @@ LIST_SCHEMA = {
     "last_time": pl.Int64,
 }
 HINTED_SCHEMA = LIST_SCHEMA | {"hints": pl.List(pl.Float32)}  # null: a list without; a null within: unknown
+TARGET_SCHEMA = {
+    "split": pl.String,
+    "user_id": pl.String,
+    "item": pl.UInt32,
+    "place": pl.UInt32,  # among all items new to the user, in the retriever's order, 1 = first; null: not retrievable
+}
 FILES = ("items.parquet", *(f"lists-{split}.parquet" for split in SPLITS), "manifest.json")
+OPTIONAL_FILES = ("targets.parquet", "sampling.png")
 ROW_GROUP = 1 << 16
 
 
@@ -100,7 +109,7 @@ class PreparedData:
     """An opened folder.
 
     path; manifest: dict; items: list[Item], items[i].index == i; train_count: int64 [items];
-    train_mean: float64 [items], NaN = never rated.
+    train_mean: float64 [items], NaN = never rated; targets: frame of TARGET_SCHEMA, None where no first stage was run.
     """
 
     def __init__(self, path: Path, manifest: dict):
@@ -111,6 +120,8 @@ class PreparedData:
         self.items: list[Item] = [Item(index, *cells) for index, cells in enumerate(zip(*columns))]
         self.train_count: np.ndarray = frame["train_count"].to_numpy()
         self.train_mean: np.ndarray = frame["train_mean"].fill_null(math.nan).to_numpy()
+        has_targets = "targets.parquet" in manifest["files"]
+        self.targets: pl.DataFrame | None = self._read("targets.parquet", (TARGET_SCHEMA,)) if has_targets else None
         self._lists: dict[str, Lists] = {}
 
     def lists(self, split: str) -> Lists:
@@ -165,12 +176,14 @@ def write_prepared(
     items: Sequence[Item] | pl.DataFrame,
     lists_by_split: Mapping[str, Sequence[RankingList] | pl.DataFrame],
     manifest_extra: Mapping | None = None,
+    targets: pl.DataFrame | None = None,
 ) -> None:
     """Write a prepared folder, whole or not at all; the same arguments give the same bytes.
 
     items: records, their train statistics then counted over the lists; or a frame of ITEM_SCHEMA.
     lists_by_split: records or a frame of LIST_SCHEMA or HINTED_SCHEMA for each split; a split left out is empty.
     manifest_extra: what the manifest says beyond format, versions and file hashes.
+    targets: frame of TARGET_SCHEMA, written as targets.parquet.
     An earlier prepared folder at `path` is replaced; any other content is refused.
     """
     path = Path(path)
@@ -184,7 +197,8 @@ def write_prepared(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as work:
         written = {}
-        for name, frame in zip(FILES, [items, *frames.values()]):
+        tables = dict(zip(FILES, [items, *frames.values()])) | ({} if targets is None else {"targets.parquet": targets})
+        for name, frame in tables.items():
             file = Path(work) / name
             frame.write_parquet(file, compression="zstd", row_group_size=ROW_GROUP)
             with file.open("rb") as opened:
@@ -200,8 +214,9 @@ def write_prepared(
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         (Path(work) / "manifest.json").write_text(text, encoding="utf-8")
         path.mkdir(exist_ok=True)
-        (path / "manifest.json").unlink(missing_ok=True)
-        for name in FILES:
+        for name in ("manifest.json", *OPTIONAL_FILES):
+            (path / name).unlink(missing_ok=True)
+        for name in (*tables, "manifest.json"):
             shutil.move(Path(work) / name, path / name)
 
 
@@ -216,7 +231,9 @@ def check_output_folder(path: Path) -> None:
                 pass
     except OSError as error:
         raise AlroFastError(f"output folder {path} cannot be written ({error.strerror}); choose another") from None
-    foreign = sorted(found - set(FILES)) or (sorted(found) if found and read_manifest(path) is None else [])
+    foreign = sorted(found - {*FILES, *OPTIONAL_FILES})
+    if not foreign and found and read_manifest(path) is None:
+        foreign = sorted(found)
     if foreign:
         names = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
         raise AlroFastError(f"output folder {path} holds something else ({names}); choose an empty or new one")

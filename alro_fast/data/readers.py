@@ -28,6 +28,7 @@ ML100K_GENRES = (
     *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama"),
     *("Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"),
 )
+NO_TIME = "none"  # as the name of a table's time column: the data have no times, and all are taken as equal
 NO_GENRE = {"(no genres listed)", "unknown", ""}
 BLOCK_BYTES = 1 << 25
 
@@ -107,10 +108,17 @@ def read_table(ratings: Path, items: Path | None, columns: Columns, separator: s
     """Any CSV (also .tsv, .gz) or Parquet file through named columns.
 
     Titles and categories come from `items`, or from the ratings file where that has a title column, or are missing.
+    Times may be missing (columns.time = NO_TIME): all are 0 then.
     """
     names = columns.over(TABLE_COLUMNS)
     table = _scan_table(ratings, separator, workdir)
-    scan = _pick(table, ratings, _rating_columns(names))
+    wanted = _rating_columns(names)
+    if names.time == NO_TIME:
+        del wanted["time"]
+        scan, time_unit = _pick(table, ratings, wanted).with_columns(time=pl.lit(0, pl.Int64)), NO_TIME
+    else:
+        scan = _pick(table, ratings, wanted)
+        time_unit = _time_unit(scan)
     if items is not None:
         wanted = _item_columns(names, columns)
         rows = _pick(_scan_table(items, separator, workdir), items, wanted)
@@ -119,14 +127,14 @@ def read_table(ratings: Path, items: Path | None, columns: Columns, separator: s
         wanted = optional or {"item_id": (names.item, "item"), "title": (names.title, "title")}
         rows = _pick(table, ratings, wanted)
     else:
-        return RawData(scan, pl.DataFrame(schema=ITEM_SCHEMA), (ratings,), _time_unit(scan))
+        return RawData(scan, pl.DataFrame(schema=ITEM_SCHEMA), (ratings,), time_unit)
     rows = rows.select(pl.all().cast(pl.String)).with_columns(
         **{name: pl.lit(None, pl.String) for name in ITEM_SCHEMA if name not in wanted}
     )
     with polars_errors(items or ratings):
         found = rows.unique(subset="item_id", keep="first", maintain_order=True).collect(engine="streaming")
     files = (ratings,) if items is None else (ratings, items)
-    return RawData(scan, found.select(list(ITEM_SCHEMA)), files, _time_unit(scan))
+    return RawData(scan, found.select(list(ITEM_SCHEMA)), files, time_unit)
 
 
 def read_amazon(edition: str, reviews: Path, metadata: Path, columns: Columns, workdir: Path) -> RawData:
