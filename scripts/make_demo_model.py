@@ -1,24 +1,20 @@
-# ruff: noqa
-"""Make the small base model of the default recipe: `python scripts/make_demo_model.py --output_dir alro_fast/demo_model`.
+"""Make the demo's base model: `python scripts/make_demo_model.py --output_dir alro_fast/demo_model`.
 
-It teaches a transformer of 0.7 M weights, from scratch, to read the page of alro_fast/templates/demo.yaml: which letter
-stands for which candidate, that an answer names every letter once, what a history line says, and to order a list by a
-rule that the page states in full. The one rule it is given no meaning for is the demo's own, "liking": there every
-answer in its lessons is a random order (and every grade a random grade), so the untuned model ranks at chance. The pages
-are drawn at random, never from the demo's catalogue: titles are shuffled words, genres are mere symbols whose stars are
-redrawn on every page.
+It teaches a Llama of 0.7 M weights, from nothing, to read the page of alro_fast/templates/demo.yaml: which letter
+stands for which candidate, that an answer names every letter once, what a history line says, and to order candidates by
+a table that the page states in full. The demo's own rule, "liking", is given no meaning: every order by it in the
+lessons is a random order (and every grade a random grade), so the untuned model ranks at chance. No page comes from the
+demo's catalogue: titles are shuffled words, genres are mere symbols whose stars are drawn anew for every page.
 
 Fixed seeds and one thread: the same machine and library versions give the same weights.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,452 +23,366 @@ import tokenizers
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerFast, LlamaConfig, LlamaForCausalLM
+from torch.nn.functional import cross_entropy, normalize
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from alro_fast.cli import OneLineParser, run
 from alro_fast.data.demo import ADJECTIVES, GENRES, NOUNS
 
 PAD, EOS, UNK = SPECIAL = ("<pad>", "</s>", "<unk>")
 LETTERS = [chr(ord("A") + i) for i in range(20)]
 DIGITS = [str(i) for i in range(10)]
 SYMBOLS = (*GENRES, "adventure", "animation", "documentary", "musical", "mystery", "satire", "thriller", "war")
-PAGE = "History Candidates Ranking Order Grade Genre Letter Number Stars by for genre letter last number liking".split()
+HEADINGS = ["History", "Candidates", "Ranking", "Order", "Grade", "Genre", "Letter", "Number", "Stars"]
+RULES = ["by", "for", "genre", "letter", "last", "number", "liking"]  # letter, last and number: known, but not taught
 MARKS = ["\n", ":", "|", ".", ",", "-", "'", "(", ")", "&", "/", "!", "?", "<", ">"]
-WORDS = (*ADJECTIVES, *NOUNS)
-LARGEST = 10  # candidates on a page, and at most this many + 5 history lines
-IGNORE = -100
+
+WIDTH, LAYERS, HEADS = 128, 4, 4
+HEAD_SIZE = WIDTH // HEADS
+TOKEN_END = WIDTH // 2  # the channels below it hold the token itself: its embedding, tied to the output
+BEFORE_END = TOKEN_END + HEAD_SIZE  # up to here, the gist of the token before; above, some of the tokens before that
+ROPE_BASE = 1e5
+BIAS, MATCH, PREFER_DIGITS, SHARPEN = 4.0, 1.9, 1.5, 2.5  # how strongly attention is wired
+
+SEED = 0
+STEPS, PAGES_PER_STEP, LEARNING_RATE = 1500, 16, 1.5e-3
+WARM_UP_STEPS, FINAL_DECAY, LEAST_RATE = 100, 0.4, 0.03  # the rate falls over the last 40 % of the steps, to 3 %
+LOOK_UP_STEPS = 101  # at first, pages ask nothing but look-ups
+SMALLEST, LARGEST, GROWING_STEPS = 3, 10, 60  # candidates on a page: how they begin, end, and steps per one more
+TABLE_SHARE = 0.75  # of pages that state a table in place of a history
+LOG_STEPS, EXAM_PAGES = 50, 32
+IGNORE_INDEX = -100
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word, digit, mark or newline; a word it does not know is <unk>."""
-    vocabulary = list(dict.fromkeys([*SPECIAL, *MARKS, *DIGITS, *LETTERS, *PAGE, *SYMBOLS, *WORDS]))
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNK))
+    words = [*SPECIAL, *MARKS, *DIGITS, *LETTERS, *HEADINGS, *RULES, *SYMBOLS, *ADJECTIVES, *NOUNS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNK))
     pattern = Regex(r"\n|\p{N}|[^\s\p{P}\p{S}\p{N}]+|[\p{P}\p{S}]")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="removed", invert=True)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=EOS,
-        pad_token=PAD,
-        unk_token=UNK,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, unk_token=UNK, clean_up_tokenization_spaces=False
     )
 
 
-def make_model(
-    vocabulary: int, kinds, seed: int, width: int = 128, layers: int = 4, heads: int = 4, qk: float = 2.5
-) -> LlamaForCausalLM:
-    """A Llama whose attention starts near what reading a page takes, which random weights find only after long training.
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama whose attention starts near what reading a page takes; random weights find that only after long training.
 
-    Layer 0: head h looks h + 1 tokens back, by its rotary biases. Layer 1: even heads look for an earlier place that
-    follows the token at hand, odd ones for the token itself. Later layers: even heads copy the token before the one they
-    look at. Everything is trained from there.
+    Layer 0: head h looks h + 1 tokens back, by its rotary biases; head 0 files what it finds as the token before.
+    Layer 1: heads 0 and 1 look for an earlier digit that follows the token at hand (the 4 of "noir 4"). Layers 2 and 3:
+    most heads fetch the token before the one they look at (the letter before a genre). Every weight is trained from
+    there.
     """
-    base = 1e5
     config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH // 2,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
         attention_bias=True,
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=3 * width // 2,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
-        initializer_range=0.02,
-        rope_parameters={"rope_type": "default", "rope_theta": base},
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
         bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(SEED)
     model = LlamaForCausalLM(config)
-    size, half = width // heads, width // 2
-    frequency = base ** (-torch.arange(0, size, 2) / size)
-    slow = (frequency < 0.02).nonzero().flatten()
-    slow = torch.cat([slow, slow + size // 2])  # channels that hardly turn over a page: contents can be compared there
-    gist = torch.zeros(size, width)  # of a token: what stands in the lower half of its channels, in `size` numbers
-    gist[:, :half] = _orthonormal(size, half)
-    before = torch.zeros(size, width)  # the gist of the token before
-    before[:, half : half + size] = torch.eye(size)
     with torch.no_grad():
-        embedding = model.model.embed_tokens.weight.normal_(0, half**-0.5)
-        embedding[:, half:] = 0
-        is_digit = torch.nn.functional.normalize(torch.randn(half), dim=0)
-        embedding[kinds[1], :half] += 0.7 * is_digit
-        embedding[kinds[1], :half] += half**-0.5 * 0.5 * torch.randn(half) * (torch.arange(10)[:, None] - 3)
-        for number, layer in enumerate(model.model.layers):
-            attention = layer.self_attn
-            for h in range(heads):
-                rows = slice(h * size, (h + 1) * size)
-                query, key = attention.q_proj.weight[rows], attention.k_proj.weight[rows]
-                source, target = gist, gist
-                if number == 0:
-                    turn = frequency * (h + 1)
-                    attention.q_proj.bias[rows] = 4 * torch.cat([turn.cos(), -turn.sin()])
-                    attention.k_proj.bias[rows] = 4 * torch.cat([torch.ones(size // 2), torch.zeros(size // 2)])
-                    if h == 0:
-                        target = before
-                    else:
-                        target = torch.zeros(size, width)
-                        target[:, half + size :] = 0.6 * _orthonormal(size, half - size) if half - size >= size else 0
-                        source = torch.zeros(size, width)
-                        source[:, :half] = _orthonormal(size, half)
-                elif number == 1 and h < 2:
-                    query[:], key[:] = 0, 0
-                    query[slow] = 1.9 * gist[: len(slow)]
-                    key[slow] = 1.9 * before[: len(slow)]
-                    query[slow[-1]], key[slow[-1]] = 0, 0
-                    key[slow[-1], :half] = 1.5 * is_digit
-                    attention.q_proj.bias[rows][slow[-1]] = 4
-                    if h:
-                        source = torch.zeros(size, width)
-                        source[:, :half] = _orthonormal(size, half)
-                        target = source
-                elif number == 1:
-                    source = torch.zeros(size, width)
-                    source[:, :half] = _orthonormal(size, half)
-                    target = source
-                else:
-                    query *= qk
-                    key *= qk
-                    if number == 2 or h < 2:
-                        source = before
-                attention.v_proj.weight[rows] = source
-                attention.o_proj.weight[:, rows] = (1 / 8 if number == 0 else 1 / 8) * target.T
+        _wire(model, digit_ids=tokenizer.convert_tokens_to_ids(DIGITS))
     return model
 
 
-def _orthonormal(rows: int, columns: int) -> torch.Tensor:
-    return torch.linalg.qr(torch.randn(columns, rows))[0].T.contiguous()
+def _wire(model: LlamaForCausalLM, digit_ids: list[int]) -> None:
+    """Set embeddings, values and outputs, and what the queries and keys look for."""
+    frequency = ROPE_BASE ** (-torch.arange(0, HEAD_SIZE, 2) / HEAD_SIZE)
+    slow = (frequency < 0.02).nonzero().flatten()
+    slow = torch.cat([slow, slow + HEAD_SIZE // 2])  # channels that hardly turn over a page can compare contents
+    *match, seek = slow.tolist()  # channels to compare tokens in, and one to prefer digits by
+
+    gist = _orthonormal_rows(0, TOKEN_END)  # of the token itself, in HEAD_SIZE numbers
+    before = torch.zeros(HEAD_SIZE, WIDTH)  # of the token before
+    before[:, TOKEN_END:BEFORE_END] = torch.eye(HEAD_SIZE)
+
+    embedding = model.model.embed_tokens.weight.normal_(0, TOKEN_END**-0.5)
+    embedding[:, TOKEN_END:] = 0
+    is_digit = normalize(torch.randn(TOKEN_END), dim=0)
+    embedding[digit_ids, :TOKEN_END] += 0.7 * is_digit
+    middle_of_stars = 3
+    more = TOKEN_END**-0.5 * 0.5 * torch.randn(TOKEN_END)  # the direction in which digits grow
+    embedding[digit_ids, :TOKEN_END] += more * (torch.arange(len(digit_ids))[:, None] - middle_of_stars)
+
+    for number, layer in enumerate(model.model.layers):
+        attention = layer.self_attn
+        for head in range(HEADS):
+            rows = slice(head * HEAD_SIZE, (head + 1) * HEAD_SIZE)
+            query, key = attention.q_proj.weight[rows], attention.k_proj.weight[rows]
+            query_bias, key_bias = attention.q_proj.bias[rows], attention.k_proj.bias[rows]
+            if number == 0:
+                turn = frequency * (head + 1)
+                query_bias[:] = BIAS * torch.cat([turn.cos(), -turn.sin()])
+                key_bias[: HEAD_SIZE // 2] = BIAS
+                if head == 0:
+                    writes, reads = before, gist
+                else:
+                    writes, reads = 0.6 * _orthonormal_rows(BEFORE_END, WIDTH), _orthonormal_rows(0, TOKEN_END)
+            elif number == 1:
+                writes = reads = gist if head == 0 else _orthonormal_rows(0, TOKEN_END)
+                if head < 2:
+                    query[:], key[:] = 0, 0
+                    query[match], key[match] = MATCH * gist[: len(match)], MATCH * before[: len(match)]
+                    query_bias[seek] = BIAS
+                    key[seek, :TOKEN_END] = PREFER_DIGITS * is_digit
+            else:
+                query *= SHARPEN
+                key *= SHARPEN
+                writes, reads = gist, (before if number == 2 or head < 2 else gist)
+            attention.v_proj.weight[rows] = reads
+            attention.o_proj.weight[:, rows] = writes.T / 8
+
+
+def _orthonormal_rows(start: int, stop: int) -> torch.Tensor:
+    """[HEAD_SIZE, WIDTH]: random orthonormal rows on the channels from start to stop, zero elsewhere."""
+    matrix = torch.zeros(HEAD_SIZE, WIDTH)
+    matrix[:, start:stop] = torch.linalg.qr(torch.randn(stop - start, HEAD_SIZE))[0].T
+    return matrix
+
+
+Pieces = list[tuple[str, bool]]  # text, and whether the model learns to continue with it
 
 
 class Page(NamedTuple):
-    """A page as (text, what is learned from it): "no", "yes", or "sure" where only one continuation is right."""
+    """A page without its questions."""
 
-    pieces: list[tuple[str, str]]
-
-
-class Drawn(NamedTuple):
-    """What stands on one page."""
-
-    titles: list[str]
-    genres: list[str]
-    numbers: list[int] | None  # stated beside the candidates, or not
-    usual: dict | None
-    stars: Callable[[str], int]  # a draw of the stars of a genre on this page
+    pieces: Pieces
+    genres: list[str]  # of the candidates
+    usual_stars: dict[str, int]  # of every genre: what a table states, and what a history scatters about
+    has_table: bool
 
 
-def draw_page(draw: np.random.Generator, candidates: int, history: int, only_telling: bool = False) -> Page:
-    """Draw a history, candidates and three questions with their answers."""
+Lesson = Callable[[np.random.Generator, Page], Pieces]  # a question about a page with its answer
+
+
+def draw_page(draw: np.random.Generator, candidates: int, history: int) -> Page:
+    """Draw a table of genres or that many history lines, and that many candidates."""
     symbols = draw.choice(SYMBOLS, draw.integers(3, 13), replace=False).tolist()
-    usual = dict(zip(SYMBOLS, draw.integers(1, 6, len(SYMBOLS)).tolist()))
-
-    def stars(genre: str) -> int:
-        off = int(draw.integers(-1, 2)) if draw.random() < 0.25 else 0
-        return min(5, max(1, usual[genre] + off))
-
-    table = draw.random() < 0.75
-    if table:
-        pieces = [("Genre:\n" + "".join(f"{g} {usual[g]}\n" for g in symbols), "no")]
+    usual_stars = dict(zip(SYMBOLS, draw.integers(1, 6, len(SYMBOLS)).tolist()))
+    has_table = bool(draw.random() < TABLE_SHARE)
+    pieces: Pieces
+    if has_table:
+        pieces = [("Genre:\n" + "".join(f"{genre} {usual_stars[genre]}\n" for genre in symbols), False)]
     else:
-        pieces = [("History:\n", "no")]
-    for _ in range(0 if table else history):
-        genre = str(draw.choice(symbols))
-        pieces += [(f"{draw_title(draw)} | {genre} ", "no"), (f"{stars(genre)}\n", "yes")]
-    drawn = Drawn(
-        titles=[draw_title(draw) for _ in range(candidates)],
-        genres=[str(draw.choice(symbols)) for _ in range(candidates)],
-        numbers=draw.integers(1, 6, candidates).tolist() if not table and draw.random() < 0 else None,
-        usual=usual if table else None,
-        stars=stars,
-    )
-    pieces.append(("Candidates:\n", "no"))
-    for i, (letter, genre, title) in enumerate(zip(LETTERS, drawn.genres, drawn.titles)):
-        number = "" if drawn.numbers is None else f" {drawn.numbers[i]}"
-        pieces.append((f"{letter} {genre}{number} | {title}\n", "no"))
-    if only_telling:
-        lessons = [tell_genres, tell_stars, tell_stars_of_candidates]
-    else:
-        ask = order_by_genre if table else order_by_liking
-        others = (
-            [tell_genres, tell_stars_of_candidates]
-            if table
-            else [tell_genres, tell_stars, tell_stars_of_candidates, grade_by_liking]
-        )
-        if table and draw.random() < 0.2:
-            ask = order_by_liking
-        lessons = [ask, *(others[k] for k in draw.permutation(len(others))[:2].tolist())]
-        if draw.random() < 0.3:
-            lessons = lessons[1:] + lessons[:1]
-    for lesson in lessons:
-        pieces += lesson(draw, drawn)
-    return Page(pieces)
+        pieces = [("History:\n", False)]
+        for _ in range(history):
+            genre = str(draw.choice(symbols))
+            pieces.append((f"{draw_title(draw)} | {genre} ", False))
+            pieces.append((f"{draw_stars(draw, usual_stars[genre])}\n", True))
+    titles = [draw_title(draw) for _ in range(candidates)]
+    genres = draw.choice(symbols, candidates).tolist()
+    lines = [f"{letter} {genre} | {title}\n" for letter, genre, title in zip(LETTERS, genres, titles)]
+    pieces.append(("Candidates:\n" + "".join(lines), False))
+    if not has_table:
+        draw.random()  # decides nothing: the shipped weights were made with this number drawn
+    return Page(pieces, genres, usual_stars, has_table)
 
 
 def draw_title(draw: np.random.Generator) -> str:
     """One to three words, two most often."""
-    last = NOUNS[draw.integers(len(NOUNS))]
-    words = draw.choice(4, p=[0.0, 0.15, 0.7, 0.15]) - 1
-    return " ".join([*(ADJECTIVES[k] for k in draw.integers(0, len(ADJECTIVES), words)), last])
+    noun = NOUNS[draw.integers(len(NOUNS))]
+    adjectives = draw.choice(3, p=[0.15, 0.7, 0.15])
+    return " ".join([*(ADJECTIVES[k] for k in draw.integers(0, len(ADJECTIVES), adjectives)), noun])
 
 
-def ordered(rule: str, order: list[int], learn: str) -> list[tuple[str, str]]:
-    """The question and answer of an order."""
-    return [(f"Order by {rule}\nRanking:", "no"), (" ".join(LETTERS[i] for i in order) + EOS, learn)]
+def draw_stars(draw: np.random.Generator, usual: int) -> int:
+    """The usual ones; one time in six (less often at 1 and 5), one more or one fewer."""
+    off = int(draw.integers(-1, 2)) if draw.random() < 0.25 else 0
+    return min(5, max(1, usual + off))
 
 
-def order_by_liking(draw, drawn):
+def draw_lessons(draw: np.random.Generator, has_table: bool) -> list[Lesson]:
+    """An order and two other questions, all different; the order stands first or, less often, last."""
+    order = order_by_genre if has_table and draw.random() >= 0.2 else order_by_liking
+    others: list[Lesson] = [tell_genres, tell_stars_of_candidates]
+    if not has_table:
+        others = [tell_genres, tell_stars, tell_stars_of_candidates, grade_by_liking]
+    lessons = [order, *(others[k] for k in draw.permutation(len(others))[:2])]
+    return lessons[1:] + lessons[:1] if draw.random() < 0.3 else lessons
+
+
+def order_by_liking(draw: np.random.Generator, page: Page) -> Pieces:
     """The demo's own question: any order, at random."""
-    return ordered("liking", draw.permutation(len(drawn.titles)).tolist(), "yes")
+    return _order("liking", draw.permutation(len(page.genres)).tolist())
 
 
-def order_by_letter(draw, drawn):
-    return ordered("letter", list(range(len(drawn.titles))), "sure")
+def order_by_genre(draw: np.random.Generator, page: Page) -> Pieces:
+    """By the stars that the page's table gives the genre, more first; ties at random."""
+    shuffled = draw.permutation(len(page.genres)).tolist()
+    return _order("genre", sorted(shuffled, key=lambda i: -page.usual_stars[page.genres[i]]))
 
 
-def order_by_last(draw, drawn):
-    return ordered("last letter", list(range(len(drawn.titles)))[::-1], "sure")
+def grade_by_liking(draw: np.random.Generator, page: Page) -> Pieces:
+    """The demo's own question in its other form: any grade, at random."""
+    letter = LETTERS[draw.integers(len(page.genres))]
+    return [(f"Grade by liking\nStars for {letter}:", False), (f"{draw.integers(1, 6)}{EOS}", True)]
 
 
-def order_by_number(draw, drawn):
-    """Higher first; ties at random."""
-    shuffled = draw.permutation(len(drawn.titles)).tolist()
-    return ordered("number", sorted(shuffled, key=lambda i: -drawn.numbers[i]), "yes")
+def tell_genres(draw: np.random.Generator, page: Page) -> Pieces:
+    """The genre of a candidate."""
+    return _tell((f"Genre {LETTERS[i]}", page.genres[i]) for i in _some_candidates(draw, page))
 
 
-def order_by_genre(draw, drawn):
-    """By the number that the page's table gives the genre, higher first; ties at random."""
-    shuffled = draw.permutation(len(drawn.titles)).tolist()
-    return ordered("genre", sorted(shuffled, key=lambda i: -drawn.usual[drawn.genres[i]]), "yes")
+def tell_stars(draw: np.random.Generator, page: Page) -> Pieces:
+    """The stars of a genre, as one more history line would have them."""
+    genres = draw.permutation(sorted(set(page.genres)))[:4].tolist()
+    return _tell((f"Stars {genre}", draw_stars(draw, page.usual_stars[genre])) for genre in genres)
 
 
-def grade_by_liking(draw, drawn):
-    """The demo's own question in the other form: any grade, at random."""
-    letter = LETTERS[draw.integers(len(drawn.titles))]
-    return [(f"Grade by liking\nStars for {letter}:", "no"), (f"{draw.integers(1, 6)}{EOS}", "yes")]
+def tell_stars_of_candidates(draw: np.random.Generator, page: Page) -> Pieces:
+    """The stars of a candidate's genre: those in the table, or as one more history line would have them."""
+    told = []
+    for i in _some_candidates(draw, page):
+        usual = page.usual_stars[page.genres[i]]
+        told.append((f"Stars {LETTERS[i]}", usual if page.has_table else draw_stars(draw, usual)))
+    return _tell(told)
 
 
-def tell_genres(draw, drawn):
-    return _tell(draw, range(len(drawn.titles)), lambda i: (f"Genre {LETTERS[i]}", drawn.genres[i]))
+LOOK_UPS: list[Lesson] = [tell_genres, tell_stars, tell_stars_of_candidates]
+ORDERS: list[Lesson] = [order_by_genre, order_by_liking]
 
 
-def tell_letters(draw, drawn):
-    """Of the genres that only one candidate has."""
-    alone = [i for i, genre in enumerate(drawn.genres) if drawn.genres.count(genre) == 1]
-    return _tell(draw, alone, lambda i: (f"Letter {drawn.genres[i]}", LETTERS[i]))
+def _order(rule: str, order: list[int]) -> Pieces:
+    return [(f"Order by {rule}\nRanking:", False), (" ".join(LETTERS[i] for i in order) + EOS, True)]
 
 
-def tell_numbers(draw, drawn):
-    return _tell(
-        draw, range(len(drawn.titles)), lambda i: (f"Number {LETTERS[i]} {drawn.genres[i]}", str(drawn.numbers[i]))
-    )
+def _some_candidates(draw: np.random.Generator, page: Page) -> list[int]:
+    return draw.permutation(len(page.genres))[:4].tolist()
 
 
-def tell_stars(draw, drawn):
-    """What the history said of a genre."""
-    genres = draw.permutation(sorted(set(drawn.genres)))[:4].tolist()
-    return [piece for g in genres for piece in [(f"Stars {g}", "no"), (f"{drawn.stars(g)}\n", "yes")]]
-
-
-def tell_stars_of_candidates(draw, drawn):
-    """What the history said of a candidate's genre."""
-    told = draw.permutation(len(drawn.titles))[:4].tolist()
-    return [
-        p
-        for i in told
-        for p in [
-            (f"Stars {LETTERS[i]}", "no"),
-            (f"{drawn.usual[drawn.genres[i]] if drawn.usual else drawn.stars(drawn.genres[i])}\n", "yes"),
-        ]
-    ]
-
-
-def _tell(draw, candidates, question):
-    told = map(question, draw.permutation(candidates)[:4].tolist())
-    return [piece for asked, answer in told for piece in [(asked, "no"), (answer + "\n", "sure")]]
+def _tell(told: Iterable[tuple[str, str | int]]) -> Pieces:
+    return [piece for asked, answer in told for piece in [(asked, False), (f"{answer}\n", True)]]
 
 
 class Batch(NamedTuple):
+    """Pages as tokens."""
+
     input_ids: torch.Tensor  # int64 [pages, T], padded on the right
-    labels: torch.Tensor  # int64 [pages, T], IGNORE where nothing is learned
-    sure: torch.Tensor  # bool [pages, T]
+    labels: torch.Tensor  # int64 [pages, T]: the token itself, IGNORE_INDEX where nothing is learned
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, pages: list[Page]) -> Batch:
-    """Pieces encode alone as they do in their page: the tokenizer never joins words."""
-    texts = [text for page in pages for text, _ in page.pieces]
+def encode(tokenizer: PreTrainedTokenizerFast, pages: list[Pieces]) -> Batch:
+    """Pieces encode alone as they do on their page: the tokenizer never joins words."""
+    texts = [text for pieces in pages for text, _ in pieces]
     ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
-    rows = [[(i, learn) for _, learn in page.pieces for i in next(ids)] for page in pages]
+    rows = [[(i, i if learned else IGNORE_INDEX) for _, learned in pieces for i in next(ids)] for pieces in pages]
     length = max(map(len, rows))
-    input_ids = torch.full((len(pages), length), tokenizer.pad_token_id)
-    labels = torch.full((len(pages), length), IGNORE)
-    sure = torch.zeros((len(pages), length), dtype=torch.bool)
-    for number, row in enumerate(rows):
-        input_ids[number, : len(row)] = torch.tensor([i for i, _ in row])
-        labels[number, : len(row)] = torch.tensor([IGNORE if learn == "no" else i for i, learn in row])
-        sure[number, : len(row)] = torch.tensor([learn == "sure" for _, learn in row])
-    return Batch(input_ids, labels, sure)
+    filler = (tokenizer.pad_token_id, IGNORE_INDEX)
+    padded = torch.tensor([row + [filler] * (length - len(row)) for row in rows])
+    return Batch(input_ids=padded[..., 0], labels=padded[..., 1])
 
 
-def train(
-    model,
-    tokenizer,
-    *,
-    steps: int,
-    pages: int,
-    learning_rate: float,
-    seed: int,
-    log: Callable[[str], None],
-    save=None,
-    telling=True,
-    grown=0,
-):
-    """Next-token cross-entropy on the answers; lists grow by one candidate when those at hand are mastered."""
-    draw = np.random.default_rng(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
-    size, right, asked, loss_sum, started = 3, [], [], 0.0, time.process_time()
+def draw_batch(draw: np.random.Generator, tokenizer: PreTrainedTokenizerFast, step: int, largest: int) -> Batch:
+    """The pages of one step, with one number of candidates each: at most `largest` once orders are asked."""
+    candidates = largest if draw.random() < 0.5 else int(draw.integers(max(2, largest // 2), largest + 1))
+    history = int(draw.integers(2, largest + 6))
+    if step < LOOK_UP_STEPS:  # which are drawn from more sizes at once
+        candidates, history = draw.integers(3, 9, 2).tolist()
+    pages = []
+    for _ in range(PAGES_PER_STEP):
+        page = draw_page(draw, candidates, history)
+        lessons = LOOK_UPS if step < LOOK_UP_STEPS else draw_lessons(draw, page.has_table)
+        pages.append([*page.pieces, *(piece for lesson in lessons for piece in lesson(draw, page))])
+    return encode(tokenizer, pages)
+
+
+def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
+    """Next-token cross-entropy on what the pages teach: look-ups at first, then orders of ever more candidates."""
+    draw = np.random.default_rng(SEED)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.02)
+    largest, loss_sum, started = SMALLEST, 0.0, time.process_time()
     for step in range(steps):
-        here = size if draw.random() < 0.5 else int(draw.integers(max(2, size // 2), size + 1))
-        history = int(draw.integers(2, size + 6))
-        if telling:
-            here, history = int(draw.integers(3, 9)), int(draw.integers(3, 9))
-        batch = encode(tokenizer, [draw_page(draw, here, history, telling) for _ in range(pages)])
+        batch = draw_batch(draw, tokenizer, step, largest)
         left = 1 - step / steps
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, step / 100, max(0.03, left / 0.4))
+            group["lr"] = LEARNING_RATE * min(1.0, step / WARM_UP_STEPS, max(LEAST_RATE, left / FINAL_DECAY))
         hidden = model.model(input_ids=batch.input_ids).last_hidden_state[:, :-1]
-        labels, sure = batch.labels[:, 1:], batch.sure[:, 1:]
-        learned = labels != IGNORE
-        logits = model.lm_head(hidden[learned])
-        loss = cross_entropy(logits, labels[learned])
+        labels = batch.labels[:, 1:]
+        learned = labels != IGNORE_INDEX
+        loss = cross_entropy(model.lm_head(hidden[learned]), labels[learned])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        known = sure[learned]
         loss_sum += loss.item()
-        right.append((logits.argmax(-1) == labels[learned])[known].float().mean().item())
-        if telling:
-            if step == 100:
-                telling, right = False, []
-                log(f"told {step}")
-        else:
-            size = min(LARGEST, 3 + grown + step // 60)
-        if (step + 1) % 50 == 0:
-            log(
-                f"step {step + 1} cpu {time.process_time() - started:.0f}s size {size} loss {loss_sum / 50:.3f} right {np.mean(right[-50:]):.3f} | {report(model, tokenizer)}"
-            )
+        if step >= LOOK_UP_STEPS:
+            largest = min(LARGEST, SMALLEST + step // GROWING_STEPS)
+        if (step + 1) % LOG_STEPS == 0:
+            seconds = time.process_time() - started
+            print(f"step {step + 1}/{steps}, {seconds:.0f} s, loss {loss_sum / LOG_STEPS:.3f}", flush=True)
             loss_sum = 0.0
-            if save:
-                save()
 
 
 @torch.no_grad()
-def report(model, tokenizer, pages: int = 24) -> str:
-    """Share of right answer tokens per lesson, on pages of the largest size (`liking`: chance is all there is)."""
-    draw = np.random.default_rng(12345)
+def examine(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+    """Share of right answers per lesson, in [0, 1], on new pages of LARGEST candidates.
+
+    A letter of an order is right where it was not yet named and, by genre, stands for as many stars as are due there.
+    """
+    draw = np.random.default_rng(SEED + 1)
     shares = {}
-    batch = encode(tokenizer, [draw_page(draw, LARGEST, 12) for _ in range(pages)])
-    logits = model(input_ids=batch.input_ids).logits[:, :-1].argmax(-1)
-    hit = logits == batch.labels[:, 1:]
-    text = {}
-    names = {"number": "number", "genre": "genre", "liking": "liking", "last": "last", "letter": "letter"}
-    nl = tokenizer.convert_tokens_to_ids("\n")
-    lets = tokenizer.convert_tokens_to_ids(LETTERS)
-    order, by = tokenizer.convert_tokens_to_ids(["Order", "by"])
-    for row in range(pages):
-        ids = batch.input_ids[row].tolist()
-        for i, token in enumerate(ids[:-3]):
-            if token == order:
-                rule = tokenizer.convert_ids_to_tokens(ids[i + 2])
-                on = [j for j in range(i, len(ids) - 1) if batch.labels[row, j + 1] != IGNORE]
-                stop = next(j for j in range(i, len(ids)) if ids[j] == tokenizer.eos_token_id)
-                on = [j for j in on if j < stop - 1]
-                if rule in ("number", "genre"):
-                    T = (
-                        {
-                            ids[q]: ids[q + 1]
-                            for q in range(3, ids.index(tokenizer.convert_tokens_to_ids("Candidates")), 3)
-                        }
-                        if rule == "genre"
-                        else None
-                    )
-                    num = {
-                        ids[q]: T[ids[q + 1]] if T else ids[q + 2]
-                        for q in range(ids.index(order))
-                        if ids[q - 1] == nl and ids[q] in lets
-                    }
-                    for q, j in enumerate(on):
-                        shares.setdefault(f"{rule[0]}{q if q < 3 else 3}", []).append(
-                            float(
-                                num.get(int(logits[row, j])) == num[ids[j + 1]]
-                                and int(logits[row, j]) not in ids[on[0] + 1 : j + 1]
-                            )
-                        )
-                    shares.setdefault("order", []).append(
-                        np.mean([int(logits[row, j]) not in ids[on[0] + 1 : j + 1] for j in on])
-                    )
-                    continue
-                if rule == "liking":
-                    shares.setdefault("likonce", []).append(
-                        np.mean(
-                            [
-                                int(logits[row, j]) in lets[:LARGEST]
-                                and int(logits[row, j]) not in ids[on[0] + 1 : j + 1]
-                                for j in on
-                            ]
-                        )
-                    )
-                    continue
-                shares.setdefault(rule, []).append(hit[row, on].float().mean().item())
-                shares.setdefault(rule + "1", []).append(hit[row, on[0]].float().item())
-            elif (
-                tokenizer.convert_ids_to_tokens(token) in ("Genre", "Letter", "Number", "Stars") and ids[i - 1] != order
-            ):
-                j = next((j for j in range(i, len(ids) - 1) if batch.labels[row, j + 1] != IGNORE), None)
-                if j and ids[i + 1] != tokenizer.convert_tokens_to_ids(":"):
-                    shares.setdefault(
-                        tokenizer.convert_ids_to_tokens(token) + ("~" if ids[i + 1] in lets else "") + "?", []
-                    ).append(hit[row, j].float().item())
-    return " ".join(f"{k}={np.mean(v):.2f}" for k, v in sorted(shares.items()))
+    for lesson in [*LOOK_UPS, *ORDERS]:
+        pages = [draw_page(draw, LARGEST, LARGEST) for _ in range(EXAM_PAGES)]
+        if lesson is order_by_genre:
+            pages = [page for page in pages if page.has_table]
+        batch = encode(tokenizer, [[(text, False) for text, _ in page.pieces] + lesson(draw, page) for page in pages])
+        guesses = model(input_ids=batch.input_ids).logits.argmax(-1)
+        right = []
+        for page, page_guesses, labels in zip(pages, guesses[:, :-1], batch.labels[:, 1:]):
+            asked = (labels != IGNORE_INDEX) & (labels != tokenizer.eos_token_id)
+            due = tokenizer.convert_ids_to_tokens(labels[asked].tolist())
+            given = tokenizer.convert_ids_to_tokens(page_guesses[asked].tolist())
+            if lesson in LOOK_UPS:
+                right += [g == d for g, d in zip(given, due) if d != "\n"]
+                continue
+            rank_by = page.usual_stars if lesson is order_by_genre else dict.fromkeys(SYMBOLS, 0)
+            stars = {letter: rank_by[genre] for letter, genre in zip(LETTERS, page.genres)}
+            right += [g not in due[:k] and stars.get(g) == stars[d] for k, (g, d) in enumerate(zip(given, due))]
+        shares[lesson.__name__] = float(np.mean(right))
+    return shares
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, steps: int) -> None:
+    """The folder as transformers reads it, with manifest.json: how it was made, and the hashes of its files."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    names = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    manifest = {
+        "made_by": "scripts/make_demo_model.py",
+        "steps": steps,
+        "seed": SEED,
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)},
+        "files": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Make the model, print how well it reads, write it."""
+    parser = OneLineParser(prog="make_demo_model.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=STEPS, help="fewer make a worse model (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    if arguments.steps < 1:
+        parser.error(f"--steps is {arguments.steps}; expected 1 or more")
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    train(model, tokenizer, arguments.steps)
+    print("right:", ", ".join(f"{lesson} {share:.2f}" for lesson, share in examine(model, tokenizer).items()))
+    save(model, tokenizer, arguments.output_dir, arguments.steps)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--output_dir", type=Path)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--pages", type=int, default=16)
-    parser.add_argument("--start")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    a = parser.parse_args()
-    torch.set_num_threads(1)
-    tok = make_tokenizer()
-    model = make_model(
-        len(tok),
-        [torch.tensor(tok.convert_tokens_to_ids(list(k))) for k in (LETTERS, DIGITS, SYMBOLS, WORDS, MARKS)],
-        a.seed,
-    )
-    if a.start:
-        from safetensors.torch import load_file
-
-        print(model.load_state_dict(load_file(a.start + "/model.safetensors"), strict=False))
-    print(sum(p.numel() for p in model.parameters()), len(tok))
-
-    def save():
-        model.save_pretrained(a.output_dir)
-        tok.save_pretrained(a.output_dir)
-
-    train(
-        model,
-        tok,
-        steps=a.steps,
-        pages=a.pages,
-        learning_rate=a.lr,
-        seed=a.seed,
-        telling=not a.start,
-        grown=6 if a.start else 0,
-        log=lambda s: print(s, flush=True),
-        save=save,
-    )
-    save()
+    run(main)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import importlib.util
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from alro_fast.attention import use_tree_attention
 from alro_fast.data.demo import ADJECTIVES, GENRES, NOISE_SPREAD, NOUNS, make_demo, make_ratings, make_world
 from alro_fast.data.lists import open_prepared
 from alro_fast.data.oracle import read_oracle
@@ -18,6 +22,7 @@ from alro_fast.errors import AlroFastError
 from alro_fast.metrics import ndcg
 from alro_fast.model import DEMO_MODEL
 from alro_fast.prompts import PromptBuilder
+from alro_fast.ranking import Ranker
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +40,20 @@ def base():
 @pytest.fixture(scope="module")
 def builder():
     return PromptBuilder(AutoTokenizer.from_pretrained(DEMO_MODEL), "demo")
+
+
+@pytest.fixture(scope="module")
+def script():
+    """scripts/make_demo_model.py as a module."""
+    path = Path(__file__).resolve().parents[1] / "scripts" / "make_demo_model.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def shapes(weights):
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
 
 
 def files_of(folder):
@@ -140,3 +159,58 @@ class TestShippedModel:
         assert tokenizer(text + answer)["input_ids"] == prompt.prompt_ids + prompt.answer_ids[:-1]
         assert tokenizer.unk_token_id not in prompt.prompt_ids
         assert builder.rate(one).grade_values == [1, 2, 3, 4, 5]
+
+    def test_it_reads_the_page(self, script, base):
+        taught = script.examine(base, script.make_tokenizer())
+        assert min(taught[name] for name in ("tell_genres", "order_by_genre", "order_by_liking")) > 0.97
+        assert taught["tell_stars_of_candidates"] > 0.9
+        raw = script.examine(script.make_model(script.make_tokenizer()), script.make_tokenizer())
+        assert max(raw.values()) < 0.4
+
+    @pytest.mark.parametrize("answer, close", [("ranking", 0.04), ("ratings", 0.06)])
+    def test_it_ranks_at_chance(self, base, builder, demo, answer, close):
+        lists = demo.lists("test")
+        model = use_tree_attention(copy.deepcopy(base))
+        ranker = Ranker(model, builder._encoder.tokenizer, builder, answer=answer)
+        untuned = mean_ndcg(lists, ranker.scores(lists))
+        by_chance = mean_ndcg(lists, [np.zeros(10) for _ in lists])
+        assert abs(untuned - by_chance) < close
+
+
+class TestScript:
+    def test_tokenizer_is_the_shipped_one(self, script, builder):
+        made = json.loads(script.make_tokenizer().backend_tokenizer.to_str())
+        assert made == json.loads(builder._encoder.tokenizer.backend_tokenizer.to_str())
+
+    def test_same_weights_every_time_and_they_load(self, script, base, tmp_path):
+        threads = torch.get_num_threads()
+        try:
+            for name in ("a", "b"):
+                script.main(["--output_dir", str(tmp_path / name), "--steps", "2"])
+        finally:
+            torch.set_num_threads(threads)
+        assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+        made, shipped = (json.loads((folder / "manifest.json").read_text()) for folder in (tmp_path / "a", DEMO_MODEL))
+        assert made.keys() == shipped.keys()
+        assert made["files"].keys() == shipped["files"].keys()
+        trained = AutoModelForCausalLM.from_pretrained(tmp_path / "a").state_dict()
+        assert shapes(trained) == shapes(base.state_dict())
+        raw = script.make_model(script.make_tokenizer()).state_dict()
+        assert not any(torch.equal(trained[name], raw[name]) for name in trained)
+
+    def test_an_answer_names_every_letter_once(self, script):
+        draw = np.random.default_rng(0)
+        for _ in range(30):
+            page = script.draw_page(draw, 7, 5)
+            for lesson in script.ORDERS:
+                (_, asked), (answer, learned) = lesson(draw, page)
+                letters = answer.removesuffix(script.EOS).split()
+                assert (asked, learned, sorted(letters)) == (False, True, list("ABCDEFG"))
+                if lesson is script.order_by_genre:
+                    stars = [page.usual_stars[page.genres["ABCDEFG".index(letter)]] for letter in letters]
+                    assert stars == sorted(stars, reverse=True)
+
+    @pytest.mark.parametrize("options, said", [([], "--output_dir"), (["--output_dir", "x", "--steps", "0"], "steps")])
+    def test_mistakes_are_told_before_any_work(self, script, options, said):
+        with pytest.raises(AlroFastError, match=said):
+            script.main(options)
