@@ -7,8 +7,8 @@ a third each. `code` is the released scoring: the rating decides, the rest separ
     code    grade + 0.05 (m - i) + 0.5 win + 0.025 (5 - place)
 
 grade: the rating of candidate i. win: 1 for the winner of a pair, 0 for the loser, 1/2 each when the two orders of
-asking disagree. place: 0-based place in the listwise answer, which names five; a candidate it does not name gets 0 for
-it. i: 0-based place in the list as given, the retriever's order; m: candidates.
+asking disagree, and for a candidate in no pair. place: 0-based place in the listwise answer, which names five; a
+candidate it does not name gets 0 for it. i: 0-based place in the list as given, the retriever's order; m: candidates.
 
 Everything also takes expectations: an expected grade, a probability of winning.
 """
@@ -46,14 +46,14 @@ PAIRINGS = ("matching", "all")
 def utilities(grades: np.ndarray, wins: np.ndarray, places: np.ndarray, constants: Constants) -> np.ndarray:
     """Utility of every candidate, float64 [m].
 
-    grades: [m] ratings. wins: [m] in 0..1, NaN for a candidate in no pair (which then gains nothing). places: [m]
-    0-based places in the listwise answer, NaN for a candidate it does not name.
+    grades: [m] ratings. wins: [m] in 0..1. places: [m] 0-based places in the listwise answer, NaN for a candidate it
+    does not name.
     """
     m = len(grades)
     point, pair, listed = constants.weights
     top = m if constants.top is None else constants.top
     by_grade = np.asarray(grades, dtype=np.float64) + constants.order * (m - np.arange(m))
-    by_pair = constants.pair * np.nan_to_num(np.asarray(wins, dtype=np.float64))
+    by_pair = constants.pair * np.asarray(wins, dtype=np.float64)
     by_list = constants.listed * np.nan_to_num(np.maximum(top - np.asarray(places, dtype=np.float64), 0.0))
     return point * by_grade + pair * by_pair + listed * by_list
 
@@ -77,13 +77,13 @@ def pairs_of(candidates: int, pairing: str, generator: np.random.Generator) -> l
 
 
 def win_shares(candidates: int, pairs: Iterable[tuple[int, int]], first_wins: Iterable[float]) -> np.ndarray:
-    """Mean of a candidate's wins over its pairs, [m]; NaN where it is in none. first_wins: in 0..1, per pair."""
+    """Mean of a candidate's wins over its pairs, [m]; 1/2 where it is in none. first_wins: in 0..1, per pair."""
     total, count = np.zeros(candidates), np.zeros(candidates)
     for (first, second), won in zip(pairs, first_wins, strict=True):
         total[first] += won
         total[second] += 1 - won
         count[[first, second]] += 1
-    return np.divide(total, count, out=np.full(candidates, np.nan), where=count > 0)
+    return np.divide(total, count, out=np.full(candidates, 0.5), where=count > 0)
 
 
 def places_of(order: Iterable[int], candidates: int) -> np.ndarray:

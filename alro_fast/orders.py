@@ -33,9 +33,14 @@ class Ranking:
 def presentations(entry: RankingList, shuffles: int, seed: int) -> np.ndarray:
     """int64 [shuffles, m]: the stored order, then permutations that depend on (seed, list_id) alone."""
     m = len(entry.candidates)
-    digest = hashlib.blake2b(entry.list_id.encode(), digest_size=8).digest()
-    generator = np.random.default_rng([seed, int.from_bytes(digest, "little")])
+    generator = generator_of(entry, seed)
     return np.stack([np.arange(m), *(generator.permutation(m) for _ in range(shuffles - 1))])
+
+
+def generator_of(entry: RankingList, *seeds: int) -> np.random.Generator:
+    """Random numbers that depend on the seeds and the list's id alone."""
+    digest = hashlib.blake2b(entry.list_id.encode(), digest_size=8).digest()
+    return np.random.default_rng([*seeds, int.from_bytes(digest, "little")])
 
 
 def check_finite(entry: RankingList, values: np.ndarray) -> None:

@@ -160,7 +160,7 @@ def evaluate_lists(
     ranked = ~metrics.all_equal(ratings)
     per_list: dict[str, dict[str, np.ndarray]] = {}
     seconds: dict[str, float] = {}
-    for name in sorted(scorers, key=_row):
+    for name in sorted(scorers, key=row_of):
         scores = scorers[name]
         if callable(scores):
             start = time.perf_counter()
@@ -293,10 +293,14 @@ def _check_shape(name: str, scores: Scores, lists: Sequence[RankingList]) -> Non
             )
 
 
-_ROWS = ("random", "popularity", "mean_rating", "retriever", "untuned", "generate", "tuned")
+_ROWS = (
+    "random", "popularity", "mean_rating", "retriever", "hints", "untuned", "generate",
+    "pointwise", "pairwise", "listwise", "tuned",
+)  # fmt: skip
 
 
-def _row(name: str) -> tuple[int, str]:
+def row_of(name: str) -> tuple[int, str]:
+    """Where a ranker stands in a table: a key to sort by."""
     if name == "oracle":
         return len(_ROWS) + 1, name
     return (_ROWS.index(name) if name in _ROWS else len(_ROWS)), name

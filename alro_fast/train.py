@@ -31,10 +31,12 @@ from .errors import AlroFastError
 from .memory import keep_freed_memory
 from .model import add_lora, base_path, load_base, load_tokenizer, make_scratch, resolve_dtype
 from .objectives.base import Objective, build_objective
+from .orders import Ranking
 from .prompts import PromptBuilder, add_item_tokens
 from .ranking import Ranker
-from .results import baseline_scores, evaluate_lists, write_predictions, write_trec
+from .results import baseline_scores, write_predictions, write_trec
 from .stages import finished, merge_adapter, stack_adapters, stage_arguments, write_merged_base
+from .target_metrics import as_grades, evaluate_rankers, one_target
 from .trainer import NonFiniteLoss, RankerTrainer, TreeDataset
 
 logger = logging.getLogger(__name__)
@@ -94,6 +96,10 @@ def stages(config: Config, argv: Sequence[str]) -> Iterator[Config]:
 
 def run_for(config: Config) -> Run:
     """The kind of run that a configuration asks for."""
+    if config.objective.objective == "recranker":
+        from .train_recranker import RecRankerRun
+
+        return RecRankerRun(config)
     if config.data.preferences is None and config.objective.objective not in ("dmpo", "sft_chosen"):
         return Run(config)
     from .train_preferences import PreferenceRun
@@ -123,7 +129,7 @@ class Run:
         self.model, self.tokenizer = self.build_model()
         self.objective = self.build_objective()
         show = not self.training.disable_tqdm
-        self.datasets = {name: TreeDataset(self.lists[name], self.objective, show) for name in ("train", "valid")}
+        self.datasets = {name: TreeDataset(self.asked(name), self.objective, show) for name in ("train", "valid")}
         self.trainer = RankerTrainer(
             self.model,
             self.training,
@@ -144,6 +150,10 @@ class Run:
     def splits(self) -> dict[str, Sequence[RankingList]]:
         """What to train, validate and test on."""
         return {split: self.prepared.lists(split) for split in ("train", "valid", "test")}
+
+    def asked(self, split: str) -> Sequence[RankingList]:
+        """The lists of a split that the loss is taken over."""
+        return self.lists[split]
 
     def build_prompts(self) -> PromptBuilder:
         data = self.config.data
@@ -263,18 +273,22 @@ class Run:
         started, test = time.perf_counter(), self.lists["test"]
         rankings = {"untuned": self.ranker.rank(test)}
         self.fit()
-        rankings["tuned"] = self.ranker.rank(test)
+        rankings |= self.rank_tuned(test)
         if not self.training.should_save:
             return
         if test:
             scores = {name: [ranking.scores for ranking in each] for name, each in rankings.items()}
-            results = evaluate_lists(test, baseline_scores(self.prepared, test) | scores, prepared=self.prepared)
+            results = evaluate_rankers(test, baseline_scores(self.prepared, test) | scores, prepared=self.prepared)
             results.save(self.folder)
             write_predictions(self.folder / "predictions.jsonl", test, rankings)
-            write_trec(self.folder, test, scores["tuned"], tag="alro_fast")
+            write_trec(self.folder, as_grades(test) if one_target(test) else test, scores["tuned"], tag="alro_fast")
             self.write_report()
             print(f"\n{results.table()}\n")
         print(f"{time.perf_counter() - started:.0f} s; everything is in {self.folder}")
+
+    def rank_tuned(self, lists: Sequence[RankingList]) -> dict[str, list[Ranking]]:
+        """Rankings of the tuned model for the closing table, by their rows; `tuned` is what it is judged by."""
+        return {"tuned": self.ranker.rank(lists)}
 
     def write_report(self) -> None:
         """report.html, where matplotlib is installed."""
@@ -302,7 +316,7 @@ class Run:
     def validate(self) -> dict[str, float]:
         """NDCG of the model as it stands, on the validation lists."""
         lists = self.lists["valid"]
-        results = evaluate_lists(lists, {"model": self.ranker.scores(lists)}, split="valid", bootstrap=0)
+        results = evaluate_rankers(lists, {"model": self.ranker.scores(lists)}, split="valid", bootstrap=0)
         return {name: results.mean("model", name) for name in ("ndcg@1", "ndcg@3", "ndcg@5", "ndcg@10")}
 
     def save_extras(self, folder: Path) -> None:
@@ -313,7 +327,7 @@ class Run:
             json.dumps(self.prepared.manifest, indent=2) + "\n", encoding="utf-8"
         )
         self.save_config(folder)
-        (folder / "README.md").write_text(model_card(self.config, self.prepared), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(self.config, self.prepared, self.answers), encoding="utf-8")
 
     def save_config(self, folder: Path) -> None:
         resolved = {"alro_fast_version": __version__, **self.config.to_dict()}
@@ -439,7 +453,7 @@ def draw(lists: Sequence[RankingList], limit: int | None, seed: int) -> Sequence
     return [lists[i] for i in chosen.tolist()]
 
 
-def model_card(config: Config, prepared: PreparedData) -> str:
+def model_card(config: Config, prepared: PreparedData, answers: str) -> str:
     """README.md of the output folder, with the front matter the Hub reads."""
     options = config.to_dict()
     front = {"library_name": "peft" if config.model.use_peft else "transformers", "tags": ["recommendation", "ranking"]}
@@ -448,8 +462,8 @@ def model_card(config: Config, prepared: PreparedData) -> str:
         f"---\n{yaml.safe_dump(front)}---\n",
         f"# A ranker tuned with alro_fast {__version__}\n",
         f"Objective `{options['objective']}` on `{prepared.manifest.get('dataset', 'unnamed')}`, answers as "
-        f"`{options['answer']}`, candidates named by `{options['identifiers']}`. Options: config.yaml; data: "
-        "data_manifest.json; prompt: prompt_template.yaml and identifiers.json; figures: results.json.\n",
+        f"{answers}, candidates named by `{options['identifiers']}`. Options: config.yaml; data: "
+        "data_manifest.json; prompt: prompt_template.yaml and the JSON file beside it; figures: results.json.\n",
         "Rank with it: `python -m alro_fast.rank --adapter <this folder> lists.json`.\n"
         if prepared.items
         else "Measure it: `python -m alro_fast.evaluate --adapter <this folder> --preferences FILE`.\n",

@@ -172,11 +172,12 @@ def test_grades_give_their_expectation():
 def test_presentations_that_are_graded_share_their_candidates(monkeypatch):
     """Every presentation costs what it costs alone: its candidates are read once, not once per grade."""
     ranker, entry = Ranker(MODEL, TOKENIZER, PROMPTS, answer="ratings"), random_lists(1, 6, seed=5)[0]
-    rows, read = [], ranker._logits
-    monkeypatch.setattr(ranker, "_logits", lambda trees, tokens: rows.append(trees) or read(trees, tokens))
+    rows, read = [], ranker.read_branches
+    monkeypatch.setattr(ranker, "read_branches", lambda groups, tokens: rows.append(groups) or read(groups, tokens))
     ranker.rank([entry])
     ranker.rank([entry], shuffles=3)
-    (alone,), together = rows
+    ((alone,),), together = rows
+    together = [tree for (tree,) in together]
     assert [tree.num_answer_rows for tree in together] == [6, 6, 6]
     assert sum(tree.num_tokens for tree in together) == pytest.approx(3 * alone.num_tokens, rel=0.01)
 

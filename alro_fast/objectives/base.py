@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from ..fused_head import Head
     from ..prompts import PromptBuilder
     from ..prompts.preference import PreferencePrompts
+    from ..prompts.recranker import RecRankerPrompts
 
 REGISTRY = {  # --objective -> module:class
     "sft": "sft:SFTObjective",
     "alro": "alro:ALROObjective",
     "dmpo": "dmpo:DMPOObjective",
     "sft_chosen": "dmpo:ChosenObjective",
+    "recranker": "recranker:RecRankerObjective",
 }
 
 
@@ -94,7 +96,12 @@ class Objective(Protocol):
 
 
 def build_objective(
-    arguments: ObjectiveArguments, builder: PromptBuilder | PreferencePrompts, *, answer: str, seed: int, **more: Any
+    arguments: ObjectiveArguments,
+    builder: PromptBuilder | PreferencePrompts | RecRankerPrompts,
+    *,
+    answer: str,
+    seed: int,
+    **more: Any,
 ) -> Objective:
     """The objective named by `arguments.objective`; AlroFastError for a name nobody registered."""
     if arguments.objective not in REGISTRY:
