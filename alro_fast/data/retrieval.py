@@ -8,6 +8,7 @@ never be retrieved. A user without a training like gets the known items by popul
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -192,7 +193,9 @@ def _neighbours(name: str, likes: csr_matrix, options: dict[str, Any]) -> Callab
 
     kind = {"item-knn": CosineRecommender, "item-bm25": BM25Recommender}[name]
     model = kind(K=min(options["neighbours"], likes.shape[1]), num_threads=1)
-    model.fit(likes.tocsr(), show_progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of matrices it makes in another format than it likes
+        model.fit(likes, show_progress=False)
     similarity = model.similarity.astype(np.float32)
     return lambda rows: (likes[rows] @ similarity).toarray()
 
