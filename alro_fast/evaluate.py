@@ -33,6 +33,9 @@ from .rank import OneLineParser, add_ranking_options
 from .ranking import Ranker, check_device, check_options
 from .report import write_report
 from .results import baseline_scores, evaluate_lists, write_predictions, write_trec
+from .target_metrics import as_grades, evaluate_rankers, one_target
+from .task_generation import generate_tasks
+from .task_reading import TASK_METHODS, check_tasks
 
 __all__ = ["baseline_scores", "evaluate_lists", "main"]
 
@@ -55,6 +58,7 @@ def main(argv: Sequence[str]) -> None:
         evaluate_preferences.main(options)
         return
     check_options(options.method, options.shuffles, options.merge, options.beams, options.seed)
+    check_tasks(options.hybrid or "code", options.pairing)
     metrics.gains(np.empty(0), options.gain)  # an unknown one is an error now, not after the ranking
     prepared = open_prepared(options.lists)
     lists = prepared.lists(options.split)
@@ -68,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
         trust_remote_code=options.trust_remote_code,
         token_budget=options.token_budget,
     )
-    if options.generate and ranker.answer != "ranking":
+    if options.generate and ranker.answer == "ratings":
         raise AlroFastError("--generate needs a model that answers with identifiers; this one answers with grades")
     if ranker.prompts.identifiers == "items":
         check_catalogue(Path(options.adapter), prepared)
@@ -81,22 +85,31 @@ def main(argv: Sequence[str]) -> None:
         "merge_by": options.merge,
         "beams": options.beams,
         "seed": options.seed,
+        "hybrid": options.hybrid,
+        "pairing": options.pairing,
     }
     rankings: dict[str, list[Ranking]] = {}
     seconds: dict[str, float] = {}
     if hasattr(ranker.model, "disable_adapter"):
         with ranker.untuned():
             rankings["untuned"], seconds["untuned"] = timed(ranker, lists, how)
+    if ranker.answer == "tasks" and options.method is None:  # the hybrid, and a row for each of its tasks
+        for task in TASK_METHODS[:-1]:
+            rankings[task], seconds[task] = timed(ranker, lists, how | {"method": task})
     rankings["tuned"], seconds["tuned"] = timed(ranker, lists, how)
     scores = {name: [ranking.scores for ranking in each] for name, each in rankings.items()}
     notes = {"device": str(ranker.device), "peak_memory_gib": peak_memory(ranker.device) / 2**30}
     if options.generate:
         start = time.perf_counter()
-        generated = generate_and_parse(ranker, lists)
+        if ranker.answer == "tasks":
+            told = {name: how[name] for name in ("hybrid", "pairing", "seed")}
+            generated = generate_tasks(ranker, lists, **told)
+        else:
+            generated = generate_and_parse(ranker, lists)
         seconds["generate"] = time.perf_counter() - start
         scores["generate"] = generated.scores
         notes["generate_invalid_rate"] = generated.invalid_rate
-    results = evaluate_lists(
+    results = evaluate_rankers(
         lists,
         baseline_scores(prepared, lists) | scores,
         prepared=prepared,
@@ -105,6 +118,8 @@ def main(argv: Sequence[str]) -> None:
         bootstrap=options.bootstrap,
     )
     method = options.method or ranker.default_method
+    if method == "hybrid":
+        method += f" ({options.hybrid or ranker.hybrid} constants, pairing {options.pairing})"
     presented = f", {options.shuffles} presentations merged by {options.merge}" if options.shuffles > 1 else ""
     results = dataclasses.replace(
         results,
@@ -115,10 +130,12 @@ def main(argv: Sequence[str]) -> None:
     )
     print(results.table())
     if options.generate:
-        print(f"generate: {generated.invalid_rate:.1%} of the answers were no permutation of their candidates")
+        wrong = "were no permutation of their candidates" if ranker.answer == "ranking" else "could not be read in full"
+        print(f"generate: {generated.invalid_rate:.1%} of the answers {wrong}")
     results.save(folder)
     write_predictions(folder / "predictions.jsonl", lists, rankings)
-    factor = write_trec(folder, lists, scores["tuned"], tag="alro_fast")
+    graded = as_grades(lists) if one_target(lists) else lists
+    factor = write_trec(folder, graded, scores["tuned"], tag="alro_fast")
     trec = "" if factor is None else ", run.trec, qrels.trec"
     times = f" (ratings x {factor} in qrels.trec, which holds whole numbers)" if factor not in (None, 1) else ""
     print(f"written to {folder}: results.json, predictions.jsonl{trec}{times}")

@@ -44,8 +44,10 @@ def main(argv: Sequence[str]) -> None:
         check_device,
         check_options,
     )
+    from .task_reading import check_tasks
 
     check_options(options.method, options.shuffles, options.merge, options.beams, options.seed)
+    check_tasks(options.hybrid or "code", options.pairing)
     check_device(options.device)
     ranker = Ranker.load(
         options.adapter,
@@ -68,6 +70,8 @@ def main(argv: Sequence[str]) -> None:
         merge_by=options.merge,
         beams=options.beams,
         seed=options.seed,
+        hybrid=options.hybrid,
+        pairing=options.pairing,
     )
     for document, ranking in zip(documents, rankings, strict=True):
         print(json.dumps(answer(document, ranking, options.top_k), ensure_ascii=False), flush=True)
@@ -89,7 +93,13 @@ def add_ranking_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", required=True, help="folder that alro_fast.train wrote")
     parser.add_argument("--base_model", help="base model in place of the one the adapter names")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base model")
-    parser.add_argument("--method", help="first, expected, greedy or beam; default: first (expected for grades)")
+    parser.add_argument(
+        "--method",
+        help="first, expected, greedy or beam; default: first (expected for grades). A model of objective recranker: "
+        "pointwise, pairwise, listwise or hybrid (default)",
+    )
+    parser.add_argument("--hybrid", help="constants of method hybrid: code or paper; default: as trained")
+    parser.add_argument("--pairing", default="matching", help="pairs compared: matching (default: one each) or all")
     parser.add_argument("--shuffles", type=int, default=1, help="presentations of each list, merged (default 1)")
     parser.add_argument("--merge", default="mean", help="how they are merged: mean (of scores), borda or kemeny")
     parser.add_argument("--beams", type=int, default=4, help="partial orders kept by method beam (default 4)")

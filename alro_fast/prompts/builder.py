@@ -108,6 +108,11 @@ class PromptBuilder:
         return len(self.labels)
 
     @property
+    def end(self) -> int:
+        """The token that ends an answer."""
+        return self._turns.end
+
+    @property
     def grade_ids(self) -> list[int]:
         """Token of each grade of the `ratings` form; AlroFastError if the tokenizer lacks one."""
         return self._grading.grade_ids
