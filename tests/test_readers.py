@@ -267,3 +267,12 @@ def test_files_of_another_data_set_are_named(tmp_path):
     (tmp_path / "movies.dat").write_text("1,One,Drama\n")
     with pytest.raises(AlroFastError, match=r"movies\.dat line 1 has 1 fields"):
         read_interactions("ml-1m", tmp_path)
+
+
+def test_a_table_without_times(tmp_path):
+    (tmp_path / "r.csv").write_text("user_id,item_id,rating\n1,2,3\n1,5,4\n")
+    found = read_interactions("csv", ratings_file=tmp_path / "r.csv", columns=Columns(time="none"), notice=list)
+    assert found.time.tolist() == [0, 0]
+    assert found.time_unit == "none"
+    with pytest.raises(AlroFastError, match="no column 'timestamp'"):
+        read_interactions("csv", ratings_file=tmp_path / "r.csv", notice=list)
