@@ -82,13 +82,14 @@ def read_tasks(
     groups, tokens = [], []
     for entry, made in zip(lists, prompts, strict=True):
         pages = _questions(made, ranker.prompts.grade_ids, ranker.prompts.choice_ids)
-        groups.append([])
+        trees = []
         for page, branches in zip((made.rated_ids, made.liked_ids), pages, strict=True):
             if branches:
                 ranker.check_length(entry, max(len(page) + len(ids) for ids, _, _ in branches))
                 tree = [Branch(page + ids, len(page) + start) for ids, start, _ in branches]
-                groups[-1].append(Tree(tree, name=f"list {entry.list_id}"))
+                trees.append(Tree(tree, name=f"list {entry.list_id}"))
                 tokens += [asked for _, _, asked in branches]
+        groups += [trees] if trees else []  # a lone candidate is in no pair
     read = iter(ranker.read_branches(groups, tokens))
     values = np.asarray(ranker.prompts.grade_values, dtype=np.float64)
     return [

@@ -1,0 +1,81 @@
+"""Metrics of lists with one target each, against numbers by hand and scikit-learn."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sklearn.metrics import ndcg_score
+from tiny import random_lists
+
+from alro_fast.results import Results
+from alro_fast.target_metrics import as_grades, evaluate_rankers, evaluate_targets, first_stage_scores, one_target
+
+NAN = math.nan
+
+
+def lists_with_targets(places: list[int | None], size: int = 10) -> list:
+    """A list per entry, its target at that place (0-based) of the stored order; None: not among the candidates."""
+    made = random_lists(len(places), size, items=400)
+    return [
+        replace(one, ratings=tuple(4.5 if i == place else NAN for i in range(size)))
+        for one, place in zip(made, places, strict=True)
+    ]
+
+
+def test_the_papers_protocol_by_hand():
+    """Places 1, 3, 4 and 10 of the retriever's order, and two users whose target was missed."""
+    lists = lists_with_targets([0, 2, 3, 9, None, None])
+    found = evaluate_targets(lists, first_stage_scores(lists))
+    assert found.ceiling == pytest.approx(4 / 6)
+    assert found.mean("retriever", "hr@3") == pytest.approx(2 / 6)
+    assert found.mean("retriever", "hr@5") == pytest.approx(3 / 6)
+    assert found.mean("retriever", "hr@10") == pytest.approx(4 / 6)
+    assert found.mean("retriever", "ndcg@3") == pytest.approx((1 + 1 / np.log2(4)) / 6)
+    assert found.mean("retriever", "ndcg@5") == pytest.approx((1 + 1 / np.log2(4) + 1 / np.log2(5)) / 6)
+    assert found.mean("retriever", "mrr") == pytest.approx((1 + 1 / 3 + 1 / 4 + 1 / 10) / 6)
+    for metric in found.per_list["retriever"]:
+        assert found.mean("retriever", metric) == pytest.approx(found.within("retriever", metric) * found.ceiling)
+
+
+def test_random_is_exact_and_ndcg_agrees_with_scikit_learn():
+    lists = lists_with_targets([0, 5, 9, None])
+    draw = np.random.default_rng(0).normal(size=(4, 10))
+    found = evaluate_targets(lists, {"random": np.zeros((4, 10)), "drawn": draw})
+    assert found.within("random", "hr@3") == pytest.approx(0.3)
+    assert found.within("random", "hr@5") == pytest.approx(0.5)
+    relevant = np.array([one.ratings for one in as_grades(lists)])
+    for k in (3, 5):
+        expected = np.array([ndcg_score(relevant[l : l + 1], draw[l : l + 1], k=k) for l in range(3)])
+        np.testing.assert_allclose(found.per_list["drawn"][f"ndcg@{k}"], [*expected, 0.0], atol=1e-12)
+
+
+def test_the_table_and_the_file_say_who_was_counted(tmp_path):
+    lists = lists_with_targets([0, 2, None, None])
+    lists = [replace(one, hints=tuple(map(float, range(9, -1, -1)))) for one in lists]
+    found = evaluate_rankers(lists, {"tuned": [-np.arange(10.0)] * 4, "untuned": np.zeros((4, 10))}, bootstrap=50)
+    text = found.table()
+    assert "test: 4 users, of whom 2 have their target among the candidates" in text
+    for row in ("retriever", "hints", "untuned", "tuned", "ceiling"):
+        assert f"\n{row}" in text
+    assert "tuned - retriever, NDCG@5 over all users: +0.0000" in text
+    document = json.loads(found.save(tmp_path).read_text())
+    assert document["about"]["ceiling"] == 0.5
+    assert document["about"]["lists_with_their_target"] == 2
+    assert document["retriever"] == document["hints"]
+    assert document["tuned"]["hr@3"] == 0.5
+    assert document["tuned"]["within_hr@3"] == 1.0
+
+
+def test_lists_of_several_ratings_are_measured_as_before():
+    lists = random_lists(5, 6)
+    assert not one_target(lists)
+    assert not one_target([])
+    assert one_target(lists_with_targets([None, 3]))
+    assert not one_target(lists_with_targets([None, None]))
+    found = evaluate_rankers(lists, {"random": np.zeros((5, 6))}, bootstrap=0)
+    assert type(found) is Results
+    assert "retriever" not in found.per_list

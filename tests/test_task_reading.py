@@ -1,0 +1,170 @@
+"""What is read of the three tasks equals what the plain model says after each prompt alone; and methods built on it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import byte_tokenizer, random_lists, tiny_llama
+
+from alro_fast import ranking
+from alro_fast.errors import AlroFastError
+from alro_fast.hybrid import HYBRIDS, pairs_of, utilities, win_shares
+from alro_fast.orders import generator_of, presentations
+from alro_fast.prompts import PromptBuilder
+from alro_fast.prompts.recranker import Ask, RecRankerPrompts
+from alro_fast.ranking import Ranker
+from alro_fast.task_generation import generate_tasks
+from alro_fast.task_reading import TASK_METHODS, read_tasks
+
+TOKENIZER = byte_tokenizer()
+MODEL = tiny_llama(len(TOKENIZER))
+PLAIN = tiny_llama(len(TOKENIZER))
+PLAIN.set_attn_implementation("sdpa")
+RANKERS = {
+    kind: Ranker(MODEL, TOKENIZER, RecRankerPrompts(TOKENIZER, "movies", identifiers=kind), answer="tasks")
+    for kind in ("letters", "titles")
+}
+RANKER = RANKERS["letters"]
+
+
+def hinted(count: int, sizes=6, seed: int = 0) -> list:
+    draw = np.random.default_rng(seed)
+    return [
+        replace(one, hints=tuple(draw.uniform(1, 5, len(one.candidates)).tolist()))
+        for one in random_lists(count, sizes, seed=seed, history=4)
+    ]
+
+
+@torch.no_grad()
+def after(prompt: list[int]) -> np.ndarray:
+    """Log-probabilities of the next token, by the plain model."""
+    return PLAIN(input_ids=torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1).numpy()
+
+
+@pytest.mark.parametrize("kind", RANKERS)
+def test_readings_are_those_of_the_unshared_prompts(kind):
+    ranker, entry = RANKERS[kind], hinted(1)[0]
+    prompts, shown = ranker.prompts, presentations(entry, 2, 7)
+    with torch.no_grad():
+        (reading,) = read_tasks(ranker, [entry], [shown], seed=7)
+
+    made = prompts.encode([Ask(entry, points=range(6), orders=shown.tolist())])[0]
+    grades = [np.exp(after(made.rated_ids + one.ids)[prompts.grade_ids]) for one in made.points]
+    expected = [p @ prompts.grade_values / p.sum() for p in grades]
+    np.testing.assert_allclose(reading.grades, expected, atol=1e-5)
+
+    for b in range(2):
+        pairs = pairs_of(6, "matching", generator_of(entry, 7, b))
+        chances = []
+        for first, second in pairs:
+            one, other = prompts.encode([Ask(entry, pairs=[(first, second), (second, first)])])[0].pairs
+            page = prompts.encode([Ask(entry, pairs=[(first, second)])])[0].liked_ids
+            yes, no = (np.exp(after(page + each.ids)[prompts.choice_ids]) for each in (one, other))
+            chances.append((yes[0] / yes.sum() + no[1] / no.sum()) / 2)
+        np.testing.assert_allclose(reading.wins[b], win_shares(6, pairs, chances), atol=1e-5)
+
+        listing = made.listings[b]
+        named = []
+        for ids in listing.entries:
+            prompt = made.liked_ids + listing.ids
+            steps = [after(prompt + ids[:k])[token] for k, token in enumerate(ids)]
+            named.append(sum(steps))
+        named = np.array(named)
+        np.testing.assert_allclose(reading.named[b], named - np.log(np.exp(named).sum()), atol=2e-5)
+
+
+@pytest.mark.parametrize("hybrid", HYBRIDS)
+def test_the_hybrid_combines_what_is_read(hybrid):
+    entry = hinted(1, sizes=10)[0]
+    ranking_of = {method: RANKER.rank([entry], method=method, hybrid=hybrid)[0].scores for method in TASK_METHODS}
+    places = np.argsort(np.argsort(-ranking_of["listwise"]))
+    expected = utilities(ranking_of["pointwise"], ranking_of["pairwise"], places, HYBRIDS[hybrid])
+    np.testing.assert_allclose(ranking_of["hybrid"], expected, atol=1e-5)
+    assert RANKER.rank([entry], hybrid=hybrid)[0].order == tuple(np.argsort(-expected, kind="stable"))
+
+
+def test_a_user_is_one_forward_pass(monkeypatch):
+    calls, forward = [], ranking.tree_hidden_states
+    monkeypatch.setattr(ranking, "tree_hidden_states", lambda *a: calls.append(a[1]) or forward(*a))
+    alone = Ranker(MODEL, TOKENIZER, RANKER.prompts, answer="tasks", token_budget=0)
+    alone.rank(hinted(3, sizes=10), shuffles=2)
+    assert len(calls) == 3
+    for batch in calls:
+        assert len(batch.segments.spans) == 2  # a tree of points, one of everything else
+        assert batch.unshared_tokens > 2 * batch.unique_tokens
+
+
+@pytest.mark.parametrize("method", TASK_METHODS)
+def test_company_and_ratings_change_nothing(method):
+    lists = hinted(8, sizes=range(1, 9), seed=4)
+    together = RANKER.rank(lists, method=method, shuffles=2)
+    alone = Ranker(MODEL, TOKENIZER, RANKER.prompts, answer="tasks", token_budget=0)
+    everyone = alone.rank(lists, method=method, shuffles=2)
+    for one, two, entry in zip(together, everyone, lists, strict=True):
+        np.testing.assert_allclose(one.scores, two.scores, atol=2e-5)
+        assert sorted(one.order) == list(range(len(entry.candidates)))
+    blind = [replace(entry, ratings=(math.nan,) * len(entry.ratings)) for entry in lists]
+    for one, two in zip(everyone, alone.rank(blind, method=method, shuffles=2), strict=True):
+        assert one.scores.tobytes() == two.scores.tobytes()
+    assert alone.rank([lists[3]], method=method, shuffles=2)[0].scores.tobytes() == everyone[3].scores.tobytes()
+
+
+def test_hints_reach_the_model_and_every_pair_can_be_asked():
+    entry = hinted(1)[0]
+    other = replace(entry, hints=entry.hints[::-1])
+    for method in TASK_METHODS:
+        first, second = RANKER.rank([entry, other], method=method)
+        assert not np.allclose(first.scores, second.scores)
+    every = RANKER.rank([entry], method="pairwise", pairing="all")[0].scores
+    assert len(np.unique(every)) == 6
+    assert every.mean() == pytest.approx(0.5)
+
+
+def test_more_candidates_than_letters():
+    (entry,) = hinted(1, sizes=60, seed=2)
+    assert sorted(RANKER.rank([entry], method="listwise")[0].order) == list(range(60))
+
+
+def test_what_cannot_be_read_is_said():
+    (entry,) = hinted(1)
+    plain = Ranker(MODEL, TOKENIZER, PromptBuilder(TOKENIZER, "movies"))
+    with pytest.raises(AlroFastError, match="method 'hybrid' asks otherwise than this model was tuned"):
+        plain.rank([entry], method="hybrid")
+    with pytest.raises(AlroFastError, match=r"method 'greedy' asks otherwise .*; use pointwise, pairwise, listwise"):
+        RANKER.rank([entry], method="greedy")
+    with pytest.raises(AlroFastError, match="--hybrid 'both' is unknown; expected one of paper, code"):
+        RANKER.rank([entry], hybrid="both")
+    with pytest.raises(AlroFastError, match="--pairing 'some' is unknown; expected one of matching, all"):
+        RANKER.rank([entry], pairing="some")
+    broken = tiny_llama(len(TOKENIZER))
+    torch.nn.init.constant_(broken.lm_head.weight, math.nan)
+    with pytest.raises(AlroFastError, match="not finite numbers"):
+        Ranker(broken, TOKENIZER, RANKER.prompts, answer="tasks").rank([entry])
+
+
+def test_generated_answers_are_parsed_as_the_release_does(monkeypatch):
+    """Texts set by hand: an unreadable grade is the middle one, pairs whose orders disagree are halved, five listed."""
+    (entry,) = hinted(1)
+    pairs = pairs_of(6, "matching", generator_of(entry, 0, 0))
+    texts = ["9", "I say 7.", "?", "0", "8", "8"]  # 5, 4, middle of the scale, 0.5, 4.5, 4.5 stars
+    texts += [" Yes", " No", " Yes", " Yes", " what", " No"]  # first wins; undecided; half and half with first winning
+    texts.append(" B A Z B F")
+    monkeypatch.setattr("alro_fast.task_generation.write_answers", lambda ranker, asked, size: texts)
+    found = generate_tasks(RANKER, [entry], hybrid="code")
+    wins = win_shares(6, pairs, [1.0, 0.5, 0.75])
+    places = [1, 0, np.nan, np.nan, np.nan, 2]
+    expected = utilities([5, 4, 3, 0.5, 4.5, 4.5], wins, places, HYBRIDS["code"])
+    assert found.orders == [np.argsort(-expected, kind="stable").tolist()]
+    assert found.valid == [False]
+
+
+def test_generation_runs_and_counts_what_it_cannot_read():
+    lists = hinted(2)
+    found = generate_tasks(RANKER, lists)
+    assert [sorted(order) for order in found.orders] == [list(range(6))] * 2
+    assert all(text.count("\n") >= 6 + 6 for text in found.texts)
+    assert 0 <= found.invalid_rate <= 1
