@@ -164,8 +164,8 @@ def test_metrics_by_hand():
         ("svd", {}, "unknown retriever 'svd'; expected one of als, bpr, item-knn"),
         ("als", {"neighbours": 5}, "--neighbours is no option of retriever als .it has: --factors, --iterations"),
         ("popularity", {"factors": 5}, "--factors is no option of retriever popularity .it has: none."),
-        ("bpr", {"factors": 0}, "--factors 0 is too small"),
-        ("als", {"regularization": -1.0}, "--regularization -1 is too small"),
+        ("bpr", {"factors": 0}, "--factors 0; expected a number above 0"),
+        ("als", {"regularization": -1.0}, "--regularization -1; expected a number above 0"),
     ],
 )
 def test_bad_options(name, options, said):

@@ -1,13 +1,14 @@
 """The first stage: retrievers fitted on training likes, candidates in their order, and how good that order is.
 
 Kept implementations do the work: implicit (Hu, Koren and Volinsky 2008: als; Rendle et al. 2009: bpr; item-item
-neighbours by cosine and BM25). A retriever scores the items somebody likes in training ("known" items); the others can
-never be retrieved. A user without a training like gets the known items by popularity.
+neighbours by cosine and BM25); the sequential one is sasrec.py. A retriever scores the items somebody likes in training
+("known" items); the others can never be retrieved. A user without a training like gets the known items by popularity.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -31,11 +32,11 @@ EXTRA = "pip install 'alro-fast[recranker]'"
 class RetrieverOptions:
     """Sizes and rates of a retriever; None: its own default (DEFAULTS). Options it does not have must stay None."""
 
-    factors: int | None = None  # als, bpr: size of the embeddings
-    iterations: int | None = None  # als, bpr: passes over the likes
+    factors: int | None = None  # als, bpr, sasrec: size of the embeddings
+    iterations: int | None = None  # als, bpr, sasrec: passes over the likes
     regularization: float | None = None  # als, bpr: weight of the squared norm
     alpha: float | None = None  # als: confidence of a like, 1 for everything else
-    learning_rate: float | None = None  # bpr
+    learning_rate: float | None = None  # bpr, sasrec
     neighbours: int | None = None  # item-knn, item-bm25: kept per item
 
 
@@ -45,6 +46,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "item-knn": {"neighbours": 100},
     "item-bm25": {"neighbours": 50},
     "popularity": {},
+    "sasrec": {"factors": 64, "iterations": 25, "learning_rate": 0.002},
 }
 RETRIEVERS = tuple(DEFAULTS)
 
@@ -83,8 +85,8 @@ def resolve(name: str, options: RetrieverOptions) -> dict[str, Any]:
         if key not in DEFAULTS[name]:
             has = ", ".join(f"--{k}" for k in DEFAULTS[name]) or "none"
             raise AlroFastError(f"--{key} is no option of retriever {name} (it has: {has}); leave it out")
-        if value < 0 or (value == 0 and key != "regularization"):
-            raise AlroFastError(f"--{key} {value:g} is too small; expected a number above 0")
+        if not math.isfinite(value) or value < 0 or (value == 0 and key != "regularization"):
+            raise AlroFastError(f"--{key} {value:g}; expected a number above 0")
     return DEFAULTS[name] | given
 
 
@@ -111,13 +113,12 @@ def fit_retriever(name: str, split: LikeSplit, options: RetrieverOptions | None 
     cold = np.diff(likes.indptr) == 0
     with _one_thread():
         if name == "popularity":
-            score, embeddings = (lambda users: np.tile(popularity, (len(users), 1))), None
+            embeddings, score = _spectral(likes, seed), lambda users: np.tile(popularity, (len(users), 1))
         elif name in ("item-knn", "item-bm25"):
-            score, embeddings = _neighbours(name, likes, resolved), None
+            embeddings, score = _spectral(likes, seed), _neighbours(name, likes, resolved)
         else:
-            score, embeddings = _factors(name, likes, resolved, seed)
-        if embeddings is None:
-            embeddings = _spectral(likes, seed)
+            embeddings, items = _factors(name, likes, column, resolved, seed)
+            score = lambda users: embeddings[users] @ items.T  # noqa: E731
 
     def with_fallback(users: np.ndarray) -> np.ndarray:
         scores = score(users)
@@ -132,25 +133,17 @@ def retrieve(retriever: Retriever, seen: csr_matrix, target: np.ndarray, count: 
 
     seen: [users, items], stored entries are left out; target: int64 [users], -1 = none.
     """
-    users = seen.shape[0]
-    found = np.full((users, count), -1, dtype=np.int64)
-    place = np.zeros(users, dtype=np.int64)
-    hidden = seen[:, retriever.known].tocsr()
     known = retriever.known
+    found = np.full((len(target), count), -1, dtype=np.int64)
+    place = np.zeros(len(target), dtype=np.int64)
     at = np.minimum(np.searchsorted(known, target), len(known) - 1)
     reachable = (target >= 0) & (known[at] == target)
-    block = max(1, BLOCK_CELLS // len(known))
-    for first in range(0, users, block):
-        rows = np.arange(first, min(first + block, users))
-        scores = np.array(retriever.score(rows), dtype=np.float32)
-        mask = hidden[rows[0] : rows[-1] + 1]
-        scores[np.repeat(np.arange(len(rows)), np.diff(mask.indptr)), mask.indices] = -np.inf
-        for user, line in zip(rows.tolist(), scores):
-            best = _best(line, count)
-            found[user, : len(best)] = known[best]
-            if reachable[user] and line[at[user]] > -np.inf:
-                ahead = (line > line[at[user]]).sum() + (line[: at[user]] == line[at[user]]).sum()
-                place[user] = 1 + ahead
+    for user, scores in enumerate(_unseen_scores(retriever, seen)):
+        best = _best(scores, count)
+        found[user, : len(best)] = known[best]
+        if reachable[user] and scores[at[user]] > -np.inf:
+            own = scores[at[user]]
+            place[user] = 1 + (scores > own).sum() + (scores[: at[user]] == own).sum()
     return Retrieved(found, place)
 
 
@@ -175,17 +168,38 @@ def retrieval_metrics(place: np.ndarray, cutoffs: tuple[int, ...] = CUTOFFS) -> 
     return metrics
 
 
-def _factors(name: str, likes: csr_matrix, options: dict[str, Any], seed: int) -> tuple[Callable, np.ndarray]:
-    from implicit.cpu.als import AlternatingLeastSquares
-    from implicit.cpu.bpr import BayesianPersonalizedRanking
+def _unseen_scores(retriever: Retriever, seen: csr_matrix) -> Iterator[np.ndarray]:
+    """float32 [k] of every user in turn, columns as `known`, -inf where seen; scored a block of users at a time."""
+    hidden = seen[:, retriever.known].tocsr()
+    block = max(1, BLOCK_CELLS // len(retriever.known))
+    for first in range(0, hidden.shape[0], block):
+        mask = hidden[first : first + block]
+        users = np.arange(first, first + mask.shape[0])
+        with _one_thread():
+            scores = np.array(retriever.score(users), dtype=np.float32)
+        scores[np.repeat(users - first, np.diff(mask.indptr)), mask.indices] = -np.inf
+        yield from scores
 
-    kind = {"als": AlternatingLeastSquares, "bpr": BayesianPersonalizedRanking}[name]
-    model = kind(**options, num_threads=1, random_state=seed)
-    model.fit(likes, show_progress=False)
-    users, items = np.asarray(model.user_factors), np.asarray(model.item_factors)
+
+def _factors(
+    name: str, likes: csr_matrix, column: np.ndarray, options: dict[str, Any], seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [users, d] and [known, d]: a score is an inner product. column: the known item of each like, in order."""
+    if name == "sasrec":
+        from .sasrec import train_sasrec
+
+        users, items = train_sasrec(np.split(column, likes.indptr[1:-1]), likes.shape[1], **options, seed=seed)
+    else:
+        from implicit.cpu.als import AlternatingLeastSquares
+        from implicit.cpu.bpr import BayesianPersonalizedRanking
+
+        kind = {"als": AlternatingLeastSquares, "bpr": BayesianPersonalizedRanking}[name]
+        model = kind(**options, num_threads=1, random_state=seed)
+        model.fit(likes, show_progress=False)
+        users, items = np.asarray(model.user_factors), np.asarray(model.item_factors)
     if not (np.isfinite(users).all() and np.isfinite(items).all()):
-        raise AlroFastError(f"retriever {name} diverged with {options}; lower its rates, raise --regularization")
-    return (lambda rows: users[rows] @ items.T), users
+        raise AlroFastError(f"retriever {name} diverged with {options}; lower its rates")
+    return users, items
 
 
 def _neighbours(name: str, likes: csr_matrix, options: dict[str, Any]) -> Callable[[np.ndarray], np.ndarray]:
