@@ -1,0 +1,180 @@
+"""Objective recranker from prepared lists to rankings, and what it can and cannot learn from its prompts."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import byte_tokenizer, catalogue, tiny_llama
+
+from alro_fast import evaluate, rank, train
+from alro_fast.data.lists import open_prepared, write_prepared
+from alro_fast.data.records import RankingList
+from alro_fast.errors import AlroFastError
+from alro_fast.prompts.recranker import RecRankerPrompts
+from alro_fast.ranking import Ranker
+
+NAN = math.nan
+SCRATCH = (
+    "--objective recranker --model_name_or_path scratch --use_peft false --scratch_hidden_size 64 --scratch_layers 2 "
+    "--template compact --identifiers items --disable_tqdm true --save_strategy no"
+)
+STEPS = "--learning_rate 3e-3 --num_train_epochs 6 --tokens_per_batch 4096 --logging_steps 50"
+
+
+def make_lists(count: int, split: str, seed: int, leak: float) -> list[RankingList]:
+    """Ten random items a list, four liked by the toss of a coin; nothing but a hint can tell which.
+
+    leak: how much of a hint is the candidate's own rating; 0: it is as random as the rest. Valid and test lists keep
+    the rating of one liked item, their target.
+    """
+    draw = np.random.default_rng(seed)
+    shelf, lists = catalogue(60), []
+    for number in range(count):
+        items = [shelf[i] for i in draw.choice(60, 16, replace=False)]
+        ratings = draw.permutation([5.0] * 4 + [1.0] * 6)
+        hints = leak * ratings + (1 - leak) * draw.uniform(1, 5, 10)
+        if split != "train":
+            target = draw.choice(np.flatnonzero(ratings == 5))
+            hints = np.where(np.arange(10) == target, hints, np.where(ratings == 5, draw.uniform(1, 2, 10), hints))
+            ratings = np.where(np.arange(10) == target, 5.0, NAN)
+        past = tuple(map(float, draw.permutation([5.0, 4.0, 4.5, 1.0, 2.0, 1.5])))
+        lists.append(
+            RankingList(
+                f"{split}-{number}", f"u{number}", tuple(items[:6]), past, tuple(items[6:]),
+                tuple(map(float, ratings)), tuple(map(float, hints.round(1))),
+            )
+        )  # fmt: skip
+    return lists
+
+
+def prepare(path: Path, leak: float, **changes) -> Path:
+    sizes = {"train": 250, "valid": 10, "test": 200}
+    splits = {
+        name: [replace(one, **changes) for one in make_lists(count, name, seed, leak)]
+        for seed, (name, count) in enumerate(sizes.items())
+    }
+    write_prepared(path, catalogue(60), splits, {"dataset": "made", "options": {"like": 4.0, "dislike": 2.0}})
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run on lists whose hints tell the truth."""
+    folder = tmp_path_factory.mktemp("run")
+    prepare(folder / "lists", leak=1.0)
+    train.main(f"{SCRATCH} --data_dir {folder / 'lists'} --output_dir {folder / 'run'} {STEPS}".split())
+    return folder / "run"
+
+
+def hit_rate(folder: Path, row: str, metric: str = "hr@3") -> float:
+    """Of a run's closing table."""
+    return json.loads((folder / "results.json").read_text())[row][metric]
+
+
+def test_a_hint_that_saw_the_rating_is_found_and_used(run):
+    """The mistake that this project guards against, made on purpose: the hint is the candidate's own rating. The model
+    learns to read it, so that the next test is one that can fail."""
+    assert hit_rate(run, "random") == pytest.approx(0.3)
+    assert hit_rate(run, "tuned") > 0.6
+    assert hit_rate(run, "pairwise") > 0.45
+
+
+def test_without_hint_and_history_nothing_beats_chance_on_random_labels(tmp_path):
+    """Chance is 3 in 10, three standard errors of 200 lists allowed: no place and no candidate gives labels away."""
+    lists = prepare(tmp_path / "lists", leak=0.0, hints=(NAN,) * 10, history=(), history_ratings=())
+    train.main(f"{SCRATCH} --data_dir {lists} --output_dir {tmp_path / 'run'} {STEPS}".split())
+    for row in ("pointwise", "pairwise", "listwise", "tuned"):
+        assert hit_rate(tmp_path / "run", row) < 0.3 + 3 * math.sqrt(0.3 * 0.7 / 200)
+    assert hit_rate(tmp_path / "run", "retriever") < 0.3 + 3 * math.sqrt(0.3 * 0.7 / 200)
+
+
+def test_no_test_prompt_holds_the_targets_rating():
+    """Every token of every question that a ranker asks is the same whatever is rated, and how."""
+    tokenizer = byte_tokenizer()
+    asked: list = []
+    prompts = RecRankerPrompts(tokenizer, "movies")
+    encode = prompts.encode
+    prompts.encode = lambda asks: asked.append(encode(asks)) or asked[-1]
+    ranker = Ranker(tiny_llama(len(tokenizer)), tokenizer, prompts, answer="tasks")
+    (entry,) = make_lists(1, "test", 0, leak=0.0)
+    for ratings in (
+        entry.ratings,
+        entry.ratings[::-1],
+        (NAN,) * 10,
+        tuple(1.0 if r == r else NAN for r in entry.ratings),
+    ):
+        ranker.rank([replace(entry, ratings=ratings)])
+    assert all(other == asked[0] for other in asked)
+    assert not any(one.answer_ids for made in asked[0] for one in [*made.points, *made.pairs, *made.listings])
+
+
+def test_what_a_run_leaves(run):
+    for name in ("recranker.json", "prompt_template.yaml", "config.yaml", "data_manifest.json", "predictions.jsonl"):
+        assert (run / name).is_file()
+    document = json.loads((run / "results.json").read_text())
+    rows = ["random", "popularity", "mean_rating", "retriever", "hints"]
+    assert list(document)[:-1] == [*rows, "untuned", "pointwise", "pairwise", "listwise", "tuned"]
+    assert document["about"]["ceiling"] == 1.0
+    assert "grades, Yes or No, and the best five" in (run / "README.md").read_text()
+    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    assert {"pointwise", "pairwise", "listwise", "sharing_ratio"} <= log[0].keys()
+    assert Ranker.load(run).prompts.like == 4.0
+
+
+def test_evaluate_measures_every_task_and_the_generated_answers(run, capsys):
+    words = f"--adapter {run} --lists {run.parent / 'lists'} --bootstrap 50".split()
+    evaluate.main([*words, "--limit", "12", "--generate"])
+    document = json.loads((run / "evaluation" / "results.json").read_text())
+    assert {"pointwise", "pairwise", "listwise", "tuned", "generate", "retriever"} <= document.keys()
+    printed = capsys.readouterr().out
+    assert "rankings: method hybrid (code constants, pairing matching), seed 0" in printed
+    assert "of the answers could not be read in full" in printed
+    evaluate.main([*words, "--limit", "12", "--method", "hybrid", "--hybrid", "paper", "--pairing", "all"])
+    printed = capsys.readouterr().out
+    assert "method hybrid (paper constants, pairing all)" in printed
+    assert "pointwise" not in printed
+
+
+def test_rank_takes_hints_and_methods(run, tmp_path, capsys):
+    (entry,) = make_lists(1, "test", 9, leak=0.0)
+    past = zip(entry.history, entry.history_ratings)
+    shown = enumerate(entry.candidates)
+    document = {
+        "history": [{"id": item.item_id, "title": item.title, "rating": rating} for item, rating in past],
+        "candidates": [{"id": one.item_id, "title": one.title, "hint": 5.0 if i == 7 else 1.0} for i, one in shown],
+    }
+    (tmp_path / "one.json").write_text(json.dumps(document))
+    orders = {}
+    for options in ("", "--method pairwise --pairing all", "--hybrid paper", "--method listwise"):
+        rank.main(f"--adapter {run} {tmp_path / 'one.json'} {options}".split())
+        orders[options] = [row["id"] for row in json.loads(capsys.readouterr().out)["ranking"]]
+        assert sorted(orders[options]) == sorted(item.item_id for item in entry.candidates)
+    assert entry.candidates[7].item_id in orders["--method pairwise --pairing all"][:3]
+    for words, said in (
+        ("--hybrid figure", "--hybrid 'figure' is unknown"),
+        ("--pairing none", "--pairing 'none' is unknown"),
+        ("--method first", "asks otherwise than this model was tuned to answer"),
+    ):
+        with pytest.raises(AlroFastError, match=said):
+            rank.main(f"--adapter {run} {tmp_path / 'one.json'} {words}".split())
+
+
+def test_mistakes_before_any_work(tmp_path):
+    lists = prepare(tmp_path / "lists", leak=0.0, ratings=(NAN,) * 10)
+    for words, said in (
+        ("", "holds no training list with a rated candidate"),
+        ("--task_weights 1,1", "--task_weights '1,1': expected three numbers"),
+        ("--answer ratings", "--answer ratings has no meaning for --objective recranker"),
+        ("--template film", "no prompt template 'film' for objective recranker: expected one of compact"),
+        ("--points_per_list -1", "--points_per_list is -1"),
+    ):
+        with pytest.raises(AlroFastError, match=said):
+            train.main(f"{SCRATCH} --data_dir {lists} --output_dir {tmp_path / 'run'} {words}".split())
+    with pytest.raises(AlroFastError, match="expected letters or items"):
+        train.main(f"--data_dir {lists} --objective sft --identifiers titles --output_dir {tmp_path / 'run'}".split())
+    assert open_prepared(lists).lists("train")[0].hints
