@@ -28,13 +28,6 @@ def test_each_side_solves_its_ridge_regression():
         assert np.allclose(model.item[one], expected, atol=1e-10)
 
 
-def test_blocks_do_not_change_the_fit(monkeypatch):
-    arguments = (SPLIT.user, SPLIT.item, SPLIT.rating.astype(float), SPLIT.users, SPLIT.items)
-    whole = fit_ratings(*arguments)
-    monkeypatch.setattr(rating_model, "BLOCK_ROWS", 7)
-    assert np.allclose(whole.user, fit_ratings(*arguments).user, atol=1e-9)
-
-
 def test_the_unknown_fall_back_on_what_is_known():
     model = fit_ratings(np.array([0, 0, 1]), np.array([0, 1, 0]), np.array([5.0, 4.0, 1.0]), 3, 3)
     assert model.predict(np.array([2]), np.array([2])) == pytest.approx([10 / 3])

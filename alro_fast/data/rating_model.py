@@ -9,6 +9,7 @@ of the ratings it was fitted on.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,6 @@ from .windows import splitmix64
 
 FACTORS, ROUNDS = 8, 8
 BIAS_RIDGE, FACTOR_RIDGE = 4.0, 12.0  # added to the normal equations: as many ratings that say "the mean"
-BLOCK_ROWS = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +45,18 @@ class FoldedModels:
     """
 
     def __init__(self, split: LikeSplit, folds: int, seed: int):
+        from threadpoolctl import threadpool_limits
+
         user, item, rating = split.user, split.item, split.rating.astype(np.float64)
         self.folds, self.seed = folds, seed
-        shape = split.users, split.items
-        self.whole = fit_ratings(user, item, rating, *shape, seed=seed)
         fold = self.fold(user, item)
-        self.without = [
-            fit_ratings(*(column[fold != k] for column in (user, item, rating)), *shape, seed=seed)
-            for k in range(folds)
-        ]
+
+        def fit(kept: np.ndarray) -> RatingModel:
+            return fit_ratings(user[kept], item[kept], rating[kept], split.users, split.items, seed=seed)
+
+        with threadpool_limits(1):  # the same seed, the same numbers
+            self.whole = fit(fold >= 0)
+            self.without = [fit(fold != k) for k in range(folds)]
         out = self.out_of_fold(user, item)
         self.error = float(np.sqrt(np.mean((out - rating) ** 2)))  # root mean square, out of fold
 
@@ -96,30 +99,27 @@ def fit_ratings(
 
 
 class _Side:
-    """Rows grouped by the side that is solved for, a block of whole groups at a time."""
+    """Rows grouped by the side that is solved for."""
 
     def __init__(self, own: np.ndarray, other: np.ndarray, residual: np.ndarray, count: int):
         order = np.argsort(own, kind="stable")
-        self.count = count
-        self.other, self.residual = other[order], residual[order]
-        self.ids, self.starts = np.unique(own[order], return_index=True)
-        self.ends = np.append(self.starts[1:], len(own))
+        self.count, self.residual = count, residual[order]
+        self.ids, starts = np.unique(own[order], return_index=True)
+        self.cuts = np.append(starts, len(own))
+        self.other = other[order]
 
     def solve(self, other_side: np.ndarray) -> np.ndarray:
         """[count, 1 + d]: ridge regression of residual - other's bias on (1, other's factors)."""
         width = other_side.shape[1]
+        gram = np.empty((len(self.ids), width, width))
+        moment = np.empty((len(self.ids), width, 1))
+        for group, (first, last) in enumerate(itertools.pairwise(self.cuts.tolist())):
+            features = other_side[self.other[first:last]]
+            wanted = self.residual[first:last] - features[:, 0]
+            features[:, 0] = 1.0
+            gram[group] = features.T @ features
+            moment[group, :, 0] = wanted @ features
         solved = np.zeros((self.count, width))
         ridge = np.diag([BIAS_RIDGE] + [FACTOR_RIDGE] * (width - 1))
-        first = 0
-        while first < len(self.ids):
-            last = max(first + 1, np.searchsorted(self.ends, self.starts[first] + BLOCK_ROWS, side="right"))
-            rows = slice(self.starts[first], self.ends[last - 1])
-            features = other_side[self.other[rows]].copy()
-            wanted = self.residual[rows] - features[:, 0]
-            features[:, 0] = 1.0
-            cuts = self.starts[first:last] - self.starts[first]
-            gram = np.add.reduceat(features[:, :, None] * features[:, None, :], cuts)
-            moment = np.add.reduceat(features * wanted[:, None], cuts)
-            solved[self.ids[first:last]] = np.linalg.solve(gram + ridge, moment[:, :, None])[:, :, 0]
-            first = last
+        solved[self.ids] = np.linalg.solve(gram + ridge, moment)[:, :, 0]
         return solved

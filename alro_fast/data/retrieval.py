@@ -7,7 +7,6 @@ neighbours by cosine and BM25); the sequential one is sasrec.py. A retriever sco
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -106,12 +105,14 @@ def fit_retriever(name: str, split: LikeSplit, options: RetrieverOptions | None 
     """
     resolved = resolve(name, options or RetrieverOptions())
     need_libraries()
+    from threadpoolctl import threadpool_limits
+
     user, item = split.user[split.liked], split.item[split.liked]
     known, column = np.unique(item, return_inverse=True)
     likes = _binary(user, column, (split.users, len(known)))
     popularity = np.bincount(column, minlength=len(known)).astype(np.float32)
     cold = np.diff(likes.indptr) == 0
-    with _one_thread():
+    with threadpool_limits(1):
         if name == "popularity":
             embeddings, score = _spectral(likes, seed), lambda users: np.tile(popularity, (len(users), 1))
         elif name in ("item-knn", "item-bm25"):
@@ -170,12 +171,14 @@ def retrieval_metrics(place: np.ndarray, cutoffs: tuple[int, ...] = CUTOFFS) -> 
 
 def _unseen_scores(retriever: Retriever, seen: csr_matrix) -> Iterator[np.ndarray]:
     """float32 [k] of every user in turn, columns as `known`, -inf where seen; scored a block of users at a time."""
+    from threadpoolctl import threadpool_limits
+
     hidden = seen[:, retriever.known].tocsr()
     block = max(1, BLOCK_CELLS // len(retriever.known))
     for first in range(0, hidden.shape[0], block):
         mask = hidden[first : first + block]
         users = np.arange(first, first + mask.shape[0])
-        with _one_thread():
+        with threadpool_limits(1):
             scores = np.array(retriever.score(users), dtype=np.float32)
         scores[np.repeat(users - first, np.diff(mask.indptr)), mask.indices] = -np.inf
         yield from scores
@@ -240,11 +243,3 @@ def _binary(row: np.ndarray, column: np.ndarray, shape: tuple[int, int]) -> csr_
     matrix = csr_matrix((np.ones(len(row), dtype=np.float32), (row, column)), shape=shape)
     matrix.sort_indices()
     return matrix
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(1):
-        yield
