@@ -12,7 +12,15 @@ import pytest
 
 from alro_fast import __version__
 from alro_fast.data import lists as module
-from alro_fast.data.lists import FILES, HINTED_SCHEMA, LIST_SCHEMA, check_output_folder, open_prepared, write_prepared
+from alro_fast.data.lists import (
+    FILES,
+    HINTED_SCHEMA,
+    LIST_SCHEMA,
+    TARGET_SCHEMA,
+    check_output_folder,
+    open_prepared,
+    write_prepared,
+)
 from alro_fast.data.records import Item, RankingList
 from alro_fast.errors import AlroFastError
 from alro_fast.orders import unlabelled
@@ -202,3 +210,20 @@ def test_select_takes_ratings_and_hints_along():
     )
     assert HINTED[1].select([1]).hints == ()
     assert unlabelled(HINTED[2]).hints == HINTED[2].hints
+
+
+TARGETS = pl.DataFrame([("test", "u", 4, 1), ("test", "v", 5, None)], schema=TARGET_SCHEMA, orient="row")
+
+
+def test_targets_come_back_and_leave_with_the_folder_they_were_written_to(tmp_path):
+    out = tmp_path / "out"
+    write_prepared(out, ITEMS, LISTS, targets=TARGETS)
+    assert open_prepared(out).targets.equals(TARGETS)
+    (out / "sampling.png").touch()
+    write_prepared(out, ITEMS, LISTS)
+    assert open_prepared(out).targets is None
+    assert sorted(p.name for p in out.iterdir()) == sorted(FILES)
+    write_prepared(out, ITEMS, LISTS, targets=TARGETS)
+    TARGETS[:1].write_parquet(out / "targets.parquet")
+    with pytest.raises(AlroFastError, match=r"targets\.parquet is not the file its manifest"):
+        open_prepared(out)
