@@ -24,8 +24,20 @@ COLOURS = {
     "untuned": "#5b8fd0",
     "tuned": "#1a9850",
     "oracle": "#333333",
+    "hints": "#bcbd22",
+    "pointwise": "#17a2b8",
+    "pairwise": "#b07aa1",
+    "listwise": "#e377c2",
 }
-PARTS = {"loss": "loss", "sft": "cross-entropy", "soft_lambda": "soft lambda", "permutation": "permutation"}
+PARTS = {
+    "loss": "loss",
+    "sft": "cross-entropy",
+    "soft_lambda": "soft lambda",
+    "permutation": "permutation",
+    "pointwise": "pointwise",
+    "pairwise": "pairwise",
+    "listwise": "listwise",
+}
 
 
 class Plots:

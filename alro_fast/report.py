@@ -57,6 +57,7 @@ def write_report(folder: str | Path, run_folder: str | Path | None = None) -> Pa
             plots.draw("ndcg", "NDCG with 95 % intervals", ndcg_plot, results),
             quality_table(results),
         ),
+        section("Within the lists that hold their target", within_table(results)),
         section("Is the difference real?", comparison_table(results)),
         section(
             "Does the place on the page matter?",
@@ -109,6 +110,11 @@ def headline(results: dict) -> str:
         f"{about['lists_ranked']:,} {about['split']} lists of {about['users_ranked']:,} users, every ranker on the "
         f"same lists ({about['lists_all_equal']:,} more have all ratings equal and are set apart)."
     )
+    if "ceiling" in about:
+        text = (
+            f"{about['lists']:,} {about['split']} lists, one for each user; {about['lists_with_their_target']:,} hold "
+            f"their target, so that no ranker can exceed {about['ceiling']:.4f}. Every other user counts 0."
+        )
     change = next((c for c in about["comparisons"] if c["second"] == "untuned" and c["metric"] == "ndcg@3"), None)
     verdict = ""
     if change:
@@ -118,7 +124,9 @@ def headline(results: dict) -> str:
             f"<p class=verdict>Tuning made NDCG@3 <b>{abs(change['difference']):.3f} {direction}</b>: "
             f"{_cell(results['untuned']['ndcg@3'])} to {_cell(results['tuned']['ndcg@3'])}{sure}.</p>"
         )
-    plain = [name for name in ("popularity", "mean_rating") if name in results and "tuned" in results]
+    plain = [
+        name for name in ("popularity", "mean_rating", "retriever", "hints") if name in results and "tuned" in results
+    ]
     best = max(plain, key=lambda name: results[name].get("ndcg@3") or 0.0, default=None)
     if best and results[best].get("ndcg@3") is not None:
         name, value = LABELS.get(best, best), _cell(results[best]["ndcg@3"])
@@ -139,6 +147,18 @@ def quality_table(results: dict) -> str:
             cells.append(f"{_cell(results[ranker][name])}{span}")
         rows.append([html.escape(LABELS.get(ranker, ranker)), *cells])
     return table(["", *(name.upper() for name in names)], rows, highlight="tuned")
+
+
+def within_table(results: dict) -> str:
+    """Every metric of every ranker where a list has one target and holds it."""
+    if "ceiling" not in results["about"]:
+        return ""
+    names = [key for key in next(iter(results.values())) if key.startswith("within_")]
+    rows = [
+        [html.escape(LABELS.get(ranker, ranker)), *(_cell(results[ranker][name]) for name in names)]
+        for ranker in rankers(results)
+    ]
+    return table(["", *(name.removeprefix("within_").upper() for name in names)], rows, highlight="tuned")
 
 
 def comparison_table(results: dict) -> str:
