@@ -82,6 +82,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     lists.add_argument("--num_candidates", type=int, default=defaults.num_candidates, help="candidates of a list")
     lists.add_argument("--num_samples", type=int, default=defaults.num_samples, help="users drawn for training lists")
     lists.add_argument("--like", type=float, default=defaults.like, help="ratings from here on are likes")
+    lists.add_argument("--min_likes", type=int, default=defaults.min_likes, help="a user with fewer has no targets")
     lists.add_argument("--dislike", type=float, default=defaults.dislike, help="ratings up to here are dislikes")
     lists.add_argument("--history_length", type=int, default=defaults.history_length, help="ratings shown of a user")
     lists.add_argument("--folds", type=int, default=defaults.folds, help="of the training ratings, for their hints")

@@ -228,11 +228,26 @@ def test_no_dislikes_is_said_and_one_single_rating_works():
     assert all(hint == 5 for one in built.lists["test"] for hint in one.hints)
 
 
-def test_users_without_likes_are_counted_and_get_no_training_list():
-    rows = [*ROWS, *((40, item, 1, item) for item in range(8))]
-    built, notes = build(interactions(rows, ITEMS))
-    assert "1 of 41 users have fewer than three likes: no targets, training ratings only" in notes
+def test_users_with_few_likes_have_no_targets_unless_asked_for():
+    """u40 likes nothing; u41 likes two items, both held out with --min_likes 2: the retriever does not know it."""
+    dull = [(40, item, 1, item) for item in range(8)]
+    shy = [(41, item, 2, item) for item in range(8)] + [(41, 9, 5, 9), (41, 10, 4, 10)]
+    data = interactions([*ROWS, *dull, *shy], ITEMS)
+    built, notes = build(data)
+    assert "2 of 42 users have fewer than 3 likes: no targets, all their ratings train" in notes
     assert not any(one.user_id == "u40" for lists in built.lists.values() for one in lists)
+    assert (built.sample.cluster[[40, 41]] >= 0).tolist() == [False, True]  # u41 may be drawn for training
+    assert not any(one.user_id == "u41" for one in built.lists["test"])
+    built, notes = build(data, replace(OPTIONS, min_likes=2))
+    assert "1 users are unknown to the retriever: their candidates are the most popular items" in notes
+    assert built.counts["users_unknown_to_the_retriever"] == 1
+    split = split_likes(data, 4.0, 0, 2)
+    likes = np.bincount(split.item[split.liked], minlength=ITEMS)
+    popular = sorted(set(range(100)) - set(range(8)) - {9}, key=lambda i: (-likes[i], i))
+    one = next(one for one in built.lists["test"] if one.user_id == "u41")
+    assert [item.index for item in one.candidates] == popular[:10]
+    assert len(one.hints) == 10
+    assert not any(one.user_id == "u41" for one in built.lists["train"])
 
 
 @pytest.mark.parametrize(
@@ -242,6 +257,7 @@ def test_users_without_likes_are_counted_and_get_no_training_list():
         ({"folds": 1}, "--folds 1 is too small; at least 2"),
         ({"dislike": 4.0}, "--dislike 4 is not below --like 4"),
         ({"retriever": "magic"}, "unknown retriever 'magic'"),
+        ({"min_likes": 1}, "--min_likes 1 is too small; at least 2"),
         ({"seed": -1}, "--seed -1 is too small"),
     ],
 )

@@ -18,7 +18,7 @@ import polars as pl
 
 from ..errors import AlroFastError
 from .interactions import Interactions
-from .likes import LikeSplit, split_likes
+from .likes import MIN_LIKES, LikeSplit, split_likes
 from .lists import TARGET_SCHEMA, train_statistics
 from .rating_model import FoldedModels
 from .records import Item, RankingList
@@ -62,6 +62,7 @@ class HintOptions:
     num_candidates: int = 10  # of a list
     num_samples: int = 5000  # draws of users, a draw is one choice list
     like: float = 4.0  # ratings from here on are likes
+    min_likes: int = MIN_LIKES  # a user with fewer has no targets
     dislike: float = 2.0  # ratings up to here are dislikes (shown as such in prompts)
     history_length: int = 50
     folds: int = 5  # of the training ratings, for hints
@@ -70,7 +71,7 @@ class HintOptions:
     of_retriever: RetrieverOptions = field(default_factory=RetrieverOptions)
 
     def __post_init__(self) -> None:
-        lowest = {"num_candidates": 2, "num_samples": 1, "history_length": 1, "folds": 2, "seed": 0}
+        lowest = {"num_candidates": 2, "num_samples": 1, "history_length": 1, "min_likes": 2, "folds": 2, "seed": 0}
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise AlroFastError(f"--{name} {getattr(self, name)} is too small; at least {least} is needed")
@@ -101,7 +102,7 @@ def build_hinted(
 ) -> Hinted:
     """Split, fit, sample and cut. notice: takes what a user should know; done: called with a line after every stage."""
     need_libraries()
-    split = split_likes(interactions, options.like, options.seed)
+    split = split_likes(interactions, options.like, options.seed, options.min_likes)
     _notices_of_split(split, options, notice)
     done(f"split {split.liked.sum():,} training likes, {(split.target['test'] >= 0).sum():,} users with targets")
     retriever = fit_retriever(options.retriever, split, options.of_retriever, options.seed)
@@ -290,7 +291,9 @@ def _targets(name: str, interactions: Interactions, split: LikeSplit, found: Ret
 def _notices_of_split(split: LikeSplit, options: HintOptions, notice: Callable[[str], None]) -> None:
     without = int((split.target["test"] < 0).sum())
     if without:
-        notice(f"{without:,} of {split.users:,} users have fewer than three likes: no targets, training ratings only")
+        notice(
+            f"{without:,} of {split.users:,} users have fewer than {options.min_likes} likes: no targets, all their ratings train"
+        )
     if not (split.rating <= options.dislike).any():
         notice(f"no training rating is --dislike {options.dislike:g} or less: no prompt shows disliked items")
 

@@ -11,12 +11,12 @@ from .interactions import Interactions
 from .windows import chronological, hash_ids
 
 LIKE_SPLIT_RULE = (
-    "a like is a rating >= like; a user's ratings in time order; with three likes or more the last like is the test "
+    "a like is a rating >= like; a user's ratings in time order; with min_likes likes or more the last like is the test "
     "target, the one before it the validation target, and only the ratings before the validation target are training "
     "ratings (those after it that are no target are dropped); with fewer likes the user has no targets and all "
     "ratings are training ratings"
 )
-MIN_LIKES = 3  # a user with targets keeps at least one like to train on
+MIN_LIKES = 3  # two are held out, one is left to train on
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +57,11 @@ class LikeSplit:
         return np.bincount(self.user[self.liked], minlength=self.users)
 
 
-def split_likes(interactions: Interactions, like: float, seed: int) -> LikeSplit:
+def split_likes(interactions: Interactions, like: float, seed: int, min_likes: int = MIN_LIKES) -> LikeSplit:
     """LIKE_SPLIT_RULE; equal times are ordered by windows.TIE_RULE, so data without times by a seeded shuffle.
 
-    Raises AlroFastError when no rating is a like, or no user has MIN_LIKES of them.
+    min_likes: 2 or more; with 2, a user may have targets and no training like. Raises AlroFastError when no rating is a
+    like, or no user has min_likes of them.
     """
     user_hash, item_hash = hash_ids(interactions.user_ids), hash_ids(interactions.items["item_id"])
     rows, _ = chronological(interactions, user_hash, item_hash, seed)
@@ -70,14 +71,14 @@ def split_likes(interactions: Interactions, like: float, seed: int) -> LikeSplit
     if not liked.any():
         low, high = rows.rating.min(), rows.rating.max()
         raise AlroFastError(f"no rating is at least --like {like:g} (they run from {low:g} to {high:g}); lower --like")
-    if likes_of.max() < MIN_LIKES:
+    if likes_of.max() < min_likes:
         raise AlroFastError(
-            f"no user has {MIN_LIKES} ratings of at least --like {like:g} (the most is {likes_of.max()}), so none can "
+            f"no user has {min_likes} ratings of at least --like {like:g} (the most is {likes_of.max()}), so none can "
             "be held out; lower --like"
         )
     counted = np.cumsum(liked)
     later_likes = counted[rows.offsets[1:] - 1][user] - counted  # likes of the same user after this row
-    split_here = likes_of[user] >= MIN_LIKES
+    split_here = likes_of[user] >= min_likes
     target, target_rating = {}, {}
     for split, after in (("test", 0), ("valid", 1)):
         held = np.flatnonzero(split_here & liked & (later_likes == after))
