@@ -291,9 +291,8 @@ def _targets(name: str, interactions: Interactions, split: LikeSplit, found: Ret
 def _notices_of_split(split: LikeSplit, options: HintOptions, notice: Callable[[str], None]) -> None:
     without = int((split.target["test"] < 0).sum())
     if without:
-        notice(
-            f"{without:,} of {split.users:,} users have fewer than {options.min_likes} likes: no targets, all their ratings train"
-        )
+        few = f"{without:,} of {split.users:,} users have fewer than {options.min_likes} likes"
+        notice(f"{few}: no targets, all their ratings train")
     if not (split.rating <= options.dislike).any():
         notice(f"no training rating is --dislike {options.dislike:g} or less: no prompt shows disliked items")
 

@@ -11,10 +11,10 @@ from .interactions import Interactions
 from .windows import chronological, hash_ids
 
 LIKE_SPLIT_RULE = (
-    "a like is a rating >= like; a user's ratings in time order; with min_likes likes or more the last like is the test "
-    "target, the one before it the validation target, and only the ratings before the validation target are training "
-    "ratings (those after it that are no target are dropped); with fewer likes the user has no targets and all "
-    "ratings are training ratings"
+    "a like is a rating >= like; a user's ratings in time order; with min_likes likes or more the last like is the "
+    "test target, the one before it the validation target, and only the ratings before the validation target are "
+    "training ratings (those after it that are no target are dropped); with fewer likes the user has no targets and "
+    "all ratings are training ratings"
 )
 MIN_LIKES = 3  # two are held out, one is left to train on
 
