@@ -143,6 +143,27 @@ def test_evaluate_measures_every_task_and_the_generated_answers(run, capsys):
     assert "pointwise" not in printed
 
 
+@pytest.mark.parametrize("identifiers", ["letters", "titles"])
+def test_an_adapter_over_a_language_model(tmp_path, identifiers):
+    """LoRA, letters or titles, and the untuned model beside it."""
+    tokenizer = byte_tokenizer()
+    base = tmp_path / "base"
+    tiny_llama(len(tokenizer), max_position_embeddings=2048).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    lists = prepare(tmp_path / "lists", leak=0.5)
+    train.main(
+        f"--objective recranker --model_name_or_path {base} --template movies --identifiers {identifiers} "
+        f"--data_dir {lists} --output_dir {tmp_path / 'run'} --max_steps 2 --max_train_lists 20 --max_eval_lists 4 "
+        "--max_test_lists 8 --tokens_per_batch 8192 --task_weights 1,0.5,2 --hybrid paper --disable_tqdm true".split()
+    )
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    evaluate.main(f"--adapter {tmp_path / 'run'} --lists {lists} --limit 8 --bootstrap 0".split())
+    document = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())
+    assert document["untuned"] != document["tuned"]
+    assert document["about"]["conventions"]["rankings"].startswith("method hybrid (paper constants")
+    assert {"pointwise", "pairwise", "listwise"} <= document.keys()
+
+
 def test_rank_takes_hints_and_methods(run, tmp_path, capsys):
     (entry,) = make_lists(1, "test", 9, leak=0.0)
     past = zip(entry.history, entry.history_ratings)
