@@ -219,6 +219,36 @@ def test_few_items_left_and_more_candidates_than_there_are():
         assert len(items) == len(set(items)) <= 20
 
 
+@pytest.mark.parametrize("retriever", ["als", "bpr", "item-bm25", "popularity", "sasrec"])
+def test_tiny_data_make_sound_lists_or_say_what_is_missing(retriever):
+    generator = np.random.default_rng(0)
+    fine = 0
+    for seed in range(25):
+        users, items, share = generator.integers(1, 6), generator.integers(1, 12), generator.random()
+        rows = [
+            (u, i, int(generator.choice([1, 3, 4, 5, 5, 5])), int(generator.integers(4)))
+            for u in range(users)
+            for i in range(items)
+            if i == 0 or generator.random() < share
+        ]
+        small = {"iterations": 2, "factors": 4} if retriever in ("als", "bpr", "sasrec") else {}
+        options = HintOptions(
+            retriever=retriever, num_candidates=int(generator.integers(2, 12)), num_samples=5, folds=2,
+            min_likes=int(generator.integers(2, 4)), seed=seed, of_retriever=RetrieverOptions(**small),
+        )  # fmt: skip
+        try:
+            built, _ = build(interactions(rows, items, users), options)
+        except AlroFastError:  # anything else is a bug
+            continue
+        fine += 1
+        for one in (*built.lists["train"], *built.lists["valid"], *built.lists["test"]):
+            shown = {item.index for item in one.candidates}
+            assert len(shown) == len(one.candidates) == len(one.hints) == len(one.ratings) > 0
+            assert not shown & {item.index for item in one.history}
+        assert len(built.lists["test"]) + built.counts["users_without_a_candidate"] == built.retrieval["test"]["users"]
+    assert fine > 3
+
+
 def test_no_dislikes_is_said_and_one_single_rating_works():
     liked = interactions([(u, i, 5, t) for u, i, r, t in ROWS if r >= 4], ITEMS)
     built, notes = build(liked)

@@ -32,7 +32,7 @@ from .retrieval import (
     retrieve,
     seen_items,
 )
-from .sampling import UserSample, describe, sample_users
+from .sampling import UserSample, candidates_for_sampling, describe, sample_users
 
 TOP_SHARE = 0.6  # of a choice list's rated half: 3 of 5 carry the top rating, 2 the next one
 TRAIN_RULE = (
@@ -46,7 +46,7 @@ TRAIN_RULE = (
 EVAL_RULE = (
     "one list per user with targets: the best num_candidates the user has no training rating of, in the retriever's "
     "order (test lists leave the validation target out); only the target is rated, a missed one leaves all unrated; "
-    "history = the user's latest history_length training ratings"
+    "history = the user's latest history_length training ratings; a user with every retrievable item rated has no list"
 )
 HINT_RULE = (
     "biased matrix factorisation of training ratings; training candidates by the model that has not seen their fold "
@@ -103,6 +103,7 @@ def build_hinted(
     """Split, fit, sample and cut. notice: takes what a user should know; done: called with a line after every stage."""
     need_libraries()
     split = split_likes(interactions, options.like, options.seed, options.min_likes)
+    candidates_for_sampling(split.like_count)
     _notices_of_split(split, options, notice)
     done(f"split {split.liked.sum():,} training likes, {(split.target['test'] >= 0).sum():,} users with targets")
     retriever = fit_retriever(options.retriever, split, options.of_retriever, options.seed)
@@ -122,6 +123,9 @@ def build_hinted(
     maker = _Maker(interactions, split, models, options)
     train, how = maker.train(sample.drawn)
     lists = {"train": train, **{name: maker.ranked(name, one) for name, one in found.items()}}
+    left_out = int(has.sum()) - len(lists["test"])
+    if left_out:
+        notice(f"{left_out:,} users have seen every item that can be retrieved: they have a miss and no test list")
     short = sum(len(one.candidates) < options.num_candidates for one in lists["test"])
     if short:
         notice(f"{short:,} users have fewer than {options.num_candidates} candidates: all that are left to them")
@@ -134,6 +138,7 @@ def build_hinted(
         "ratings_after_a_validation_target_dropped": split.dropped,
         "lists": {name: len(some) for name, some in lists.items()},
         "short_test_lists": short,
+        "users_without_a_candidate": left_out,
         **how,
     }
     count, mean = train_statistics(split.item, split.rating, split.items)
@@ -179,6 +184,8 @@ class _Maker:
                 rows = self._further(user, generator)
                 made.append((f"{name}-{turn}-rated", user, rows, unrated[:0], self._past(user, rows, generator)))
         made = [one for one in made if len(one[2]) + len(one[3]) > 1]
+        if not made:
+            raise AlroFastError("no training list of two candidates can be made of so few ratings; give more ratings")
         return self._records(made), how
 
     def ranked(self, name: str, found: Retrieved) -> list[RankingList]:
@@ -186,6 +193,8 @@ class _Maker:
         split, records = self.split, []
         for user in np.flatnonzero(split.target[name] >= 0).tolist():
             items = found.items[user][found.items[user] >= 0]
+            if not len(items):
+                continue
             ratings = np.where(items == split.target[name][user], split.target_rating[name][user], np.nan)
             hints = self.models.whole.predict(np.full(len(items), user), items)
             rows = np.arange(*split.offsets[user : user + 2])[-self.options.history_length :]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import AlroFastError
 from .likes import LikeSplit
 from .windows import splitmix64
 
@@ -54,6 +55,8 @@ class FoldedModels:
         def fit(kept: np.ndarray) -> RatingModel:
             return fit_ratings(user[kept], item[kept], rating[kept], split.users, split.items, seed=seed)
 
+        if (np.bincount(fold, minlength=folds) == len(fold)).any():
+            raise AlroFastError(f"{len(fold)} training ratings are too few for --folds {folds}; give more ratings")
         with threadpool_limits(1):  # the same seed, the same numbers
             self.whole = fit(fold >= 0)
             self.without = [fit(fold != k) for k in range(folds)]

@@ -108,6 +108,8 @@ def fit_retriever(name: str, split: LikeSplit, options: RetrieverOptions | None 
     from threadpoolctl import threadpool_limits
 
     user, item = split.user[split.liked], split.item[split.liked]
+    if not len(item):
+        raise AlroFastError("no like is left to train a retriever on; lower --like, or raise --min_likes")
     known, column = np.unique(item, return_inverse=True)
     likes = _binary(user, column, (split.users, len(known)))
     popularity = np.bincount(column, minlength=len(known)).astype(np.float32)

@@ -45,9 +45,7 @@ def sample_users(
     """
     if count < 1:
         raise AlroFastError(f"--num_samples {count} is too small; at least 1 is needed")
-    users = np.flatnonzero(likes >= MIN_SAMPLED_LIKES)
-    if not len(users):
-        raise AlroFastError(f"no user has {MIN_SAMPLED_LIKES} training likes, so none can be sampled; lower --like")
+    users = candidates_for_sampling(likes)
     generator = np.random.default_rng([seed, 2])
     labels = cluster_users(embeddings[users], clusters, seed)
     by_importance = importance_draws(likes[users], round(share * count), generator)
@@ -57,6 +55,14 @@ def sample_users(
     cluster = np.full(len(likes), -1, dtype=np.int64)
     cluster[users] = labels
     return UserSample(penalised_draws(entries, count, generator, penalty), pool, cluster)
+
+
+def candidates_for_sampling(likes: np.ndarray) -> np.ndarray:
+    """int64: users with MIN_SAMPLED_LIKES training likes or more; AlroFastError where there are none."""
+    users = np.flatnonzero(likes >= MIN_SAMPLED_LIKES)
+    if not len(users):
+        raise AlroFastError(f"no user has {MIN_SAMPLED_LIKES} training likes, so none can be sampled; lower --like")
+    return users
 
 
 def importance_draws(likes: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:

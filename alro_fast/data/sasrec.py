@@ -55,7 +55,7 @@ def train_sasrec(
         windows = torch.from_numpy(_windows(sequences))
         optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
         model.train()
-        for _ in range(iterations):
+        for _ in range(iterations if len(windows) else 0):
             for rows in torch.randperm(len(windows)).split(BATCH):
                 loss = _loss(model, _trimmed(windows[rows]), items)
                 optimizer.zero_grad(set_to_none=True)
