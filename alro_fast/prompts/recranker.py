@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -220,7 +220,9 @@ class RecRankerPrompts:
 
     # ---- pages
 
-    def _page(self, ask: Ask, page, questions: Sequence[Question | Listing]) -> tuple[list[int], int]:
+    def _page(
+        self, ask: Ask, page: Callable[[Ask, int], list[int]], questions: Sequence[Question | Listing]
+    ) -> tuple[list[int], int]:
         """The page with as many of the newest history items as leave room for the longest question and its answer."""
         if not questions:
             return [], 0
@@ -264,7 +266,7 @@ class RecRankerPrompts:
             ids += self._title_line.ids(source.history[h])
         return ids
 
-    def _newest(self, source: RankingList, limit: int, dropped: int, wanted) -> list[int]:
+    def _newest(self, source: RankingList, limit: int, dropped: int, wanted: Callable[[float], bool]) -> list[int]:
         """The newest `limit` history items with a wanted rating; the `dropped` oldest of the history are left out."""
         found = [h for h in range(dropped, len(source.history)) if wanted(source.history_ratings[h])]
         return found[max(0, len(found) - limit) :]
