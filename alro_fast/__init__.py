@@ -23,6 +23,7 @@ _PUBLIC = {  # name -> module that defines it; imported on first use, so `import
     "linear_logprobs": "ops",
     "soft_argmax_ranks": "ops",
     "soft_lambda": "ops",
+    "warmup": "backends.triton",
 }
 __all__ = ["__version__", *sorted(_PUBLIC)]
 

@@ -2,7 +2,8 @@
 
 `fuse_layers(model)` gives modules that are known by structure, and by what they compute on a small random input, a
 class derived from their own whose forward is fused. Parameters, names, hooks and files stay as they are. Where no fused
-kernel serves a call (autocast, torch.compile, other dtypes, no compiled extension) the module's own forward runs.
+kernel serves a call (torch.compile, autocast to another dtype, other dtypes, no compiled extension) the module's own
+forward runs.
 
     norm    y = x / sqrt(mean(x^2) + eps) * (weight + offset)     offset 1: Gemma
     gated   y = activation(gate) * up                             activation: SiLU, or GELU by tanh
@@ -232,11 +233,12 @@ def _gives(module: nn.Module, x: Tensor, wanted: Tensor) -> bool:
 
 
 def _plain_call(*tensors: Tensor) -> bool:
-    """One device, one dtype, nothing that traces or casts."""
+    """One device, one dtype, nothing that traces, or casts to another dtype."""
     first = tensors[0]
+    kind = first.device.type
     return (
         all(tensor.dtype == first.dtype and tensor.device == first.device for tensor in tensors)
-        and not torch.is_autocast_enabled(first.device.type)
+        and (not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) == first.dtype)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
     )
@@ -297,13 +299,17 @@ def _rotary(
     own: Callable[..., Any], query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     """own(query, key, cos, sin): `own` rotates halves, and anything beyond that is left to it."""
-    if args or kwargs or not _rotary_serves(query, key, cos, sin):
+    if args or kwargs or not _rotary_fits(query, key, cos, sin):
         return own(query, key, cos, sin, *args, **kwargs)
-    cos, sin = (table.expand(len(query), -1, -1) for table in (cos, sin))
-    return _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)
+    if _cpu_serves(query, key, cos, sin):
+        cos, sin = (table.expand(len(query), -1, -1) for table in (cos, sin))
+        return _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)
+    if (liger := _liger_for("rotary", query, key, cos, sin)) is not None:
+        return liger(query, key, cos, sin)
+    return own(query, key, cos, sin)
 
 
-def _rotary_serves(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
+def _rotary_fits(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
     if (
         query.dim() != 4
         or key.dim() != 4
@@ -313,10 +319,8 @@ def _rotary_serves(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool
     ):
         return False
     shape = (cos.shape[0], query.shape[2], query.shape[3])
-    return (
-        (cos.shape == sin.shape == shape and key.shape[2:] == query.shape[2:] and len(key) == len(query))
-        and (shape[2] % 2 == 0 and cos.stride(2) == sin.stride(2) == 1)
-        and _cpu_serves(query, key, cos, sin)
+    return (cos.shape == sin.shape == shape and key.shape[2:] == query.shape[2:] and len(key) == len(query)) and (
+        shape[2] % 2 == 0 and cos.stride(2) == sin.stride(2) == 1
     )
 
 
@@ -363,10 +367,15 @@ def _liger_for(what: str, *tensors: Tensor) -> Callable[..., Tensor] | None:
 
 @functools.cache
 def _liger(what: str, dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor] | None:
-    """liger-kernel's norm ("norm 0", "norm 1": the offset) or gated activation; None: not installed or not the same."""
+    """liger-kernel's norm ("norm 0", "norm 1": the offset), gated activation or "rotary"; None: not installed, or not
+    the same. Its rotation may overwrite its input."""
+    shapes = {"norm 0": [(5, 64), (64,)], "norm 1": [(5, 64), (64,)], "rotary": [(1, 4, 5, 64), (1, 2, 5, 64)]}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        inputs = torch.randn(5, 64), torch.randn(64 if what.startswith("norm") else (5, 64))
+        inputs = [torch.randn(shape) for shape in shapes.get(what, [(5, 64)] * 2)]
+        if what == "rotary":
+            angle = torch.randn(1, 5, 32).repeat(1, 1, 2)  # one for each pair of channels
+            inputs += [angle.cos(), angle.sin()]
     try:
         fast = _liger_function(what)
         got = _outcome(fast, *(tensor.to(device, dtype) for tensor in inputs))
@@ -387,6 +396,8 @@ def _liger_function(what: str) -> Callable[..., Tensor]:
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction as Function
     elif what == "gelu_tanh":
         from liger_kernel.ops.geglu import LigerGELUMulFunction as Function
+    elif what == "rotary":
+        from liger_kernel.ops.rope import LigerRopeFunction as Function
     else:
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
@@ -398,12 +409,17 @@ def _liger_function(what: str) -> Callable[..., Tensor]:
 def _plain_function(what: str) -> Callable[..., Tensor]:
     if what in ACTIVATIONS:
         return lambda gate, up: ACTIVATIONS[what](gate) * up
+    if what == "rotary":
+        return lambda query, key, cos, sin: (_plain_rotary(query, cos, sin), _plain_rotary(key, cos, sin))
     return lambda x, weight: _plain_norm(x, weight, 1e-6, float(what == "norm 1"))
 
 
 @torch.enable_grad()
 def _outcome(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
-    """The value and its gradients."""
-    inputs = [tensor.requires_grad_() for tensor in inputs]
-    y = function(*inputs)
-    return y.detach(), *torch.autograd.grad(y, inputs, y.detach().cos())
+    """The values and the gradients of the first two inputs, which are left as they are."""
+    inputs = [tensor.clone() for tensor in inputs]
+    leaves = [tensor.requires_grad_() for tensor in inputs[:2]]
+    y = function(*(tensor * 1 for tensor in leaves), *inputs[2:])
+    values = y if isinstance(y, tuple) else (y,)
+    directions = [value.detach().cos() for value in values]
+    return *(value.detach().clone() for value in values), *torch.autograd.grad(values, leaves, directions)

@@ -6,6 +6,9 @@ added into the base product in place, forward and backward, and only x A^T ([T, 
     forward   h = x A^T        y = x W^T + b;  y += s h B^T
     backward  g = s dy B       dx = dy W;  dx += g A       dA = g^T x       dB = s dy^T h
 
+A and B may be float32 over a base in bfloat16: the products are then the base's, the matrices and their gradients stay
+float32, as autocast would have it.
+
 `fuse_lora(model)` turns PEFT's own modules into these where that is exact; parameters, names and files stay PEFT's.
 """
 
@@ -36,12 +39,14 @@ class LoRALinear(PeftLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter = self._plain_adapter()
-        if adapter is None or args or kwargs or torch.is_autocast_enabled(x.device.type):
+        if adapter is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        if x.dtype != down.dtype or x.dtype != self.base_layer.weight.dtype:
+        down, up, weight = self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.base_layer.weight
+        casts = torch.is_autocast_enabled(x.device.type)
+        compute = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+        if weight.dtype != compute or any(matrix.dtype not in (compute, torch.float32) for matrix in (down, up)):
             return super().forward(x)
-        return _LoRA.apply(x, self.base_layer.weight, self.base_layer.bias, down, up, self.scaling[adapter])
+        return _LoRA.apply(x.to(compute), weight, self.base_layer.bias, down, up, self.scaling[adapter])
 
     def _plain_adapter(self) -> str | None:
         """The one active adapter, when the formula above is all it does."""
@@ -59,6 +64,8 @@ class _LoRA(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
     ) -> Tensor:
+        ctx.kept = down.dtype, up.dtype
+        down, up = down.to(x.dtype), up.to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         low = product(rows, down)
         y = product(rows, weight, bias)
@@ -78,7 +85,7 @@ class _LoRA(torch.autograd.Function):
         if needs_x:
             grad_x = product(grad, weight.T).addmm_(grad_low, down, alpha=ctx.scaling).view(ctx.shape)
         if needs_down:
-            grad_down = product(grad_low.T, rows.T).mul_(ctx.scaling)
+            grad_down = product(grad_low.T, rows.T).to(ctx.kept[0]).mul_(ctx.scaling)
         if needs_up:
-            grad_up = product(low.T, grad.T).mul_(ctx.scaling).T
+            grad_up = product(low.T, grad.T).to(ctx.kept[1]).mul_(ctx.scaling).T
         return grad_x, None, None, grad_down, grad_up, None

@@ -172,6 +172,7 @@ def load_for_inference(
             raise AlroFastError(
                 f"{folder}: the adapter does not fit the base model {base} ({_first_line(error)})"
             ) from error
+        fuse_lora(model)
     else:
         model = load_base(str(folder), dtype, trust_remote_code, place=str(folder))
     return model.to(device).eval(), tokenizer

@@ -28,6 +28,7 @@ from .config import Config, parse
 from .data.lists import PreparedData, open_prepared
 from .data.records import RankingList
 from .errors import AlroFastError
+from .fused_head import head_of
 from .memory import keep_freed_memory
 from .model import add_lora, base_path, load_base, load_tokenizer, make_scratch, resolve_dtype
 from .objectives.base import Objective, build_objective
@@ -302,6 +303,7 @@ class Run:
     def fit(self) -> None:
         """Train, and write weights and state; an adapter over an earlier stage's is made whole."""
         options = self.config.model
+        self.compile_kernels()
         self.trainer.train(resume_from_checkpoint=self.checkpoint)
         self.trainer.save_model()
         if options.init_adapter is not None and self.training.should_save:
@@ -312,6 +314,19 @@ class Run:
                 base = merge_adapter(base, options.init_adapter, base_path(options.model_name_or_path))
                 write_merged_base(base, self.tokenizer, self.folder)
         self.trainer.save_state()
+
+    def compile_kernels(self) -> None:
+        """On CUDA: the head's kernels, before the first step rather than in it."""
+        if self.training.device.type != "cuda" or self.config.objective.backend not in ("auto", "triton"):
+            return
+        from .backends import triton
+
+        head = head_of(self.model)
+        if triton.unavailable(self.training.device, head.weight.dtype) is None:
+            triton.warmup(
+                head.weight.shape[1], head.weight.shape[0], dtype=head.weight.dtype, softcap=head.softcap,
+                bias=head.bias is not None, device=self.training.device,
+            )  # fmt: skip
 
     def validate(self) -> dict[str, float]:
         """NDCG of the model as it stands, on the validation lists."""

@@ -1,23 +1,30 @@
 """Ranking without text beside `generate` and parsing: `pytest bench/bench_ranking.py -s`.
 
-One model, the same 8 lists of 20 candidates behind 20 history items, both read by the same prompt format. Rounds
-alternate; figures are medians of wall-clock seconds per list and of CPU seconds per list (threads added up), which a
-busy machine disturbs less. The answer takes one token per candidate, which is the least that generation can cost.
+One model with a LoRA adapter, the same 8 lists of 20 candidates behind 20 history items, the same prompts. `generate`
+runs it as transformers and PEFT load it, `Ranker` as `Ranker.load` does. Rounds alternate; figures are medians of
+wall-clock seconds per list and of CPU seconds per list (threads added up), which a busy machine disturbs less. The
+answer takes one token per candidate, the least that generation can cost; `x 4` asks for four presentations of every
+list, as `first, 4 shuffles` does.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from alro_fast.attention import use_tree_attention
 from alro_fast.data.records import Item, RankingList
 from alro_fast.generation import generate_and_parse
+from alro_fast.layers import fuse_layers
+from alro_fast.lora import fuse_lora
+from alro_fast.orders import presentations
 from alro_fast.prompts import PromptBuilder
 from alro_fast.ranking import Ranker
 
@@ -45,6 +52,16 @@ def make_lists() -> list[RankingList]:
     return lists
 
 
+def presented(entry: RankingList) -> list[RankingList]:
+    """The list in the four orders that `Ranker` shows."""
+    return [
+        replace(
+            entry, candidates=tuple(entry.candidates[i] for i in order), ratings=tuple(entry.ratings[i] for i in order)
+        )
+        for order in presentations(entry, 4, seed=0).tolist()
+    ]
+
+
 def make_tokenizer(lists: list[RankingList]) -> PreTrainedTokenizerFast:
     """Byte-level BPE that knows the words, as a real model's would."""
     tokenizer = Tokenizer(models.BPE())
@@ -63,8 +80,8 @@ def make_tokenizer(lists: list[RankingList]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
 
 
-def make_model(width: int, layers: int) -> LlamaForCausalLM:
-    """Random weights, a vocabulary of 32,000."""
+def make_model(width: int, layers: int, fused: bool) -> PeftModel:
+    """Random weights, a vocabulary of 32,000, an adapter of rank 16 on every linear layer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32_000,
@@ -76,22 +93,31 @@ def make_model(width: int, layers: int) -> LlamaForCausalLM:
         initializer_range=0.1,
         max_position_embeddings=4096,
     )
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)
     use_tree_attention(model)
+    if fused:
+        fuse_layers(model)
+    adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(model, adapter).eval()
+    if fused:
+        fuse_lora(model)
     return model
 
 
 def test_ranking_beside_generation():
     lists = make_lists()
+    shuffled = [shown for entry in lists for shown in presented(entry)]
     tokenizer = make_tokenizer(lists)
     prompts = PromptBuilder(tokenizer, "movies")
     tokens = statistics.mean(len(prompt.prompt_ids) for prompt in prompts.rankings(lists))
     print(f"\n{LISTS} lists of {CANDIDATES}, {tokens:.0f} prompt tokens; {torch.get_num_threads()} threads")
     for name, (width, layers) in MODELS.items():
-        ranker = Ranker(make_model(width, layers), tokenizer, prompts)
+        ranker = Ranker(make_model(width, layers, fused=True), tokenizer, prompts)
+        plain = Ranker(make_model(width, layers, fused=False), tokenizer, prompts)
         contestants = {
-            "generate, batches of 1": lambda ranker=ranker: generate_and_parse(ranker, lists, batch_size=1),
-            "generate, batches of 8": lambda ranker=ranker: generate_and_parse(ranker, lists, batch_size=8),
+            "generate, batches of 1": lambda plain=plain: generate_and_parse(plain, lists, batch_size=1),
+            "generate, batches of 8": lambda plain=plain: generate_and_parse(plain, lists, batch_size=8),
+            "generate x 4, batches of 4": lambda plain=plain: generate_and_parse(plain, shuffled, batch_size=4),
             "first": lambda ranker=ranker: ranker.rank(lists),
             "first, 4 shuffles": lambda ranker=ranker: ranker.rank(lists, shuffles=4),
             "greedy": lambda ranker=ranker: ranker.rank(lists, method="greedy"),
@@ -109,7 +135,7 @@ def test_ranking_beside_generation():
         for key in contestants:
             speed = wall["generate, batches of 1"] / wall[key], cpu["generate, batches of 1"] / cpu[key]
             print(
-                f"  {key:<24}{1000 * wall[key]:8.1f} ms/list {1000 * cpu[key]:8.1f} CPU ms/list"
+                f"  {key:<28}{1000 * wall[key]:8.1f} ms/list {1000 * cpu[key]:8.1f} CPU ms/list"
                 f"   {speed[0]:5.2f}x ({speed[1]:.2f}x CPU) of generate one by one"
             )
         assert all(sorted(found.order) == list(range(CANDIDATES)) for found in ranker.rank(lists, shuffles=4))

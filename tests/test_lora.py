@@ -82,6 +82,24 @@ def test_autocast_computes_as_peft_does():
         torch.testing.assert_close(fused(x), plain(x))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_float32_matrices_over_a_bfloat16_base(autocast):
+    """As close to float64 as PEFT's own, without a float32 product; gradients of the matrices in float32."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(96, 80, bias=False, dtype=torch.bfloat16))
+    config = LoraConfig(r=8, lora_alpha=8, target_modules=["0"], init_lora_weights=False)
+    plain = get_peft_model(net, config)
+    fused, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    fuse_lora(fused)
+    x = torch.randn(64, 96).bfloat16()
+    wanted = outcome(exact, x.double())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected, got = outcome(plain, x), outcome(fused, x)
+    assert [t.dtype for t in got] == [torch.bfloat16] * 2 + [torch.float32] * 2
+    for true, one, other in zip(wanted, expected, got):
+        assert (other - true).norm() < 1.5 * (one - true).norm() + 1e-3 * true.norm()
+
+
 def test_saved_files_are_plain_peft(tmp_path):
     base = tiny_llama(50)
     model = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False, r=2))
