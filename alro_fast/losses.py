@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .checks import check_head, check_index, check_ranks, check_values, values_are_free
+from .data.records import LARGEST_RATING
 from .errors import AlroFastError
 from .ops import HeadStats
 
@@ -262,7 +263,8 @@ def _check_list_values(labels: Tensor, lists: RankingLists, row_count: int, voca
         )
         _check_distinct("grades.token_ids", grades.token_ids[None])
         check_values("grades.values", grades.values, grades.values.isfinite(), "finite")
-    check_values("ratings", ratings, ~used | ~((ratings < 0) | ratings.isinf()), "finite and >= 0, or NaN")
+    bounded = (ratings >= 0) & (ratings <= LARGEST_RATING) | ratings.isnan()
+    check_values("ratings", ratings, ~used | bounded, f"in 0 .. {LARGEST_RATING:g} (gains are 2^rating - 1), or NaN")
     check_ranks(ranks, sizes)
     check_values("twin", twin, (twin >= -1) & (twin < len(twin)), f"in -1 .. {len(twin) - 1}")
     of = twin.clamp(min=0)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .data.records import LARGEST_RATING
 from .errors import AlroFastError
 
 CUTOFFS = (1, 3, 5, 10)
@@ -48,8 +49,13 @@ def all_equal(ratings: np.ndarray) -> np.ndarray:
 
 
 def gains(ratings: np.ndarray, gain: str = "exp2") -> np.ndarray:
-    """`exp2`: 2^r - 1; `linear`: r."""
+    """`exp2`: 2^r - 1; `linear`: r. AlroFastError for ratings whose 2^r says nothing any more."""
     if gain == "exp2":
+        if np.max(ratings, initial=0.0, where=~np.isnan(ratings)) > LARGEST_RATING:
+            raise AlroFastError(
+                f"ratings reach {np.nanmax(ratings):g}, and gains are 2^rating - 1: bring them to a scale that ends at "
+                f"{LARGEST_RATING:g} or below, such as 1 to 5 (or take gain 'linear')"
+            )
         return np.exp2(ratings) - 1.0
     if gain == "linear":
         return ratings

@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from alro_fast.attention import tree_hidden_states, use_tree_attention
 from alro_fast.config import ObjectiveArguments
 from alro_fast.fused_head import head_of
+from alro_fast.layers import fuse_layers
 from alro_fast.lora import fuse_lora
 from alro_fast.objectives.base import Batch, Example
 from alro_fast.objectives.dmpo import DMPOObjective, branches_of
@@ -41,6 +42,7 @@ USERS, NEGATIVES, PROMPT, ANSWER = 2, 10, 400, 20
 VOCAB, HIDDEN, LAYERS = 16_000, 256, 2
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 BETA, ROUNDS = 0.1, 3
+AT_LEAST = {"padded": 15, "trl": 30}  # times their users per second
 ROOT = Path(__file__).parents[1]
 
 
@@ -82,10 +84,11 @@ class Ours:
         self.model = get_peft_model(make_base(), LORA)
         move_adapter(self.model)
         use_tree_attention(self.model)
+        fuse_layers(self.model)
         fuse_lora(self.model)
         self.objective = DMPOObjective(ObjectiveArguments(dmpo_variant=variant, dpo_beta=BETA), None)
         users = make_users()
-        examples = [Example(Tree(branches_of(ids)), (ids,), None) for ids in users]
+        examples = [Example((Tree(branches_of(ids)),), (ids,), None) for ids in users]
         packed = collate([example.tree for example in examples], range(USERS))
         targets, counts = self.objective.targets(packed, examples)
         self.batch = Batch(packed, targets, counts, USERS, [])
@@ -238,7 +241,7 @@ def test_dmpo_step(benchmark) -> None:
         if name != "ours":
             ratio = statistics.median(other / mine for mine, other in zip(seconds["ours"], seconds[name]))
             benchmark.extra_info[f"times_{name}"] = ratio
-            assert ratio > 1
+            assert ratio >= AT_LEAST[name]
             assert memory["ours"] <= memory[name]
     benchmark.extra_info |= {
         "unique_tokens": ways["ours"].batch.packed.unique_tokens,

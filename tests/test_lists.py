@@ -227,3 +227,10 @@ def test_targets_come_back_and_leave_with_the_folder_they_were_written_to(tmp_pa
     TARGETS[:1].write_parquet(out / "targets.parquet")
     with pytest.raises(AlroFastError, match=r"targets\.parquet is not the file its manifest"):
         open_prepared(out)
+
+
+def test_a_scale_whose_gains_overflow_is_refused(tmp_path):
+    lists = [ranking_list("a", "u", {0: 3.0}, {1: 100.0, 2: 200.0})]
+    with pytest.raises(AlroFastError, match=r"ratings reach 200, and gains are 2\^rating - 1"):
+        write_prepared(tmp_path / "out", ITEMS, {"train": lists}, {})
+    assert not (tmp_path / "out").exists()

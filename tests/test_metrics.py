@@ -221,6 +221,8 @@ def test_bad_input_is_named(scores, ratings, message):
 
 
 def test_unknown_gain_and_cutoff():
+    with pytest.raises(AlroFastError, match="ratings reach 2000, and gains"):
+        metrics.ndcg(np.array([[1.0, 2.0]]), np.array([[2000.0, 1.0]]))
     with pytest.raises(AlroFastError, match="unknown gain 'log'"):
         metrics.ndcg(TIED, RATINGS, 3, "log")
     with pytest.raises(AlroFastError, match="at least 1"):

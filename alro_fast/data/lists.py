@@ -24,7 +24,7 @@ import polars as pl
 
 from .. import __version__
 from ..errors import AlroFastError
-from .records import Item, RankingList
+from .records import LARGEST_RATING, Item, RankingList
 
 SPLITS = ("train", "valid", "test")
 FORMAT, FORMAT_VERSION = "alro_fast ranking lists", 1
@@ -192,6 +192,12 @@ def write_prepared(
     if unknown:
         raise AlroFastError(f"unknown splits {unknown}; expected {', '.join(SPLITS)}")
     frames = {split: _list_frame(lists_by_split.get(split, ())) for split in SPLITS}
+    highest = max((frame["ratings"].explode().max() or 0.0 for frame in frames.values()), default=0.0)
+    if highest > LARGEST_RATING:
+        raise AlroFastError(
+            f"ratings reach {highest:g}, and gains are 2^rating - 1: bring them to a scale that ends at "
+            f"{LARGEST_RATING:g} or below, such as 1 to 5"
+        )
     if not isinstance(items, pl.DataFrame):
         items = _item_frame(items, frames)
     path.parent.mkdir(parents=True, exist_ok=True)

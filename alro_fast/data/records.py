@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+LARGEST_RATING = 100.0  # gains are 2^rating - 1, in float32
+
 
 class Item(NamedTuple):
     """One catalogue entry. `index` is its row in items.parquet; `title` and `category` are untrusted text."""

@@ -40,8 +40,8 @@ class ALROObjective(SFTObjective):
     def __init__(self, arguments: ObjectiveArguments, builder: PromptBuilder, *, answer: str, seed: int) -> None:
         if answer == "ratings" and (arguments.score, arguments.score_space) != ("logprob", "candidates"):
             raise AlroFastError(
-                f"--score {arguments.score} --score_space {arguments.score_space} belong to --answer ranking; grades are "
-                "read as their expected value: leave both out"
+                f"--score {arguments.score} --score_space {arguments.score_space} belong to --answer ranking; grades "
+                "are read as their expected value: leave both out"
             )
         super().__init__(arguments, builder, answer=answer, seed=seed)
 
