@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -205,8 +207,15 @@ class RankerTrainingArguments(TrainingArguments):
     save_total_limit: int | None = option(2, "Checkpoints kept.")
 
     def __post_init__(self) -> None:
-        given = self.output_dir
+        given, processes = self.output_dir, int(os.environ.get("WORLD_SIZE", 1))
+        if processes > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # without it transformers would start as many runs of one process
         super().__post_init__()
+        if processes != self.world_size:
+            raise AlroFastError(
+                f"{processes} processes were launched, but {self.device} would train in {self.world_size} each; "
+                "add --use_cpu true, or launch one process"
+            )
         if given is None:  # transformers puts a name of its own; ours is chosen when the run begins
             self.output_dir = None
         if str(self.resume_from_checkpoint).lower() in ("none", "false", ""):
