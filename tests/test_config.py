@@ -55,5 +55,5 @@ def test_a_bad_file_is_one_line(tmp_path, text, said):
 def test_processes_that_would_not_train_together_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)  # such as one that processes cannot share
-    with pytest.raises(AlroFastError, match="2 processes were launched, .* would train in 1 each; add --use_cpu true"):
+    with pytest.raises(AlroFastError, match=r"2 processes were launched, .* would train in 1 each; add --use_cpu true"):
         parse(["--output_dir", str(tmp_path)])
