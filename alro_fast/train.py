@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import yaml
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from . import __version__
+from .checkpoints import check_same_data, find_checkpoint, newest_checkpoint
 from .cli import run
 from .config import Config, parse
 from .data.lists import PreparedData, open_prepared
@@ -41,11 +41,6 @@ from .target_metrics import as_grades, evaluate_rankers, one_target
 from .trainer import NonFiniteLoss, RankerTrainer, TreeDataset
 
 logger = logging.getLogger(__name__)
-RESUMABLE = {  # options that may differ between a checkpoint and the run that resumes it
-    "output_dir", "dry_run", "overwrite_output_dir", "report_to", "disable_tqdm", "logging_steps", "save_total_limit",
-    "resume_from_checkpoint", "data_dir", "raw_dir", "save_steps", "save_strategy", "max_test_lists",
-}  # fmt: skip
-
 
 LEFT_BY_A_RUN = (  # what --overwrite_output_dir may remove
     "checkpoint-*", "runs", "data", "plots", "evaluation", "1-*", "2-*", "base", "references*", "config.yaml", "*.json",
@@ -72,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
 def stages(config: Config, argv: Sequence[str]) -> Iterator[Config]:
     """The run's own configuration, or, with `--stages`, one for each stage, in folders of their own below output_dir.
 
-    A resumed run skips the stages that are finished, and begins those that have no checkpoint.
+    A resumed run skips the stages that are finished, and begins anew those that have no whole checkpoint.
     """
     if config.training.stages is None:
         yield config
@@ -86,8 +81,9 @@ def stages(config: Config, argv: Sequence[str]) -> Iterator[Config]:
             if finished(folder):
                 print(f"{folder}: finished before")
                 continue
-            if get_last_checkpoint(str(folder)) is None if folder.is_dir() else True:
+            if newest_checkpoint(folder) is None:
                 stage.training.resume_from_checkpoint = None
+                stage.training.overwrite_output_dir = True
         if stage.training.dry_run:
             stage.model.init_adapter = config.model.init_adapter
         if stage.objective.objective == "sft" and "dmpo" in config.training.stages:
@@ -397,41 +393,6 @@ def next_folder(config: Config) -> Path:
         n += 1
         folder = Path("out") / f"{config.recipe}-{n}"
     return folder
-
-
-def find_checkpoint(config: Config, folder: Path) -> str | None:
-    """The checkpoint to resume from, or None; AlroFastError when there is none or its configuration differs."""
-    wanted = config.training.resume_from_checkpoint
-    if wanted is None:
-        return None
-    latest = wanted is True
-    path = get_last_checkpoint(str(folder)) if latest and folder.is_dir() else (None if latest else str(wanted))
-    if path is None or not Path(path).is_dir():
-        raise AlroFastError(f"--resume_from_checkpoint: no checkpoint in {folder if latest else wanted}")
-    recorded = Path(path) / "config.yaml"
-    if not recorded.is_file():
-        raise AlroFastError(f"--resume_from_checkpoint: {path} was not written by alro_fast.train (no config.yaml)")
-    before, now = yaml.safe_load(recorded.read_text(encoding="utf-8")), config.to_dict()
-    for key in sorted((before.keys() | now.keys()) - RESUMABLE - {"alro_fast_version"}):
-        if before.get(key) != now.get(key):
-            raise AlroFastError(
-                f"--resume_from_checkpoint: {path} was trained with {key}={before.get(key)}, "
-                f"this run has {now.get(key)}; "
-                "resume with the same options, or start in another --output_dir"
-            )
-    return path
-
-
-def check_same_data(checkpoint: str | None, prepared: PreparedData) -> None:
-    """AlroFastError when a checkpoint was trained on other lists than those at hand."""
-    recorded = Path(checkpoint or "") / "data_manifest.json"
-    if checkpoint is None or not recorded.is_file():
-        return
-    if json.loads(recorded.read_text(encoding="utf-8")).get("files") != prepared.manifest.get("files"):
-        raise AlroFastError(
-            f"--resume_from_checkpoint: {checkpoint} was trained on other lists than those of {prepared.path}; "
-            "resume with the same data, or start in another --output_dir"
-        )
 
 
 def prepare(config: Config, folder: Path) -> PreparedData:

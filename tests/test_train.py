@@ -124,6 +124,10 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(folder):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (folder / "killed" / "results.json").exists()
+    unfinished = folder / "killed" / "checkpoint-8"  # as a kill within its saving would leave it
+    shutil.copytree(folder / "killed" / "checkpoint-4", unfinished)
+    (unfinished / "trainer_state.json").unlink()
+    (unfinished / "optimizer.pt").write_bytes(b"PK")
     train.main(options(folder, "killed", "--resume_from_checkpoint", "true"))
     one, other = (load_file(folder / name / "adapter_model.safetensors") for name in ("run", "killed"))
     assert all(torch.equal(one[key], other[key]) for key in one)
@@ -226,7 +230,7 @@ def test_unrated_candidates_have_no_grade_to_learn(folder):
         (["--lora_target_modules", "nothing_like_it"], "nothing_like_it"),
         (["--model_name_or_path", "/nonexistent/model"], "--model_name_or_path /nonexistent/model"),
         (["--tokens_per_batch", "50"], "more than --tokens_per_batch 50"),
-        (["--resume_from_checkpoint", "true"], "no checkpoint in"),
+        (["--resume_from_checkpoint", "true"], "no whole checkpoint in"),
         (["--answer", "essay"], "invalid choice: 'essay'"),
         (["--sigma", "0"], "--sigma is 0; expected more than 0"),
         (["--permutations", "-1"], "--permutations is -1"),

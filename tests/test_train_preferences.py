@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -119,6 +120,18 @@ def test_a_resumed_run_skips_finished_stages(folder, capsys):
     train.main(options(folder, "staged", *more))
     assert capsys.readouterr().out.count("finished before") == 2
     assert (folder / "staged" / "2-dmpo" / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_resumed_run_begins_a_stage_anew_that_has_no_whole_checkpoint(folder, capsys):
+    """The first stage is finished, the second was killed while it saved its first checkpoint."""
+    shutil.copytree(folder / "staged", folder / "cut")
+    shutil.rmtree(folder / "cut" / "2-dmpo")
+    (folder / "cut" / "2-dmpo" / "checkpoint-1").mkdir(parents=True)
+    shutil.copy(folder / "staged" / "2-dmpo" / "config.yaml", folder / "cut" / "2-dmpo")
+    more = ["--preferences", folder / "movies.json", "--stages", "sft,dmpo", "--resume_from_checkpoint", "true"]
+    train.main(options(folder, "cut", *more, "--max_steps", 1))
+    assert "checkpoint-1 is skipped: it has no config.yaml" in capsys.readouterr().out
+    assert (folder / "cut" / "2-dmpo" / "adapter_model.safetensors").is_file()
 
 
 def test_evaluate_measures_any_file_across_domains(folder, capsys, tmp_path):
