@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from .errors import AlroFastError
+
+# Torch's threads read this once, when torch is imported. Beside other work, threads that spin while they wait slow the
+# commands down tenfold; alone, threads that sleep cost next to nothing.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 COMMANDS = {
     "prepare": "ratings -> ranking lists",

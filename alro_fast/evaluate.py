@@ -6,6 +6,10 @@ every convention behind them, and writes results.json, predictions.jsonl, run.tr
 
 from __future__ import annotations
 
+from .cli import run  # before torch: see there
+
+# isort: split
+
 import argparse
 import dataclasses
 import itertools
@@ -22,7 +26,6 @@ import numpy as np
 import torch
 
 from . import evaluate_preferences, metrics
-from .cli import run
 from .data.lists import PreparedData, open_prepared
 from .data.records import RankingList
 from .errors import AlroFastError

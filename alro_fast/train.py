@@ -5,6 +5,10 @@ Steps: options -> prepared lists -> base model and adapter -> objective -> Train
 
 from __future__ import annotations
 
+from .cli import run  # before torch: see there
+
+# isort: split
+
 import importlib.util
 import json
 import logging
@@ -23,7 +27,6 @@ from transformers.utils import logging as transformers_logging
 
 from . import __version__
 from .checkpoints import check_same_data, find_checkpoint, newest_checkpoint
-from .cli import run
 from .config import Config, parse
 from .data.lists import PreparedData, open_prepared
 from .data.records import RankingList
