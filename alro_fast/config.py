@@ -191,6 +191,10 @@ class RankerTrainingArguments(TrainingArguments):
         4096, "Distinct tokens (shared prompts counted once) in one forward pass, per device."
     )
     eval_tokens_per_batch: int | None = option(None, "The same for evaluation. Default: tokens_per_batch.")
+    logging_nan_inf_filter: bool = option(
+        False,
+        "Leave losses that are no number out of the log: then they stop no run, and every step waits for the device.",
+    )
     stages: str | None = option(
         None, "Objectives one after the other, such as sft,dmpo: each stage starts from the adapter of the one before."
     )

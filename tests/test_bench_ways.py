@@ -1,0 +1,19 @@
+"""The contestants of the step benchmarks, small: they are built, run and agree. Times are for `pytest bench/`."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import bench_dmpo, bench_step
+
+
+def test_alro_step_ours_and_the_ordinary_way():
+    shape = bench_step.Shape(300, 32, 48, 2, 2, 1, lists=2, rounds=1, at_least=0.0)
+    losses = [bench_step.step(*bench_step.build(way, shape)) for way in ("ours", "ordinary")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_dmpo_step_ours_and_padded(monkeypatch):
+    for name, value in {"VOCAB": 300, "HIDDEN": 32, "NEGATIVES": 3, "PROMPT": 30, "ANSWER": 4}.items():
+        monkeypatch.setattr(bench_dmpo, name, value)
+    bench_dmpo.agree(bench_dmpo.Ours(), bench_dmpo.Padded())
