@@ -6,7 +6,7 @@ every convention behind them, and writes results.json, predictions.jsonl, run.tr
 
 from __future__ import annotations
 
-from .cli import run  # before torch: see there
+from .cli import OneLineParser, run  # before torch: see there
 
 # isort: split
 
@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import resource
 import sys
 import time
@@ -29,10 +28,11 @@ from . import evaluate_preferences, metrics
 from .data.lists import PreparedData, open_prepared
 from .data.records import RankingList
 from .errors import AlroFastError
-from .evaluate_preferences import answers_with_texts, run_options
+from .evaluate_preferences import answers_with_texts
+from .folders import check_writable, run_options
 from .generation import generate_and_parse
 from .orders import Ranking
-from .rank import OneLineParser, add_ranking_options
+from .rank import add_ranking_options
 from .ranking import Ranker, check_device, check_options
 from .report import write_report
 from .results import baseline_scores, evaluate_lists, write_predictions, write_trec
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
         raise AlroFastError(f"--bootstrap is at least 0 (no intervals); given {options.bootstrap}")
     check_device(options.device)
     options.output_dir = options.output_dir or str(Path(options.adapter) / "evaluation")
-    check_creatable(Path(options.output_dir))
+    check_writable(Path(options.output_dir))
     if options.preferences or answers_with_texts(run_options(options.adapter)):
         evaluate_preferences.main(options)
         return
@@ -163,15 +163,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--generate", action="store_true", help="also rank by generated text, parsed: the ordinary way")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples behind an interval (default 1000)")
     return parser
-
-
-def check_creatable(folder: Path) -> None:
-    """AlroFastError when `--output_dir` is no folder and cannot become one, or nothing can be written there."""
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not above.is_dir():
-        raise AlroFastError(f"--output_dir {folder}: {above} is a file; give a folder")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise AlroFastError(f"--output_dir {folder}: {above} cannot be written to; give another folder")
 
 
 def check_catalogue(adapter: Path, prepared: PreparedData) -> None:

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 from .data.negatives import Negatives
 from .data.preferences import Preference, read_preferences
 from .data.records import RankingList
 from .errors import AlroFastError
+from .folders import run_options
 from .objectives.dmpo import branches_of
 from .packing import Tree
 from .preference_metrics import Scored, accuracy_interval, preference_metrics
@@ -109,12 +109,6 @@ def main(options: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save(folder, results)
     print(f"preference_results.json is in {folder}")
-
-
-def run_options(folder: str | Path) -> dict[str, Any]:
-    """The options a run was started with; empty where they are not recorded."""
-    path = Path(folder) / "config.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def answers_with_texts(config: dict[str, Any]) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,6 +23,7 @@ from transformers import (
 
 from .attention import use_tree_attention
 from .errors import AlroFastError
+from .folders import ADAPTER_CONFIG, adapter_config
 from .layers import fuse_layers
 from .lora import fuse_lora
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 DEMO_MODEL = Path(__file__).parent / "demo_model"
+LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError)  # damaged or unfitting files
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -65,7 +67,7 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except LOAD_ERRORS as error:
         place = place or f"--model_name_or_path {name}"
         raise AlroFastError(f"{place}: no causal LM could be loaded ({_first_line(error)})") from error
     use_tree_attention(model)
@@ -158,19 +160,19 @@ def load_for_inference(
         raise AlroFastError(f"{folder}: no such folder; expected one written by alro_fast.train")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    adapter = folder / "adapter_config.json"
+    adapter = folder / ADAPTER_CONFIG
     if not adapter.is_file() and not (folder / "config.json").is_file():
         raise AlroFastError(f"{folder}: neither adapter_config.json nor config.json found; expected a trained folder")
     tokenizer = load_tokenizer(str(folder), trust_remote_code, place=str(folder))
     if adapter.is_file():
-        base = base_model or json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = base_model or adapter_config(folder)["base_model_name_or_path"]
         place = f"--base_model {base}" if base_model else f"{folder}: base model {base}"
         model = load_base(_recorded_base(base), dtype, trust_remote_code, place=place)
         try:
             model = PeftModel.from_pretrained(model, folder)
-        except (RuntimeError, ValueError, KeyError) as error:
+        except LOAD_ERRORS as error:
             raise AlroFastError(
-                f"{folder}: the adapter does not fit the base model {base} ({_first_line(error)})"
+                f"{folder}: the adapter is damaged, or does not fit the base model {base} ({_first_line(error)})"
             ) from error
         fuse_lora(model)
     else:

@@ -22,11 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from .cli import OneLineParser, run
 from .data.records import Item, RankingList
 from .errors import AlroFastError
+from .folders import run_options
 
 if TYPE_CHECKING:
     from .orders import Ranking
@@ -178,9 +177,7 @@ def catalogue(folder: str) -> dict[str, Item]:
     """Items by id, of the prepared data that the model in `folder` was trained on."""
     from .data.lists import open_prepared
 
-    path = Path(folder) / "config.yaml"
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    data = Path(config.get("data_dir") or Path(folder) / "data")
+    data = Path(run_options(folder).get("data_dir") or Path(folder) / "data")
     if not data.is_dir():
         raise AlroFastError(
             f"{folder} names items by tokens of their own, but its prepared data {data} is gone; put it back there"

@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from .attention import tree_hidden_states
 from .decoding import decode, token_logits
 from .errors import AlroFastError
+from .folders import run_options
 from .fused_head import Head, head_of
 from .ops import linear_logprobs
 from .orders import MERGES, Ranking, check_finite, make_ranking, presentations, slide, unlabelled
@@ -91,11 +91,10 @@ class Ranker:
         from .prompts.recranker import RecRankerPrompts
 
         folder = Path(folder)
+        config = run_options(folder)
         model, tokenizer = load_for_inference(
             folder, device=device, dtype=dtype, base_model=base_model, trust_remote_code=trust_remote_code
         )
-        path = folder / "config.yaml"
-        config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
         tasks = config.get("objective") == "recranker"
         prompts = (RecRankerPrompts if tasks else PromptBuilder).load(folder, tokenizer)
         if config.get("objective") in ("dmpo", "sft_chosen") and config.get("preference_answer") != "identifiers":

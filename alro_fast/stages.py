@@ -21,11 +21,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .errors import AlroFastError
+from .folders import ADAPTER, ADAPTER_CONFIG, adapter_config
+from .model import LOAD_ERRORS
 
 if TYPE_CHECKING:
     from .config import Config
 
-ADAPTER, ADAPTER_CONFIG, MERGED_BASE = "adapter_model.safetensors", "adapter_config.json", "merged_base"
+MERGED_BASE = "merged_base"
 
 
 def stage_arguments(config: Config, root: Path) -> list[list[str]]:
@@ -67,7 +69,7 @@ def merge_adapter(model: PreTrainedModel, folder: str | Path, base: str) -> PreT
         raise AlroFastError(f"--init_adapter {folder} was trained over {recorded}, not over {base}")
     try:
         return PeftModel.from_pretrained(model, folder).merge_and_unload()
-    except (RuntimeError, ValueError, KeyError) as error:
+    except LOAD_ERRORS as error:
         raise AlroFastError(f"--init_adapter {folder} does not fit {base} ({str(error).splitlines()[0]})") from error
 
 
@@ -78,7 +80,7 @@ def read_adapter_config(folder: str | Path) -> dict:
         raise AlroFastError(
             f"--init_adapter {folder}: no {ADAPTER_CONFIG} there; expected the output of an earlier stage"
         )
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = adapter_config(folder)
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
         raise AlroFastError(f"--init_adapter {folder} is no plain LoRA adapter; stages can follow only on one")
     return config

@@ -12,7 +12,6 @@ from .cli import run  # before torch: see there
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -31,6 +30,7 @@ from .config import Config, parse
 from .data.lists import PreparedData, open_prepared
 from .data.records import RankingList
 from .errors import AlroFastError
+from .folders import check_writable
 from .fused_head import head_of
 from .memory import keep_freed_memory
 from .model import add_lora, base_path, load_base, load_tokenizer, make_scratch, resolve_dtype
@@ -361,11 +361,7 @@ def claim_folder(config: Config) -> Path:
     folder = Path(training.output_dir)
     if training.process_index:
         return folder
-    if folder.is_file():
-        raise AlroFastError(f"--output_dir {folder} is a file; give a folder")
-    stands = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (stands.is_dir() and os.access(stands, os.W_OK | os.X_OK)):
-        raise AlroFastError(f"--output_dir {folder} cannot be written: {stands} is a file, or read-only")
+    check_writable(folder)
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / "config.yaml").is_file() or "alro_fast_version" not in (folder / "config.yaml").read_text():
             raise AlroFastError(

@@ -235,6 +235,27 @@ def test_a_folder_that_is_no_run_is_named_as_such(capsys, adapter, tmp_path):
         assert "--model_name_or_path" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "share", "said"),
+    [
+        ("adapter_model.safetensors", 0.5, "the adapter is damaged, or does not fit the base model"),
+        ("adapter_model.safetensors", 0, "the adapter is damaged, or does not fit the base model"),
+        ("adapter_config.json", 0.5, "adapter_config.json is damaged: expected what PEFT wrote"),
+        ("config.yaml", 0, "config.yaml is damaged: expected the options that alro_fast.train recorded"),
+        ("tokenizer.json", 0.5, "no tokenizer could be loaded"),
+        ("identifiers.json", 0.5, "identifiers.json is damaged"),
+    ],
+)
+def test_damaged_files_of_a_run_are_one_line(capsys, adapter, tmp_path, name, share, said):
+    run = tmp_path / "run"
+    shutil.copytree(adapter, run)
+    (run / name).write_bytes((run / name).read_bytes()[: int(share * (run / name).stat().st_size)])
+    with pytest.raises(AlroFastError, match=re.escape(said)) as raised:
+        ranked(capsys, run, HEAT)
+    assert str(run) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_process_of_its_own_prints_no_traceback(adapter):
     done = subprocess.run(
         [sys.executable, "-m", "alro_fast.rank", "--adapter", str(adapter)], input="{}", capture_output=True, text=True

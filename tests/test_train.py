@@ -191,7 +191,7 @@ def test_a_checkpoint_of_other_lists_is_refused(folder):
 
 def test_an_output_folder_below_a_file_is_refused(folder):
     place = folder / "base" / "config.json" / "run"
-    assert f"--output_dir {place} cannot be written" in refused(options(folder, place))
+    assert f"output folder {place} cannot be written" in refused(options(folder, place))
 
 
 def test_no_output_folder_means_the_next_free_one(folder, monkeypatch):

@@ -24,6 +24,7 @@ import polars as pl
 
 from .. import __version__
 from ..errors import AlroFastError
+from ..folders import check_writable
 from .records import LARGEST_RATING, Item, RankingList
 
 SPLITS = ("train", "valid", "test")
@@ -228,15 +229,9 @@ def write_prepared(
 
 def check_output_folder(path: Path) -> None:
     """AlroFastError unless `path` can be written and is new, empty, or a prepared folder and nothing else."""
-    try:
-        if path.is_file():
-            raise AlroFastError(f"output folder {path} is a file; choose another name")
-        found = {p.name for p in path.iterdir()} if path.exists() else set()
-        for folder in (next(p for p in path.absolute().parents if p.exists()), *([path] if path.exists() else [])):
-            with tempfile.TemporaryDirectory(prefix=".alro_fast-", dir=folder):
-                pass
-    except OSError as error:
-        raise AlroFastError(f"output folder {path} cannot be written ({error.strerror}); choose another") from None
+    for folder in (path, path.absolute().parent):  # new lists are written beside the old, then take their place
+        check_writable(folder)
+    found = {p.name for p in path.iterdir()} if path.exists() else set()
     foreign = sorted(found - {*FILES, *OPTIONAL_FILES})
     if not foreign and found and read_manifest(path) is None:
         foreign = sorted(found)

@@ -1,0 +1,52 @@
+"""Folders of runs: whether one can be written to, and what a run recorded in it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import AlroFastError
+
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def check_writable(folder: Path) -> None:
+    """AlroFastError unless `folder` can be written to, or made where it does not exist."""
+    try:
+        stands = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if stands.is_file():
+            raise AlroFastError(f"output folder {folder} cannot be written ({stands} is a file); choose another")
+        with tempfile.TemporaryDirectory(prefix=".alro_fast-", dir=stands):
+            pass
+    except OSError as error:
+        raise AlroFastError(f"output folder {folder} cannot be written ({error.strerror}); choose another") from None
+
+
+def run_options(folder: str | Path) -> dict[str, Any]:
+    """The options a run was started with, of its config.yaml; empty where they are not recorded."""
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        options = None
+    if not isinstance(options, dict):
+        raise AlroFastError(f"{path} is damaged: expected the options that alro_fast.train recorded; restore the file")
+    return options
+
+
+def adapter_config(folder: str | Path) -> dict[str, Any]:
+    """What adapter_config.json holds; AlroFastError where it is damaged."""
+    path = Path(folder) / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        config = None
+    if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path"), str):
+        raise AlroFastError(f"{path} is damaged: expected what PEFT wrote, with its base model; restore the file")
+    return config
