@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations, is_deepspeed_available
 
 from .errors import AlroFastError
 
@@ -175,11 +177,11 @@ class ObjectiveArguments:
     backend: str = option("auto", "Backend of the fused ops.", ["auto", "eager", "cpp", "triton"])
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "permutations", "points_per_list", "pairs_per_list"):
+        for name in ("alpha", "beta", "ftx", "permutations", "points_per_list", "pairs_per_list"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("gamma", "sigma"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise AlroFastError(f"--{name} is {getattr(self, name):g}; expected more than 0")
+        for name in ("gamma", "sigma", "dpo_beta"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise AlroFastError(f"--{name} is {getattr(self, name):g}; expected more than 0, and finite")
 
 
 @dataclass
@@ -214,6 +216,8 @@ class RankerTrainingArguments(TrainingArguments):
         given, processes = self.output_dir, int(os.environ.get("WORLD_SIZE", 1))
         if processes > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # without it transformers would start as many runs of one process
+        if self.deepspeed and not is_deepspeed_available():
+            raise AlroFastError("--deepspeed needs the package deepspeed, which is not here: pip install deepspeed")
         super().__post_init__()
         if processes != self.world_size:
             raise AlroFastError(
@@ -226,14 +230,33 @@ class RankerTrainingArguments(TrainingArguments):
             self.resume_from_checkpoint = None
         elif str(self.resume_from_checkpoint).lower() == "true":
             self.resume_from_checkpoint = True
-        _at_least("tokens_per_batch", self.tokens_per_batch, 1)
-        if self.max_steps <= 0 and self.num_train_epochs <= 0:
-            raise AlroFastError(f"--num_train_epochs is {self.num_train_epochs:g}; expected more than 0")
+        self._check_numbers()
+        known = get_available_reporting_integrations() if self.report_to else []
+        for name in self.report_to:
+            if name not in known:
+                raise AlroFastError(
+                    f"--report_to {name} is unknown, or not installed; expected none or {', '.join(known) or 'nothing'}"
+                )
+
+    def _check_numbers(self) -> None:
+        """Those that transformers and torch would stumble over when training has begun."""
+        for name in ("tokens_per_batch", "eval_tokens_per_batch", "gradient_accumulation_steps"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps", "dataloader_num_workers"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("adam_beta1", "adam_beta2"):
+            _at_least(name, getattr(self, name), 0, below=1)
+        for name in ("seed", "data_seed"):
+            _at_least(name, getattr(self, name), 0, below=2**32)
+        if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
+            raise AlroFastError(f"--num_train_epochs is {self.num_train_epochs:g}; expected more than 0, and finite")
 
 
-def _at_least(name: str, value: float | None, least: float) -> None:
-    if value is not None and value < least:
-        raise AlroFastError(f"--{name} is {value:g}; expected at least {least:g}")
+def _at_least(name: str, value: float | None, least: float, below: float = math.inf) -> None:
+    if value is None or least <= value < below:
+        return
+    upper = "" if value < least else ", and finite" if below == math.inf else f", and below {below:,}"
+    raise AlroFastError(f"--{name} is {value:.12g}; expected at least {least:g}{upper}")
 
 
 ARGUMENTS = (ModelArguments, DataArguments, ObjectiveArguments, RankerTrainingArguments)

@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
     keep_freed_memory()
-    for stage in stages(config, argv):
+    for stage in list(stages(config, argv)):  # a mistake in the second is found before the first begins
         session = run_for(stage)
         session.describe()
         if not stage.training.dry_run:

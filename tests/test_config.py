@@ -57,3 +57,40 @@ def test_processes_that_would_not_train_together_are_refused(tmp_path, monkeypat
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)  # such as one that processes cannot share
     with pytest.raises(AlroFastError, match=r"2 processes were launched, .* would train in 1 each; add --use_cpu true"):
         parse(["--output_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--learning_rate -1", "--learning_rate is -1; expected at least 0"),
+        ("--learning_rate nan", "--learning_rate is nan; expected at least 0, and finite"),
+        ("--warmup_steps nan", "--warmup_steps is nan"),
+        ("--num_train_epochs nan", "--num_train_epochs is nan; expected more than 0"),
+        ("--num_train_epochs inf", "--num_train_epochs is inf; expected more than 0"),
+        ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps is 0; expected at least 1"),
+        ("--eval_tokens_per_batch 0", "--eval_tokens_per_batch is 0; expected at least 1"),
+        ("--dataloader_num_workers -1", "--dataloader_num_workers is -1; expected at least 0"),
+        ("--weight_decay -0.1", "--weight_decay is -0.1; expected at least 0"),
+        ("--adam_epsilon -1", "--adam_epsilon is -1; expected at least 0"),
+        ("--adam_beta2 1", "--adam_beta2 is 1; expected at least 0, and below 1"),
+        ("--seed -1", "--seed is -1; expected at least 0"),
+        ("--seed 4294967296", "--seed is 4294967296; expected at least 0, and below 4,294,967,296"),
+        ("--data_seed -1", "--data_seed is -1"),
+        ("--gamma inf", "--gamma is inf; expected more than 0, and finite"),
+        ("--gamma nan", "--gamma is nan"),
+        ("--sigma nan", "--sigma is nan"),
+        ("--alpha nan", "--alpha is nan; expected at least 0, and finite"),
+        ("--beta inf", "--beta is inf; expected at least 0, and finite"),
+        ("--ftx -1", "--ftx is -1"),
+        ("--dpo_beta nan", "--dpo_beta is nan"),
+        ("--lora_dropout nan", "--lora_dropout is nan"),
+        ("--report_to nothing_there", "--report_to nothing_there is unknown, or not installed; expected none or"),
+        ("--deepspeed zero.json", "--deepspeed needs the package deepspeed"),
+    ],
+)
+def test_numbers_and_names_that_would_fail_later_are_refused(words, said, tmp_path, monkeypatch):
+    monkeypatch.setattr("alro_fast.config.is_deepspeed_available", lambda: False)
+    with pytest.raises(AlroFastError) as caught:
+        parse(["--output_dir", str(tmp_path), *words.split()])
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)
