@@ -451,7 +451,7 @@ class _TwinPairs:
     def divergence(self, stats: HeadStats) -> Tensor:
         """[L], 0 where a list has no twin."""
         length, width = self.a.shape
-        cross = stats.cross.view(-1, length, width)
+        cross = stats.cross.view(2 if self.kind == "symmetric" else 1, length, width)
         lse_a, lse_b = stats.lse[self.a.clamp(min=0)], stats.lse[self.b.clamp(min=0)]
         own = stats.group_logits[:length]
         z_a = own[self.of]

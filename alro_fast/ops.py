@@ -522,6 +522,11 @@ def _listwise(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """soft_lambda [L], permutation [L], expected [L, M]; for backward d_soft_lambda, d_student, d_teacher or empty."""
     module = resolve_backend(backend, logits.device, logits.dtype)
+    if logits.numel() == 0:  # no list, or none with a candidate
+        length, d_logits = len(logits), torch.zeros_like(logits)
+        d_teacher = None if detach or divergence == "none" else torch.zeros_like(logits)
+        zeros = logits.new_zeros(length), logits.new_zeros(length), torch.zeros_like(ratings)
+        return *zeros, d_logits, torch.zeros_like(logits), _or_empty(d_teacher, logits)
     with torch.autocast(logits.device.type, enabled=False):
         terms = module.listwise(
             logits,

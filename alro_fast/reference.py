@@ -96,9 +96,8 @@ def soft_argmax(y: Tensor, gamma: float) -> Tensor:
 def soft_argmax_ranks(scores: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
     """Expected rank [L, M] of each candidate, 0 on pads; scores [L, M slots, M candidates], mask [L, M]."""
     width = scores.shape[1]
-    return torch.stack(
-        [_padded(soft_argmax(_wide(y)[:n, :n], gamma), width) for y, n in zip(scores, mask.sum(1).tolist())]
-    )
+    expected = [_padded(soft_argmax(_wide(y)[:n, :n], gamma), width) for y, n in zip(scores, mask.sum(1).tolist())]
+    return torch.stack(expected) if expected else _wide(scores).sum(dim=1)
 
 
 def discount_gap(distance: Tensor) -> Tensor:
@@ -146,7 +145,7 @@ def soft_lambda(
         rating = ratings[index, :n]
         rank = _descending_ranks(rating) if ranks is None else ranks[index, :n]
         losses.append(pairwise_lambda(expected[index, :n], rating, rank, sigma))
-    return torch.stack(losses), expected
+    return torch.stack(losses) if losses else expected.sum(dim=1), expected
 
 
 def alro_loss(
@@ -213,7 +212,8 @@ def alro_loss_from_logits(
     soft_lambda = sum(soft_lambdas, z.new_zeros(())) / counts.lists
     permutation = sum(permutations, z.new_zeros(())) / counts.twins
     loss = sft + alpha * soft_lambda + beta * permutation
-    return ALROLossOutput(loss, sft, soft_lambda, permutation, torch.stack(expected).detach())
+    ranks = torch.stack(expected).detach() if expected else z.new_zeros(lists.slot_rows.shape)
+    return ALROLossOutput(loss, sft, soft_lambda, permutation, ranks)
 
 
 def dmpo_loss(
@@ -285,12 +285,12 @@ def _permutation(
     original = int(lists.twin[index])
     n = int((lists.slot_rows[index] >= 0).sum())
     z_p, z_q = z[lists.slot_rows[original, :n]], z[lists.slot_rows[index, :n]]
+    if n < (2 if lists.grades is None else 1):
+        return z.new_zeros(())
     if lists.grades is not None:
         if space == "candidates":
             z_p, z_q = z_p[:, lists.grades.token_ids], z_q[:, lists.grades.token_ids]
         return divergence(z_p, z_q, kind, detach).mean()
-    if n < 2:
-        return z.new_zeros(())
     ids_p, ids_q = lists.candidate_ids[original, :n], lists.candidate_ids[index, :n]
     if space == "vocab":
         z_q = torch.stack([relabelled(row, ids_p, ids_q) for row in z_q])

@@ -235,7 +235,7 @@ def listwise(
     expected, pull = logits.new_empty(2, length, size_m)
     d_soft_lambda, d_student = torch.empty_like(logits), torch.empty_like(logits)
     d_teacher = torch.empty_like(logits) if has_teacher else None
-    if length and logits.numel():
+    if length:
         block_m, block_c = (max(triton.next_power_of_2(size), 16) for size in (size_m, size_c))
         listwise_kernel[(length,)](
             logits, ratings, ranks, sizes, twin, logits if values is None else values, soft_lambda, permutation,

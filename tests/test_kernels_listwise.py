@@ -87,6 +87,18 @@ def test_equal_bits_on_rerun() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one[:5], two[:5]))
 
 
+def test_lists_without_candidates_give_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    new = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **options: new(*args, **options).fill_(9))
+    tensors = {**lists([4, 4], 0, seed=0), "sizes": torch.zeros(2, dtype=torch.int64)}
+    for name in ("ratings", "ranks"):
+        tensors[name] = tensors[name][:, :0]
+    tensors["logits"] = tensors["logits"][:, :0, :0]
+    on_device = {name: None if value is None else value.to(DEVICE) for name, value in tensors.items()}
+    soft_lambda, permutation, *_ = kernel.listwise(**on_device, **OPTIONS)
+    assert soft_lambda.tolist() == permutation.tolist() == [0.0, 0.0]
+
+
 def test_bad_arguments_are_named() -> None:
     tensors = lists([4], 0, seed=0)
     with pytest.raises(ValueError, match="float64"):

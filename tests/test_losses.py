@@ -147,6 +147,28 @@ def test_loss_is_the_weighted_sum_and_parts_vanish_with_their_lists():
     torch.testing.assert_close(empty.sft, out.sft)
 
 
+@pytest.mark.parametrize("form", ["ranking", "ratings"])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0), (2, 3)])
+def test_no_lists_no_candidates_and_empty_lists_add_nothing(backend, form, shape):
+    count, width = shape
+    empty = random_lists([0, 0], [-1, 0], rows=4, vocab=V, form=form, width=3)
+    fields = [field[:count, :width] if field.dim() == 2 else field[:count] for field in empty[:5]]
+    lists = RankingLists(*fields, empty.grades)
+    hidden, weight, labels = torch.randn(4, H), torch.randn(V, H), torch.tensor([1, -100, 3, 4])
+    for psl_space, psl in (("candidates", "kl"), ("vocab", "kl"), ("vocab", "symmetric")):
+        options = {**WEIGHTS, "psl_space": psl_space, "psl": psl, "psl_detach": False}
+        ours, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+        out = alro_loss(ours, weight, labels, lists, backend=backend, **options)
+        want = reference.alro_loss(exact, weight.double(), labels, lists, **options)
+        for each in (out, want):
+            assert each.soft_lambda.item() == each.permutation.item() == 0
+            assert torch.equal(each.expected_rank, torch.zeros_like(each.expected_rank))
+            assert each.expected_rank.shape == shape
+            each.loss.backward()
+        torch.testing.assert_close(out.loss.double(), want.loss, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_counts_of_the_whole_batch_make_parts_add_up():
     """Two halves with the whole's denominators give the whole's loss and gradient."""
     hidden, weight, _, labels, _ = batch()

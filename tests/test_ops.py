@@ -425,6 +425,18 @@ def test_listwise_of_128_candidates(backend):
     assert_close(got, run(soft_lambda_of(reference), (logits.double(),), upstream))
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+def test_no_lists_and_lists_without_candidates(backend, shape):
+    scores = torch.randn(*shape, shape[1], requires_grad=True)
+    ratings, mask = torch.ones(shape), torch.ones(shape, dtype=torch.bool)
+    for module, more in ((ops, {"backend": backend}), (reference, {})):
+        loss, expected = module.soft_lambda(scores, ratings, mask, gamma=1.0, sigma=1.0, **more)
+        assert torch.equal(loss, torch.zeros(shape[0]))
+        assert expected.shape == module.soft_argmax_ranks(scores, mask, gamma=1.0).shape == shape
+        (grad,) = torch.autograd.grad(loss.sum(), scores)
+        assert grad.shape == scores.shape
+
+
 @pytest.mark.parametrize("ratings", [[3.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0], [float("nan")] * 4])
 def test_lists_with_nothing_to_order(backend, ratings):
     scores = torch.randn(1, 4, 4, requires_grad=True)
