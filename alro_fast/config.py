@@ -19,6 +19,22 @@ from transformers.integrations import get_available_reporting_integrations, is_d
 from .errors import AlroFastError
 
 _SECRETS = {"hub_token"}
+_TOKENS = "batches are measured in tokens"
+_EVERY_TREE = "every batch is a tree of another shape, to be compiled anew"
+WITHOUT_MEANING = {  # options of transformers.TrainingArguments that packed batches or our losses leave nothing to do
+    "per_device_train_batch_size": f"{_TOKENS}; give --tokens_per_batch",
+    "per_device_eval_batch_size": f"{_TOKENS}; give --eval_tokens_per_batch",
+    "auto_find_batch_size": f"{_TOKENS}; lower --tokens_per_batch where memory runs out",
+    "train_sampling_strategy": f"{_TOKENS} and packed by length, in an order drawn by --seed; leave it out",
+    "dataloader_drop_last": "no batch is left over; leave it out",
+    "label_smoothing_factor": "the loss is that of --objective; leave it out",
+    "neftune_noise_alpha": "its noise goes by the length of a sequence, and batches are packed into one; leave it out",
+    "include_num_input_tokens_seen": "the log counts tokens already; leave it out",
+    "use_liger_kernel": "the layers are fused already; leave it out",
+    "torch_compile": f"{_EVERY_TREE}; leave it out",
+    "torch_compile_backend": f"{_EVERY_TREE}; leave it out",
+    "torch_compile_mode": f"{_EVERY_TREE}; leave it out",
+}
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -313,6 +329,10 @@ def parse(argv: Sequence[str]) -> Config:
         raise AlroFastError(str(error).strip().splitlines()[0]) from error
     if extra:
         parser.error(f"unknown option {extra[0]!r}{_hint(_flag(extra[0]), known)}")
+    given = {_flag(word) for word in from_file + argv}
+    for key, reason in WITHOUT_MEANING.items():
+        if key in given and getattr(parts[3], key) not in (None, 0, "no"):  # switched off explicitly is no mistake
+            raise AlroFastError(f"--{key} has no meaning here: {reason}")
     return Config(*parts[:4], recipe=Path(name).stem if name else "run")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from alro_fast.config import parse, recipe_names
+from alro_fast.config import WITHOUT_MEANING, parse, recipe_names
 from alro_fast.errors import AlroFastError
 
 
@@ -94,3 +94,23 @@ def test_numbers_and_names_that_would_fail_later_are_refused(words, said, tmp_pa
         parse(["--output_dir", str(tmp_path), *words.split()])
     assert str(caught.value).startswith(said)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", WITHOUT_MEANING)
+def test_options_without_meaning_are_refused_wherever_they_stand(name, tmp_path):
+    value = {
+        "train_sampling_strategy": "group_by_length", "torch_compile_backend": "inductor",
+        "torch_compile_mode": "default", "label_smoothing_factor": "0.1", "neftune_noise_alpha": "5",
+        "per_device_train_batch_size": "8", "per_device_eval_batch_size": "8",
+    }.get(name, "true")  # fmt: skip
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"{name}: {value}\n")
+    for words in ([f"--{name}", value], [f"--{name.replace('_', '-')}={value}"], ["--config", str(recipe)]):
+        with pytest.raises(AlroFastError, match=f"--{name} has no meaning here: .*;") as caught:
+            parse([*words, "--output_dir", str(tmp_path)])
+        assert "\n" not in str(caught.value)
+
+
+def test_options_without_meaning_may_be_switched_off(tmp_path):
+    words = ["--torch_compile", "false", "--label_smoothing_factor", "0", "--include_num_input_tokens_seen", "false"]
+    assert not parse([*words, "--output_dir", str(tmp_path)]).training.torch_compile
