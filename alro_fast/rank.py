@@ -6,7 +6,8 @@ Reads one JSON list, an array of them, or JSON lines, from FILE or standard inpu
      "candidates": [{"id": 7, "title": "Casino", "category": "Crime"}, {"title": "Clueless"}]}
 
 `id` and `category` may be left out, `history` too; `list_id` is passed through. A candidate's `hint` is a first stage's
-predicted rating of it, for models tuned with hints. Prints a JSON line per list, best
+predicted rating of it, for models tuned with hints; its `rating`, and the list's `user` or `user_id`, are not read.
+Other keys are an error. Prints a JSON line per list, best
 candidate first: {"list_id": ..., "ranking": [{"rank": 1, "id": 7, "title": "Casino", "score": -0.4}, ...]}.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import functools
 import json
 import math
@@ -29,6 +31,9 @@ from .folders import run_options
 
 if TYPE_CHECKING:
     from .orders import Ranking
+
+LIST_KEYS = ("list_id", "user", "user_id", "history", "candidates")
+ITEM_KEYS = ("id", "title", "category", "rating", "hint")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -148,6 +153,8 @@ def parse_list(document: Any, number: int) -> RankingList:
     place = f"list {number}"
     if not isinstance(document, dict):
         raise AlroFastError(f'{place}: expected an object with "history" and "candidates", found {_kind(document)}')
+    _check_keys(document, LIST_KEYS, place)
+    _check_characters(document, place)
     candidates = document.get("candidates")
     if not isinstance(candidates, list) or not candidates:
         found = "no candidates" if candidates in (None, []) else f'{_kind(candidates)} as "candidates"'
@@ -215,6 +222,7 @@ def answer(document: Any, ranking: Ranking, top_k: int | None) -> dict[str, Any]
 def _item(entry: Any, place: str, unnamed: str) -> Item:
     if not isinstance(entry, dict):
         raise AlroFastError(f'{place}: expected an object with a "title", found {_kind(entry)}')
+    _check_keys(entry, ITEM_KEYS, place)
     title, category, known = entry.get("title"), entry.get("category") or "", entry.get("id")
     if not isinstance(title, str) or not title.strip():
         raise AlroFastError(f'{place}: expected a "title" that is a non-empty text, found {_kind(title)}')
@@ -223,6 +231,24 @@ def _item(entry: Any, place: str, unnamed: str) -> Item:
     if known is not None and (isinstance(known, bool) or not isinstance(known, str | int)):
         raise AlroFastError(f'{place}: "id" is {_kind(known)}; expected a text or a whole number')
     return Item(0, unnamed if known is None else f"id {known}", title, category)
+
+
+def _check_keys(given: dict[str, Any], known: Sequence[str], place: str) -> None:
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"expected some of {', '.join(known)}"
+            raise AlroFastError(f"{place}: unknown key {key!r}; {hint}")
+
+
+def _check_characters(document: dict[str, Any], place: str) -> None:
+    """Half a surrogate pair, such as a JSON text cut within an escape leaves, is no character that can be written."""
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise AlroFastError(
+            f"{place}: {error.object[error.start]!a} is half a character; write it whole, as UTF-8 or as both escapes"
+        ) from None
 
 
 def _rating(entry: Any, place: str) -> float:

@@ -80,6 +80,15 @@ def test_titles_may_repeat_and_history_may_be_empty(capsys, adapter):
     assert len(line["ranking"]) == 3
 
 
+def test_keys_that_are_not_read_and_whole_characters_are_fine(capsys, adapter):
+    labelled = json.dumps(
+        {"user": 3, "user_id": 3, "candidates": [{"id": 1, "title": "\U0001f600", "rating": 4}, {"title": "B"}]}
+    )
+    assert "\\ud83d" in labelled  # both halves, as JSON writes them
+    (line,) = ranked(capsys, adapter, labelled)
+    assert {entry["title"] for entry in line["ranking"]} == {"\U0001f600", "B"}
+
+
 def test_hints_are_read_and_checked():
     hinted = json.loads(json.dumps(HEAT))
     hinted["candidates"][1]["hint"] = 2
@@ -171,6 +180,15 @@ MANY = [{"id": "a", "title": "One"}, {"title": "Two"}, {"id": "a", "title": "Thr
             '{"candidates": [{"title": "A"}], "history": [{"title": "B", "rating": NaN}]}',
             'history 1: expected a "rating"',
         ),
+        ('{"histroy": [], "candidates": [{"title": "A"}]}', "list 1: unknown key 'histroy'; did you mean 'history'?"),
+        ('{"candidates": [{"title": "A", "Title": "B"}]}', "candidate 1: unknown key 'Title'; did you mean 'title'?"),
+        ('{"candidates": [{"title": "A", "x": 1}]}', "candidate 1: unknown key 'x'; expected some of id, title,"),
+        (
+            '{"candidates": [{"title": "A"}], "history": [{"title": "B", "ratings": 3}]}',
+            "history 1: unknown key 'ratings'; did you mean 'rating'?",
+        ),
+        ('{"candidates": [{"title": "A\\ud800"}]}', "list 1: '\\ud800' is half a character"),
+        ('{"candidates": [{"title": "A", "id": "\\udc00"}]}', "list 1: '\\udc00' is half a character"),
         (json.dumps({"candidates": MANY}), "list 1: candidates 1 and 3 have the same id 'a'"),
     ],
 )
