@@ -30,10 +30,16 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str = 
     return hidden.to(weight.dtype)
 
 
-def check_index(name: str, index: Tensor, hidden: Tensor) -> None:
+def check_index(name: str, index: Tensor, other: Tensor, other_name: str = "hidden") -> None:
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise AlroFastError(f"{name} has dtype {index.dtype}; expected an integer dtype")
-    check_device(name, index, hidden)
+    check_device(name, index, other, other_name)
+
+
+def check_floats(name: str, tensor: Tensor, other: Tensor, other_name: str = "hidden") -> None:
+    if not tensor.is_floating_point():
+        raise AlroFastError(f"{name} has dtype {tensor.dtype}; expected a floating dtype")
+    check_device(name, tensor, other, other_name)
 
 
 def check_values(name: str, tensor: Tensor, ok: Tensor, expected: str) -> None:
@@ -74,7 +80,7 @@ def check_scores(scores: Tensor, mask: Tensor) -> None:
         raise AlroFastError(
             f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; expected bool {list(scores.shape[:2])}"
         )
-    check_device("mask", mask, scores)
+    check_device("mask", mask, scores, "scores")
     if values_are_free(mask) and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
         raise AlroFastError("mask has a candidate after a pad; expected each list's candidates first, then its pads")
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .checks import check_head, check_index, check_ranks, check_values, values_are_free
+from .checks import check_device, check_floats, check_head, check_index, check_ranks, check_values, values_are_free
 from .data.records import LARGEST_RATING
 from .errors import AlroFastError
 from .ops import HeadStats
@@ -116,6 +116,7 @@ def alro_loss(
     Raises AlroFastError naming the argument; values of index tensors on CUDA are checked by `check_lists` only.
     """
     hidden = check_head(hidden, weight, bias)
+    check_device("labels", labels, hidden)
     check_lists(labels, lists, len(hidden), weight.shape[0], ignore_index)
     read = functools.partial(
         ops.head, hidden, weight, bias, softcap=softcap, scale=scale, mass_bound=mass_bound, backend=backend
@@ -153,6 +154,7 @@ def alro_loss_from_logits(
     """`alro_loss` where the logits [N, V] of the answer rows exist already; they are used as they are."""
     if logits.dim() != 2 or not logits.is_floating_point():
         raise AlroFastError(f"logits has shape {tuple(logits.shape)} and dtype {logits.dtype}; expected floats [N, V]")
+    check_device("labels", labels, logits, "logits")
     check_lists(labels, lists, *logits.shape, ignore_index)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return _compose(
@@ -216,25 +218,39 @@ def check_lists(
     shape = lists.slot_rows.shape
     if len(shape) != 2:
         raise AlroFastError(f"slot_rows has shape {tuple(shape)}; expected [L, M]")
-    wanted = {"labels": (row_count,), "candidate_ids": shape, "ratings": shape, "ranks": shape, "twin": shape[:1]}
+    wanted = {
+        "labels": (row_count,),
+        "slot_rows": shape,
+        "candidate_ids": shape,
+        "ratings": shape,
+        "ranks": shape,
+        "twin": shape[:1],
+    }
     for name, expected in wanted.items():
         tensor = labels if name == "labels" else getattr(lists, name)
         if tensor.shape != expected:
             raise AlroFastError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(expected)}")
-        if tensor.device != lists.slot_rows.device:
-            raise AlroFastError(f"{name} is on {tensor.device} and slot_rows on {lists.slot_rows.device}; expected one")
-        if name != "ratings":
-            check_index(name, tensor, lists.slot_rows)
-    if not lists.ratings.is_floating_point():
-        raise AlroFastError(f"ratings has dtype {lists.ratings.dtype}; expected a floating dtype")
-    if lists.grades is not None and lists.grades.token_ids.shape != lists.grades.values.shape:
-        raise AlroFastError(
-            f"grades has {len(lists.grades.token_ids)} token_ids and {len(lists.grades.values)} values; expected pairs"
-        )
+        if name == "ratings":
+            check_floats(name, tensor, labels, "labels")
+        else:
+            check_index(name, tensor, labels, "labels")
+    if lists.grades is not None:
+        _check_grades(lists.grades, labels)
     if force and labels.device.type != "cpu":
         labels, lists = labels.cpu(), lists.to("cpu")
     if values_are_free(labels):
         _check_list_values(labels, lists, row_count, vocab_size, ignore_index)
+
+
+def _check_grades(grades: Grades, labels: Tensor) -> None:
+    token_ids, values = grades
+    if token_ids.dim() != 1 or token_ids.shape != values.shape or len(values) == 0:
+        raise AlroFastError(
+            f"grades has token_ids {tuple(token_ids.shape)} and values {tuple(values.shape)}; "
+            "expected [C] both, a value for each of at least one token"
+        )
+    check_index("grades.token_ids", token_ids, labels, "labels")
+    check_floats("grades.values", values, labels, "labels")
 
 
 def _check_list_values(labels: Tensor, lists: RankingLists, row_count: int, vocab_size: int, ignore_index: int) -> None:

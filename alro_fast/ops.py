@@ -162,13 +162,15 @@ def soft_lambda(
     Loss and gradient come from one launch. Source: docs/methods.md 1.2.
     """
     check_scores(scores, mask)
-    if ratings.shape != mask.shape:
-        raise AlroFastError(f"ratings has shape {tuple(ratings.shape)}; expected that of mask, {tuple(mask.shape)}")
-    check_device("ratings", ratings, scores)
+    for name, tensor in (("ratings", ratings), ("ranks", ranks)):
+        if tensor is not None and tensor.shape != mask.shape:
+            raise AlroFastError(f"{name} has shape {tuple(tensor.shape)}; expected that of mask, {tuple(mask.shape)}")
+    check_device("ratings", ratings, scores, "scores")
     check_values("ratings", ratings, ~mask | ~((ratings < 0) | ratings.isinf()), "finite and >= 0, or NaN")
     sizes = mask.sum(dim=1)
     if ranks is None:
         ranks = descending_ranks(ratings, mask)
+    check_index("ranks", ranks, scores, "scores")
     check_ranks(ranks, sizes)
     terms = listwise(scores, ratings, ranks, sizes, gamma=gamma, sigma=sigma, normalise=False, backend=backend)
     return terms.soft_lambda, terms.expected

@@ -325,13 +325,42 @@ def test_duplicate_candidates():
         ("ratings", torch.zeros(8, 5, dtype=torch.long), "ratings has dtype torch.int64; expected a floating dtype"),
         ("ranks", torch.zeros(8, 5), "ranks has dtype torch.float32; expected an integer dtype"),
         ("twin", torch.zeros(7, dtype=torch.long), r"twin has shape \(7,\); expected \(8,\)"),
-        ("twin", torch.zeros(8, dtype=torch.long, device="meta"), "twin is on meta and slot_rows on cpu"),
+        ("slot_rows", torch.zeros(8, 5), "slot_rows has dtype torch.float32; expected an integer dtype"),
+        ("slot_rows", torch.zeros(8, 5, dtype=torch.long, device="meta"), "slot_rows is on meta and labels on cpu"),
+        ("ratings", torch.zeros(8, 5, device="meta"), "ratings is on meta and labels on cpu"),
+        ("twin", torch.zeros(8, dtype=torch.long, device="meta"), "twin is on meta and labels on cpu"),
     ],
 )
 def test_bad_shapes_dtypes_devices(field, tensor, message):
     hidden, weight, _, labels, lists = batch()
     with pytest.raises(AlroFastError, match=message):
         alro_loss(hidden, weight, labels, lists._replace(**{field: tensor}), **WEIGHTS)
+
+
+def test_labels_and_lists_left_behind_on_another_device():
+    hidden, weight, _, labels, lists = batch()
+    with pytest.raises(AlroFastError, match="labels is on cpu and hidden on meta"):
+        alro_loss(hidden.to("meta"), weight.to("meta"), labels, lists, **WEIGHTS)
+    with pytest.raises(AlroFastError, match="labels is on cpu and logits on meta"):
+        alro_loss_from_logits((hidden @ weight.T).to("meta"), labels, lists, **WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"values": torch.arange(3.0)}, r"grades has token_ids \(5,\) and values \(3,\); expected \[C\] both"),
+        ({"token_ids": torch.ones(1, 5).long(), "values": torch.ones(1, 5)}, r"grades has token_ids \(1, 5\)"),
+        ({"token_ids": torch.ones(0).long(), "values": torch.ones(0)}, r"grades has .* at least one token"),
+        ({"token_ids": torch.ones(5)}, r"grades\.token_ids has dtype torch\.float32; expected an integer dtype"),
+        ({"values": torch.ones(5).long()}, r"grades\.values has dtype torch\.int64; expected a floating dtype"),
+        ({"token_ids": torch.ones(5, device="meta").long()}, r"grades\.token_ids is on meta and labels on cpu"),
+        ({"values": torch.ones(5, device="meta")}, r"grades\.values is on meta and labels on cpu"),
+    ],
+)
+def test_bad_grades_name_the_argument(change, message):
+    hidden, weight, _, labels, lists = batch("ratings")
+    with pytest.raises(AlroFastError, match=message):
+        alro_loss(hidden, weight, labels, lists._replace(grades=lists.grades._replace(**change)), **WEIGHTS)
 
 
 def test_bad_labels_options_and_combinations():
@@ -354,9 +383,6 @@ def test_bad_labels_options_and_combinations():
     ]:
         with pytest.raises(AlroFastError, match=expected):
             alro_loss(*arguments, **WEIGHTS, **options)
-    short = graded.grades._replace(values=torch.arange(3.0))
-    with pytest.raises(AlroFastError, match="grades has 5 token_ids and 3 values"):
-        alro_loss(hidden, weight, labels, graded._replace(grades=short), **WEIGHTS)
     with pytest.raises(AlroFastError, match="logits has shape"):
         alro_loss_from_logits(torch.zeros(3), labels, lists, **WEIGHTS)
     foreign = changed(lists, "candidate_ids", (1, 0), next(iter(set(range(V)) - set(lists.candidate_ids[1].tolist()))))
