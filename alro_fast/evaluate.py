@@ -41,6 +41,9 @@ from .task_generation import generate_tasks
 from .task_reading import TASK_METHODS, check_tasks
 
 __all__ = ["baseline_scores", "evaluate_lists", "main"]
+WRITTEN = {  # what an evaluation leaves, and a later one may replace
+    "results.json", "predictions.jsonl", "run.trec", "qrels.trec", "report.html", "plots", "preference_results.json",
+}  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> None:
@@ -54,13 +57,13 @@ def main(argv: Sequence[str]) -> None:
         raise AlroFastError(f"--limit is at least 1; given {options.limit}")
     if options.bootstrap < 0:
         raise AlroFastError(f"--bootstrap is at least 0 (no intervals); given {options.bootstrap}")
+    check_options(options.method, options.shuffles, options.merge, options.beams, options.seed, options.token_budget)
     check_device(options.device)
     options.output_dir = options.output_dir or str(Path(options.adapter) / "evaluation")
-    check_writable(Path(options.output_dir))
+    check_output(Path(options.output_dir))
     if options.preferences or answers_with_texts(run_options(options.adapter)):
         evaluate_preferences.main(options)
         return
-    check_options(options.method, options.shuffles, options.merge, options.beams, options.seed)
     check_tasks(options.hybrid or "code", options.pairing)
     metrics.gains(np.empty(0), options.gain)  # an unknown one is an error now, not after the ranking
     prepared = open_prepared(options.lists)
@@ -163,6 +166,18 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--generate", action="store_true", help="also rank by generated text, parsed: the ordinary way")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples behind an interval (default 1000)")
     return parser
+
+
+def check_output(folder: Path) -> None:
+    """AlroFastError unless `folder` can be written to and holds nothing but an earlier evaluation."""
+    check_writable(folder)
+    found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    foreign = [name for name in found if name not in WRITTEN and not name.startswith(".")]
+    if foreign:
+        raise AlroFastError(
+            f"--output_dir {folder} holds {foreign[0]}, which no evaluation wrote; give another folder: files there "
+            "would be replaced"
+        )
 
 
 def check_catalogue(adapter: Path, prepared: PreparedData) -> None:

@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     )
     from .task_reading import check_tasks
 
-    check_options(options.method, options.shuffles, options.merge, options.beams, options.seed)
+    check_options(options.method, options.shuffles, options.merge, options.beams, options.seed, options.token_budget)
     check_tasks(options.hybrid or "code", options.pairing)
     check_device(options.device)
     ranker = Ranker.load(

@@ -95,6 +95,11 @@ class Ranker:
         model, tokenizer = load_for_inference(
             folder, device=device, dtype=dtype, base_model=base_model, trust_remote_code=trust_remote_code
         )
+        if not config:
+            raise AlroFastError(
+                f"{folder}: no config.yaml, which says what answers the model was tuned to give; "
+                "copy it from the run's folder"
+            )
         tasks = config.get("objective") == "recranker"
         prompts = (RecRankerPrompts if tasks else PromptBuilder).load(folder, tokenizer)
         if config.get("objective") in ("dmpo", "sft_chosen") and config.get("preference_answer") != "identifiers":
@@ -146,7 +151,7 @@ class Ranker:
         Raises AlroFastError for an unknown method, an empty list or one that names a candidate twice.
         """
         hybrid = hybrid or self.hybrid
-        check_options(method, shuffles, merge_by, beams, seed)
+        check_options(method, shuffles, merge_by, beams, seed, self.token_budget)
         check_tasks(hybrid, pairing)
         method = self._method(method)
         source = iter(lists)
@@ -333,7 +338,9 @@ class Ranker:
         return method or self.default_method
 
 
-def check_options(method: str | None, shuffles: int, merge_by: str, beams: int, seed: int = 0) -> None:
+def check_options(
+    method: str | None, shuffles: int, merge_by: str, beams: int, seed: int = 0, token_budget: int = 0
+) -> None:
     """AlroFastError for a value that no ranker takes."""
     known = (*METHODS, *TASK_METHODS)
     if method is not None and method not in known:
@@ -341,8 +348,9 @@ def check_options(method: str | None, shuffles: int, merge_by: str, beams: int, 
     for name, value in (("shuffles", shuffles), ("beams", beams)):
         if value < 1:
             raise AlroFastError(f"{name} is at least 1; given {value}")
-    if seed < 0:
-        raise AlroFastError(f"seed is at least 0; given {seed}")
+    for name, value in (("seed", seed), ("token_budget", token_budget)):
+        if value < 0:
+            raise AlroFastError(f"{name} is at least 0; given {value}")
     if merge_by not in MERGES:
         raise AlroFastError(f"unknown merge {merge_by!r}; expected one of {', '.join(MERGES)}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -278,6 +279,7 @@ def test_order_sensitivity_is_the_mean_tau():
         ({"--adapter": "nowhere"}, "nowhere: no such folder"),
         ({"--bootstrap": "-1"}, "--bootstrap is at least 0"),
         ({"--seed": "-1"}, "seed is at least 0; given -1"),
+        ({"--token_budget": "-5"}, "token_budget is at least 0; given -5"),
         ({"--device": "foo"}, "--device foo cannot be used here"),
         ({"--device": "cuda:99"}, "--device cuda:99 cannot be used here"),
         (
@@ -293,12 +295,34 @@ def test_bad_options_are_one_line(changed, message, adapter, prepared, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_holds_something_else_is_left_alone(adapter, prepared, evaluated, tmp_path):
+    """The folder of a run has results.json too: the run's own."""
+    run, earlier = shutil.copytree(adapter, tmp_path / "run"), shutil.copytree(evaluated, tmp_path / "evaluation")
+    command = f"--adapter {adapter} --lists {prepared.path} --limit 2 --bootstrap 0 --device cpu --output_dir"
+    (run / "results.json").write_text("the run's own")
+    with pytest.raises(AlroFastError, match=r"run holds README.md, which no evaluation wrote; give another folder"):
+        evaluate.main([*command.split(), str(run)])
+    assert (run / "results.json").read_text() == "the run's own"
+    evaluate.main([*command.split(), str(earlier)])  # an earlier evaluation is replaced
+    assert json.loads((earlier / "results.json").read_text())["about"]["lists"] == 2
+
+
+def test_without_its_options_a_model_is_not_guessed_at(adapter, prepared, tmp_path):
+    """Which answers it was tuned to give, grades or an order, stands in config.yaml alone."""
+    shutil.copytree(adapter, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").unlink()
+    with pytest.raises(AlroFastError, match=r"run: no config.yaml, which says what answers .*; copy it from the run"):
+        evaluate.main(f"--adapter {tmp_path / 'run'} --lists {prepared.path} --device cpu".split())
+    assert not (tmp_path / "run" / "evaluation").exists()
+
+
 def test_limit_and_a_model_without_adapter(adapter, prepared, tmp_path, capsys):
     tokenizer = byte_tokenizer()
     full = tmp_path / "full"
     tiny_llama(len(tokenizer)).save_pretrained(full)
     tokenizer.save_pretrained(full)
     PromptBuilder(tokenizer, "movies").save(full)
+    (full / "config.yaml").write_text("answer: ranking\n")
     evaluate.main(f"--adapter {full} --lists {prepared.path} --limit 5 --bootstrap 0 --generate".split())
     assert not (full / "results.json").exists()  # the training run's own stays what it was
     document = json.loads((full / "evaluation" / "results.json").read_text())
@@ -329,6 +353,7 @@ def test_item_tokens_of_another_catalogue_are_refused(tmp_path):
     tiny_llama(len(tokenizer)).save_pretrained(run)
     tokenizer.save_pretrained(run)
     PromptBuilder(tokenizer, "movies", identifiers="items", items=shelf).save(run)
+    (run / "config.yaml").write_text("answer: ranking\n")
     entries = {"test": random_lists(2, 3, history=2, items=9)}
     write_prepared(tmp_path / "own", shelf, entries)
     write_prepared(tmp_path / "other", [item._replace(title=f"Not {item.title}") for item in shelf], entries)

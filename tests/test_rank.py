@@ -213,6 +213,7 @@ def test_bad_options_and_folders(capsys, adapter, tmp_path):
         ("--top_k 0", "--top_k is at least 1; given 0"),
         ("--top_k -1", "--top_k is at least 1; given -1"),
         ("--seed -1", "seed is at least 0; given -1"),
+        ("--token_budget -5", "token_budget is at least 0; given -5"),
         ("--device foo", "--device foo cannot be used here"),
         ("--device cuda:99", "--device cuda:99 cannot be used here"),
     ):
