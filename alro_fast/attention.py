@@ -166,7 +166,7 @@ def tree_attention(
     softcap = softcap or None
     same_width = query.shape[-1] == value.shape[-1]
     if query.device.type == "cuda" and same_width and flash_serves(query):
-        backend = varlen_backend(softcap is not None)
+        backend = varlen_backend(softcap is not None, query.device)
         if backend is not None:
             sequences = layout.answers if answers else layout.stream
             return varlen_attention(backend, query, key, value, sequences, scale, window, softcap), None

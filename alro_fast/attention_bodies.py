@@ -293,12 +293,12 @@ def flash_serves(query: Tensor) -> bool:
 
 
 @functools.cache
-def varlen_backend(softcap: bool) -> VarlenBackend | None:
-    """The variable-length kernel to use, chosen and logged once; None: there is none for soft-capped scores."""
+def varlen_backend(softcap: bool, device: torch.device) -> VarlenBackend | None:
+    """The variable-length kernel for a device, chosen and logged once; None: there is none for soft-capped scores."""
     if not softcap:
         from torch.nn.attention.varlen import varlen_attn
 
-        name = _activate_newest_flash()
+        name = _activate_newest_flash(device)
         logger.info("tree attention: torch.nn.attention.varlen (%s)", name)
         return torch_varlen(varlen_attn)
     if importlib.util.find_spec("flash_attn") is not None:
@@ -356,13 +356,13 @@ def flash_attn_varlen(flash_attn_varlen_func: Callable[..., Tensor]) -> VarlenBa
     return run
 
 
-def _activate_newest_flash() -> str:
+def _activate_newest_flash(device: torch.device) -> str:
     """Let torch's FlashAttention dispatch to FA3 (Hopper) or FA4 (Blackwell) where its package is installed."""
     from torch.nn import attention
 
     if current := attention.current_flash_attention_impl():
         return current
-    major, _ = torch.cuda.get_device_capability()
+    major, _ = torch.cuda.get_device_capability(device)
     name, package = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute")}.get(major, (None, ""))
     if name is None or importlib.util.find_spec(package.split(".")[0]) is None:
         return "FlashAttention-2"

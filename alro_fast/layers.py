@@ -360,12 +360,20 @@ class _Linear(torch.autograd.Function):
 # --- CUDA ------------------------------------------------------------------------------------------------------------
 
 
-def _liger_for(what: str, *tensors: Tensor) -> Callable[..., Tensor] | None:
+def _liger_for(what: str, *tensors: Tensor) -> Callable[..., Any] | None:
     first = tensors[0]
-    return _liger(what, first.dtype, first.device) if first.device.type == "cuda" and _plain_call(*tensors) else None
+    fast = _liger(what, first.dtype, first.device) if first.device.type == "cuda" and _plain_call(*tensors) else None
+    return None if fast is None else functools.partial(_on_their_device, fast)
+
+
+def _on_their_device(function: Callable[..., Any], *args: Any) -> Any:
+    """Triton launches on the current device, whichever holds the tensors."""
+    with torch.cuda.device_of(args[0]):
+        return function(*args)
 
 
 @functools.cache
+@torch.inference_mode(False)
 def _liger(what: str, dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor] | None:
     """liger-kernel's norm ("norm 0", "norm 1": the offset), gated activation or "rotary"; None: not installed, or not
     the same. Its rotation may overwrite its input."""
@@ -378,7 +386,7 @@ def _liger(what: str, dtype: torch.dtype, device: torch.device) -> Callable[...,
             inputs += [angle.cos(), angle.sin()]
     try:
         fast = _liger_function(what)
-        got = _outcome(fast, *(tensor.to(device, dtype) for tensor in inputs))
+        got = _outcome(functools.partial(_on_their_device, fast), *(tensor.to(device, dtype) for tensor in inputs))
     except Exception as reason:
         logger.info("liger-kernel does not serve %s of %s on %s (%s)", what, dtype, device, reason)
         return None

@@ -14,9 +14,11 @@ Values of index tensors (targets, relabelled ids, ranks) are checked where that 
 CPU, outside torch.compile. On CUDA an id outside the vocabulary is a device-side assertion or undefined.
 """
 
+import contextlib
 import functools
 import importlib
 import logging
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -341,7 +343,7 @@ def _head(
     module = resolve_backend(backend, hidden.device, hidden.dtype)
     gather = getattr(module, "gather_logits", eager.gather_logits)
     pairs = len(first) > 0
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _as_given(hidden):
         passed = module.vocab_pass(
             hidden,
             weight,
@@ -444,7 +446,7 @@ def _head_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of hidden, weight and bias (empty where not wanted), summed in float32 and rounded once."""
     module = resolve_backend(backend, hidden.device, hidden.dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _as_given(hidden):
         grad_lse = torch.zeros_like(lse) if grad_lse.numel() == 0 else grad_lse
         pairs = grad_cross.numel() > 0
         if pairs:
@@ -529,7 +531,7 @@ def _listwise(
         d_teacher = None if detach or divergence == "none" else torch.zeros_like(logits)
         zeros = logits.new_zeros(length), logits.new_zeros(length), torch.zeros_like(ratings)
         return *zeros, d_logits, torch.zeros_like(logits), _or_empty(d_teacher, logits)
-    with torch.autocast(logits.device.type, enabled=False):
+    with _as_given(logits):
         terms = module.listwise(
             logits,
             ratings,
@@ -613,6 +615,13 @@ _head.register_autograd(_head_autograd, setup_context=_head_setup)
 _listwise.register_autograd(_listwise_autograd, setup_context=_listwise_setup)
 _head_backward.register_autograd(_no_second_derivative)
 _listwise_backward.register_autograd(_no_second_derivative)
+
+
+@contextlib.contextmanager
+def _as_given(tensor: Tensor) -> Iterator[None]:
+    """Backends compute in the dtypes they are given, on the device of `tensor`: Triton launches on the current one."""
+    with torch.autocast(tensor.device.type, enabled=False), torch.cuda.device_of(tensor):
+        yield
 
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ alone: float64, 1e-11.
 """
 
 import copy
+import functools
 import inspect
 import itertools
 import sys
@@ -574,12 +575,15 @@ def test_a_whole_model_on_the_varlen_body(family, monkeypatch):
 def test_the_kernel_is_chosen_by_what_is_installed(monkeypatch):
     """Hopper activates FA3 where its package is found and works; soft-capped scores need the flash-attn package."""
     activated, installed = [], {"flash_attn_interface"}
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    asked = []  # which device's architecture: not the current one's
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *of: asked.extend(of) or (9, 0))
     monkeypatch.setattr(attention_bodies.importlib.util, "find_spec", lambda name: name in installed or None)
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append)
-    choose = attention_bodies.varlen_backend.__wrapped__
+    device = torch.device("cuda", 1)
+    choose = functools.partial(attention_bodies.varlen_backend.__wrapped__, device=device)
     assert choose(False) is not None
     assert activated == ["FA3"]
+    assert asked == [device]
     assert choose(True) is None
     installed.clear()
     choose(False)
@@ -596,7 +600,7 @@ def test_a_broken_fa3_leaves_fa2(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(attention_bodies.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", broken)
-    assert attention_bodies._activate_newest_flash() == "FlashAttention-2"
+    assert attention_bodies._activate_newest_flash(torch.device("cuda")) == "FlashAttention-2"
 
 
 def test_flash_serves_half_precision_on_ampere(monkeypatch):

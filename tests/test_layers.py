@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import types
 
 import pytest
 import torch
@@ -431,6 +433,47 @@ def test_liger_is_used_only_where_it_gives_the_same(what, monkeypatch):
         layers._liger.cache_clear()
         monkeypatch.setattr(layers, "_liger_function", lambda _, fast=fast: fast)
         assert (layers._liger(what, torch.float32, device) is fast) == accepted
+    layers._liger.cache_clear()
+
+
+def test_liger_runs_on_the_device_of_its_tensors(monkeypatch):
+    current = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    def fast(gate, up):
+        seen.append(current[-1] if current else None)
+        return torch.nn.functional.silu(gate) * up
+
+    seen, like_cuda = [], types.SimpleNamespace(device=torch.device("cuda", 1), dtype=torch.float32)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(layers, "_plain_call", lambda *tensors: True)
+    monkeypatch.setattr(layers, "_liger", lambda what, dtype, device: fast)
+    gate, up = torch.randn(2, 3, 4)
+    layers._liger_for("silu", like_cuda, like_cuda)(gate, up)
+    assert len(seen) == 1
+    assert seen[0] is gate
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(layers, "_liger_function", lambda what: fast)
+    layers._liger.cache_clear()
+    assert layers._liger("silu", torch.float32, torch.device("cpu")) is fast  # tried on that device too
+    layers._liger.cache_clear()
+    assert all(tensor is not None for tensor in seen)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_liger_is_tried_with_gradients_whatever_the_mode(inference, monkeypatch):
+    """Its verdict holds for the whole process."""
+    plain = layers._plain_function("silu")
+    monkeypatch.setattr(layers, "_liger_function", lambda what: plain)
+    layers._liger.cache_clear()
+    with torch.inference_mode(inference):
+        assert layers._liger("silu", torch.float32, torch.device("cpu")) is plain
     layers._liger.cache_clear()
 
 

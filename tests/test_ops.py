@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import logging
@@ -679,6 +680,35 @@ def test_auto_prefers_the_cpp_backend_on_the_cpu(stand_in):
     weight.requires_grad_()
     ops.linear_logprobs(hidden, weight, torch.tensor([1, 2, 3]))[0].sum().backward()
     assert stand_in.calls == ["vocab_pass", "weight_grad"]
+
+
+def test_backends_run_on_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on the current device, whichever holds the tensors."""
+    module = ops.resolve_backend("eager", torch.device("cpu"), torch.float32)
+    current, ran = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    def spy(name, original):
+        def call(tensor, *args, **kwargs):
+            ran.append((name, bool(current) and current[-1].device == tensor.device))
+            return original(tensor, *args, **kwargs)
+
+        return call
+
+    names = ("vocab_pass", "gather_logits", "listwise", "gather_backward", "weight_grad")
+    for name in names:
+        monkeypatch.setattr(module, name, spy(name, getattr(module, name)))
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    leaves = [tensor.requires_grad_() for tensor in make_head(3, 8, 23)[:2]]
+    ops.linear_logprobs(*leaves, torch.tensor([1, 2, 3]), backend="eager")[0].sum().backward()
+    scores, mask = torch.randn(1, 3, 3), torch.ones(1, 3, dtype=torch.bool)
+    ops.soft_lambda(scores, torch.ones(1, 3), mask, gamma=1.0, sigma=1.0, backend="eager")
+    assert dict(ran) == dict.fromkeys(names, True)
 
 
 def test_a_backend_that_cannot_serve_is_refused_by_name_and_skipped_by_auto(stand_in):
