@@ -375,14 +375,17 @@ def _flag(argument: str) -> str:
 
 
 def _config_name(argv: Sequence[str]) -> str | None:
+    names = []
     for i, argument in enumerate(argv):
         if argument == "--config":
             if i + 1 == len(argv):
                 raise AlroFastError("--config needs a YAML file or the name of a recipe")
-            return argv[i + 1]
+            names.append(argv[i + 1])
         if argument.startswith("--config="):
-            return argument.split("=", 1)[1]
-    return None
+            names.append(argument.split("=", 1)[1])
+    if len(names) > 1:
+        raise AlroFastError(f"--config is given {len(names)} times ({', '.join(names)}); give one, and flags beside it")
+    return names[0] if names else None
 
 
 def _as_flags(key: str, value: Any) -> list[str]:

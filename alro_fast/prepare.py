@@ -83,7 +83,10 @@ def add_file_options(parser: argparse.ArgumentParser) -> None:
         ("user", "user ids"),
         ("item", "item ids, in the ratings and the item file"),
         ("rating", "ratings, numbers"),
-        ("time", f"timestamps, whole numbers or dates; {NO_TIME}: a table without times, ordered at random"),
+        (
+            "time",
+            f"timestamps: whole numbers, or dates in Parquet; {NO_TIME}: a table without times, ordered at random",
+        ),
         ("title", "titles"),
         ("category", "categories, shown beside the title"),
     ):

@@ -9,6 +9,7 @@ from .cli import run  # before torch: see there
 
 # isort: split
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -27,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from . import __version__
 from .checkpoints import check_same_data, find_checkpoint, newest_checkpoint
 from .config import Config, parse
+from .data.interactions import TABLES
 from .data.lists import PreparedData, open_prepared
 from .data.records import RankingList
 from .errors import AlroFastError
@@ -112,6 +114,16 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.config, self.training = config, config.training
+        self.made: list[Path] = []  # the output folder, and those above it, where they are new
+        try:
+            self.build()
+        except AlroFastError:
+            self.unmake()
+            raise
+
+    def build(self) -> None:
+        """Everything up to the Trainer."""
+        config = self.config
         with self.training.main_process_first(local=False):  # the others find the folder claimed and the data prepared
             self.folder = claim_folder(config)
             self.checkpoint = find_checkpoint(config, self.folder)
@@ -141,6 +153,14 @@ class Run:
             callbacks=[NonFiniteLoss()],
             processing_class=self.tokenizer,
         )
+
+    def unmake(self) -> None:
+        """Leave no folder of a run that was a mistake."""
+        if self.made:
+            shutil.rmtree(self.made[0], ignore_errors=True)
+            with contextlib.suppress(OSError):  # somebody else's files are there by now
+                for folder in self.made[1:]:
+                    folder.rmdir()
 
     @property
     def answers(self) -> str:
@@ -181,6 +201,7 @@ class Run:
             if self.training.dry_run:
                 self.training.output_dir = str(work)
         elif self.training.process_index == 0:
+            self.made = [path for path in (work, *work.parents) if not path.exists()]
             work.mkdir(parents=True, exist_ok=True)
             self.save_config(work)
         return self.load(work)
@@ -240,6 +261,7 @@ class Run:
         passes = (
             f"{training.tokens_per_batch:,} tokens x {training.gradient_accumulation_steps} x {training.world_size}"
         )
+        extent = "by --max_steps" if training.max_steps > 0 else f"in {training.num_train_epochs:g} epochs"
         rows = {
             "data": f"{self.prepared.path}: {splits} lists",
             "model": f"{self.config.model.model_name_or_path}: {total:,} weights, {trainable:,} trained",
@@ -247,7 +269,7 @@ class Run:
             "tokens": f"{tokens:,} distinct of {data.unshared_tokens:,} per epoch "
             f"({data.unshared_tokens / tokens:.2f}x shared), {data.answer_rows:,} head rows, "
             f"longest list {max(data.sizes):,}",
-            "steps": f"{steps:,} in {training.num_train_epochs:g} epochs, up to {passes}",
+            "steps": f"{steps:,} {extent}, up to {passes}",
             "memory": f"about {self.estimate_memory() / 2**30:.2f} GiB for weights, optimiser and activations",
             "output": str(self.folder),
         }
@@ -408,6 +430,11 @@ def prepare(config: Config, folder: Path) -> PreparedData:
         else:
             from . import prepare as prepare_command
 
+            if data.dataset in TABLES:
+                raise AlroFastError(
+                    f"--dataset {data.dataset} is any table; prepare it first with: python -m alro_fast.prepare, "
+                    "then give its output folder as --data_dir"
+                )
             if data.raw_dir is None:
                 raise AlroFastError(
                     f"--dataset {data.dataset} needs --raw_dir (or --data_dir with lists prepared before)"

@@ -114,3 +114,8 @@ def test_options_without_meaning_are_refused_wherever_they_stand(name, tmp_path)
 def test_options_without_meaning_may_be_switched_off(tmp_path):
     words = ["--torch_compile", "false", "--label_smoothing_factor", "0", "--include_num_input_tokens_seen", "false"]
     assert not parse([*words, "--output_dir", str(tmp_path)]).training.torch_compile
+
+
+def test_two_files_are_refused():
+    with pytest.raises(AlroFastError, match=r"--config is given 2 times \(demo, mine.yaml\); give one"):
+        parse(["--config", "demo", "--config=mine.yaml"])

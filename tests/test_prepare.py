@@ -97,6 +97,12 @@ def test_second_run_over_its_own_output(ratings, tmp_path):
     assert open_prepared(out).manifest["options"]["list_size"] == 5
 
 
+def test_help_promises_dates_only_where_they_are_read(capsys):
+    with pytest.raises(SystemExit):
+        prepare.main(["--help"])
+    assert "whole numbers, or dates in Parquet;" in " ".join(capsys.readouterr().out.split())
+
+
 def test_output_folder_with_something_else_is_refused_before_any_work(ratings, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "model.safetensors").touch()

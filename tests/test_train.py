@@ -162,8 +162,13 @@ def test_folders_that_hold_something_are_left_alone(folder):
 def test_dry_run_prints_the_plan_and_writes_nothing(folder, capsys):
     train.main(options(folder, "dry", "--dry_run", "true"))
     plan = capsys.readouterr().out
-    for word in ("12 train", "distinct", "shared", "steps", "GiB"):
+    for word in ("12 train", "distinct", "shared", "in 3 epochs", "GiB"):
         assert word in plan
+    assert "by --max_steps" not in plan
+    train.main(options(folder, "dry", "--dry_run", "true", "--max_steps", "2"))
+    plan = capsys.readouterr().out
+    assert "2 by --max_steps" in plan
+    assert "epochs" not in plan
     assert not (folder / "dry").exists()
 
 
@@ -232,6 +237,10 @@ def test_unrated_candidates_have_no_grade_to_learn(folder):
         (["--tokens_per_batch", "50"], "more than --tokens_per_batch 50"),
         (["--resume_from_checkpoint", "true"], "no whole checkpoint in"),
         (["--answer", "essay"], "invalid choice: 'essay'"),
+        (["--dataset", "csv", "--data_dir", "NONE"], "prepare it first with: python -m alro_fast.prepare"),
+        (["--dataset", "ml-100k", "--raw_dir", "/nowhere", "--data_dir", "NONE"], "--raw_dir /nowhere is not a folder"),
+        (["--stages", "sft,alro", "--stage_learning_rates", "0.01,nan"], "--learning_rate is nan"),
+        (["--stages", "sft,alro", "--template", "novels"], "novels"),
         (["--sigma", "0"], "--sigma is 0; expected more than 0"),
         (["--permutations", "-1"], "--permutations is -1"),
         (["--max_train_lists", "0"], "--max_train_lists is 0; expected at least 1"),
@@ -243,9 +252,21 @@ def test_unrated_candidates_have_no_grade_to_learn(folder):
 )
 def test_mistakes_get_one_line_before_any_work(folder, more, said):
     more = [str(folder / "data" / "items.parquet") if word == "DATA" else word for word in more]
-    assert said in refused(options(folder, "mistake", *more))
-    assert not (folder / "mistake" / "trainer_state.json").exists()
-    shutil.rmtree(folder / "mistake", ignore_errors=True)
+    words = options(folder, "new/mistake", *more)
+    if more[-1] == "NONE":
+        at = words.index("--data_dir")
+        words = words[:at] + words[at + 2 : -2]
+    assert said in refused(words)
+    assert not (folder / "new").exists()
+
+
+def test_a_mistake_leaves_folders_that_were_there(folder):
+    (folder / "mine").mkdir()
+    refused(options(folder, "mine/run", "--template", "novels"))
+    assert not list((folder / "mine").iterdir())
+    (folder / "mine" / "run").mkdir()
+    refused(options(folder, "mine/run", "--template", "novels"))
+    assert (folder / "mine" / "run").is_dir()
 
 
 def test_the_command_prints_one_line_and_exits_2(folder, capsys, monkeypatch):
