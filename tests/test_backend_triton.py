@@ -158,6 +158,33 @@ def test_equal_bits_on_rerun(engine: str) -> None:
         assert one is two is None or torch.equal(one, two)
 
 
+@pytest.mark.parametrize("takes", [True, False])
+def test_sums_are_equal_whether_or_not_addmm_takes_half_precision_into_float32(
+    takes: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls, plain = [], torch.addmm
+
+    def addmm(total, a, b, *, out_dtype=None, out=None):
+        if out_dtype is not None:
+            calls.append(a.shape)
+            if not takes:
+                raise RuntimeError("self and mat2 must have the same dtype")
+            a, b = a.float(), b.float()
+        return plain(total, a, b, out=out)
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    backend._addmm_widens.cache_clear()
+    case = head(20, 32, 300, torch.bfloat16, pairs=7, softcap=4.0)
+    with caplog.at_level("INFO"):
+        got = run(case, engine="tiled", config=backend._config(case.hidden)._replace(columns=64))
+    backend._addmm_widens.cache_clear()
+    assert calls[0] == (16, 16)
+    assert (len(calls) > 1) == takes
+    assert caplog.text.count("a product, then a sum") == (0 if takes else 1)
+    assert ((got.expected - case.expected()).abs() <= case.expected_error(case.hidden.dtype)).all()
+    assert torch.allclose(got.mixed.double(), case.pair_sums(True)[0], atol=0.02 * float(case.weight.abs().max()))
+
+
 class LargestTensor(TorchDispatchMode):
     """Elements of the largest tensor any operator returns, views and in-place results of inputs aside."""
 

@@ -363,10 +363,24 @@ def _add_product(a: Tensor, b: Tensor, total: Tensor) -> None:
     """total += a @ b in float32, whatever the dtype of a and b."""
     if a.dtype == torch.float32:
         torch.addmm(total, a, b, out=total)
-    elif a.is_cuda:
+    elif _addmm_widens(a.dtype, a.device):
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
-        torch.addmm(total, a.float(), b.float(), out=total)
+        product = torch.empty_like(total)
+        _product(a, b, product)
+        total.add_(product)
+
+
+@functools.cache
+def _addmm_widens(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether addmm adds products of half-precision matrices to a float32 one; older torch wants one dtype."""
+    a, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except RuntimeError as reason:
+        log.info("addmm of %s into float32 on %s: a product, then a sum (%s)", dtype, device, str(reason)[:120])
+        return False
+    return True
 
 
 def _config(hidden: Tensor) -> configs.HeadConfig:
