@@ -177,10 +177,6 @@ class PackedBatch:
     unshared_tokens: int
     padded_tokens: int
 
-    def rows_of(self, tree: int, branch: int) -> slice:
-        """Answer rows of one branch of the batch's tree number `tree`, in the order of its answer tokens."""
-        return slice(*self.branch_rows[tree][branch : branch + 2])
-
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         return _mapped(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 

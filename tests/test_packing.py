@@ -59,8 +59,7 @@ def test_stream_of_two_trees():
     assert batch.row_tree.tolist() == [0, 0, 0, 0, 1]
     assert batch.row_branch.tolist() == [0, 0, 1, 1, 0]
     assert (batch.unique_tokens, batch.unshared_tokens, batch.padded_tokens) == (9, 11, 15)
-    assert batch.rows_of(0, 1) == slice(2, 4)
-    assert batch.rows_of(1, 0) == slice(4, 5)
+    assert batch.branch_rows == ((0, 2, 4), (4, 5))
 
 
 def test_answers_inside_the_prefix_are_read_once_per_branch():
@@ -82,7 +81,7 @@ def test_every_answer_token_is_predicted_by_the_row_before_it(trees, multiple):
             rows = [*range(span.start, span.start + span.prefix), *range(own, own + span.lengths[b])]
             assert batch.input_ids[rows].tolist() == ids.tolist()
             assert batch.position_ids[rows].tolist() == list(range(len(ids)))
-            assert batch.rows_of(number, b) == slice(n, n + len(ids) - answer_start)
+            assert batch.branch_rows[number][b : b + 2] == (n, n + len(ids) - answer_start)
             for position in range(answer_start, len(ids)):
                 assert batch.answer_rows[n] == rows[position - 1]
                 assert batch.labels[n] == ids[position]
@@ -193,7 +192,7 @@ def test_pack_covers_all_trees():
     assert sorted(i for batch in batches for i in batch.tree_indices) == [0, 1, 2, 3]
     for batch in batches:
         for local, index in enumerate(batch.tree_indices):
-            assert batch.labels[batch.rows_of(local, 0)].tolist() == trees[index].ids[0][1:].tolist()
+            assert batch.labels[slice(*batch.branch_rows[local])].tolist() == trees[index].ids[0][1:].tolist()
 
 
 def test_batches_travel():
