@@ -31,11 +31,13 @@ def find_checkpoint(config: Config, folder: Path) -> str | None:
     if wanted is None:
         return None
     path = newest_checkpoint(folder) if wanted is True else Path(wanted)
-    if path is None or not path.is_dir():
+    if path is None:
         raise AlroFastError(
-            f"--resume_from_checkpoint: no whole checkpoint in {folder if wanted is True else wanted}; begin anew with "
-            "--overwrite_output_dir true in place of it"
+            f"--resume_from_checkpoint: no whole checkpoint in {folder}; begin anew with --overwrite_output_dir true "
+            "in place of it"
         )
+    if not path.is_dir():
+        raise AlroFastError(f"--resume_from_checkpoint {path}: no such folder; give a checkpoint of a run, or true")
     reason = damage(path)
     if reason is not None:
         raise AlroFastError(f"--resume_from_checkpoint: {path} cannot be resumed from: {reason}; choose another")

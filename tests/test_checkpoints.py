@@ -65,5 +65,7 @@ def test_no_whole_checkpoint_says_so(run):
         (checkpoint / "trainer_state.json").unlink(missing_ok=True)
     with pytest.raises(AlroFastError, match=r"no whole checkpoint in .*; begin anew with --overwrite_output_dir true"):
         find_checkpoint(config(run), run)
+    with pytest.raises(AlroFastError, match="checkpoint-3: no such folder; give a checkpoint of a run, or true"):
+        find_checkpoint(config(run, str(run / "checkpoint-3")), run)
     shutil.rmtree(run)
     assert newest_checkpoint(run) is None
