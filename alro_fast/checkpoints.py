@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 RESUMABLE = {  # options that may differ between a checkpoint and the run that resumes it
     "output_dir", "dry_run", "overwrite_output_dir", "report_to", "disable_tqdm", "logging_steps", "save_total_limit",
     "resume_from_checkpoint", "data_dir", "raw_dir", "save_steps", "save_strategy", "max_test_lists",
+    "logging_nan_inf_filter",
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from .cli import OneLineParser, run
 from .errors import AlroFastError
+from .folders import run_options
 from .orders import MERGES, Ranking, make_ranking, presentations, slide, unlabelled
 from .rank import answer, parse_list, read_documents
 
@@ -61,6 +62,10 @@ class RankingClient:
 
         if not Path(folder).is_dir():
             raise AlroFastError(f"{folder}: no such folder; expected one written by alro_fast.train")
+        if run_options(folder).get("answer", "ranking") != "ranking":
+            raise AlroFastError(
+                f"{folder} was tuned to answer with grades, and the client reads identifiers; rank with alro_fast.rank"
+            )
         return cls(url, model, PromptBuilder.load(folder, AutoTokenizer.from_pretrained(folder)), **options)
 
     def stream(

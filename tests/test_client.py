@@ -175,3 +175,6 @@ def test_the_command(server, tmp_path, capsys):
     assert len(server.requests) == 2
     with pytest.raises(AlroFastError, match="no such folder"):
         RankingClient.load(tmp_path / "missing", server.url, "tuned")
+    (tmp_path / "config.yaml").write_text("answer: ratings")
+    with pytest.raises(AlroFastError, match="tuned to answer with grades"):
+        RankingClient.load(tmp_path, server.url, "tuned")
