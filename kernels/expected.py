@@ -38,7 +38,7 @@ class ExpectedConfig(NamedTuple):
     slots: int = 32  # kept tiles per round of probability + accumulate
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def select_kernel(
     tile_lse, lse, floor, kept, kept_count, spent, rows, tiles, first_tile, all_tiles, mass_bound,
     stride_tn, stride_kb,
@@ -78,7 +78,7 @@ def select_kernel(
     tl.store(spent + block, dropped_mass)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def probability_kernel(
     hidden, weight, bias, row_max, kept, kept_count, out, rows, size_v, size_h, first_slot,
     stride_hn, stride_hk, stride_wv, stride_wk, stride_kb, stride_on, scale, cap,
@@ -107,7 +107,7 @@ def probability_kernel(
     tl.store(target, p.to(out.dtype.element_ty), mask=inside_n[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def accumulate_kernel(
     p, weight, kept, kept_count, sums, rows, size_v, size_h, first_slot, slots,
     stride_pn, stride_kb, stride_wv, stride_wk,

@@ -15,7 +15,7 @@ import triton.language as tl
 from .head_tile import slope_of, to_logits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size_s", "size_c"])
 def gather_logits_kernel(
     hidden, weight, bias, rows, ids, out, size_s, size_c, size_h,
     stride_hn, stride_hk, stride_wv, stride_wk, scale, cap,
@@ -44,7 +44,7 @@ def gather_logits_kernel(
     tl.store(out + place * size_c + lane, tl.where(valid, z, 0.0), mask=lane < size_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size_inner", "stride_place", "stride_inner", "stride_group", "per_group"])
 def scatter_kernel(
     source, target, order, keys, ends, places, grad, logits, size_inner, size_h,
     stride_place, stride_inner, stride_group, stride_sn, stride_sk, scale, cap,

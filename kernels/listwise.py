@@ -42,7 +42,7 @@ def _log2_1p_exp(x):
     return (tl.maximum(x, 0.0) + log1p) / _LN2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size_m", "size_r", "size_c"])
 def listwise_kernel(
     logits, ratings, ranks, sizes, twin, values, soft_lambda, permutation, expected, pull_out, d_soft_lambda, d_student,
     d_teacher, size_m, size_r, size_c, gamma, sigma,
@@ -232,7 +232,7 @@ def listwise(
     logits, ratings, ranks = logits.contiguous(), ratings.contiguous(), ranks.contiguous()
     has_teacher = divergence != "none" and not detach
     soft_lambda, permutation = logits.new_empty(length), logits.new_empty(length)
-    expected, pull = logits.new_empty(2, length, size_m)
+    expected, pull = logits.new_empty(length, size_m), logits.new_empty(length, size_m)
     d_soft_lambda, d_student = torch.empty_like(logits), torch.empty_like(logits)
     d_teacher = torch.empty_like(logits) if has_teacher else None
     if length:

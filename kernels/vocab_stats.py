@@ -36,7 +36,7 @@ class StatsConfig(NamedTuple):
     group: int = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "tiles_per_split", "splits"])
 def vocab_stats_kernel(
     hidden, weight, bias, rows_a, rows_b, live, part_max, part_sum, part_cross, tile_lse,
     slots, size_v, size_h, tiles, tiles_per_split, splits,
@@ -137,7 +137,7 @@ def vocab_stats_kernel(
         tl.store(part_cross + slot * splits + split, cross, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "splits"])
 def combine_kernel(
     part_max, part_sum, part_cross, pair_rows, row_max, lse, cross, count, splits,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, PAIRS: tl.constexpr,

@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, HALF_ROUNDING, Head, head
 from kernel_strategies import examples, heads
+from random_lists import random_lists
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from alro_fast import losses
 from alro_fast.backends import eager
 
 backend = pytest.importorskip("alro_fast.backends.triton")
@@ -231,8 +233,45 @@ def test_devices_and_dtypes_it_cannot_serve() -> None:
 
 def test_warmup_runs_every_engine(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        assert backend.warmup(16, 150, dtype=torch.float32, rows=(4,), device=DEVICE) > 0
+        assert backend.warmup(16, 150, dtype=torch.float32, rows=(4,), candidates=(3,), device=DEVICE) > 0
     assert "warmup 1/1" in caplog.text
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="looks at interpreted launches")
+def test_a_step_compiles_nothing_that_warmup_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Triton compiles apart: kernel, constants, and what it reads off the other arguments (1, multiples of 16)."""
+    from triton.backends.compiler import BaseBackend
+    from triton.runtime import interpreter
+    from triton.runtime.jit import native_specialize_impl
+
+    compiled = set()
+
+    def launch(self, *args, **kwargs):  # and run nothing: what is launched next does not depend on results
+        general = self.kwargs["do_not_specialize"] or ()
+        plain = [
+            native_specialize_impl(BaseBackend, arg, False, name not in general, True)
+            for name, arg in zip(self.arg_names, args)
+        ]
+        constants = sorted((key, value) for key, value in kwargs.items() if key not in ("grid", "warmup"))
+        compiled.add((self.__name__, str(plain), str(constants)))
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", launch)
+    options = {"rows": (32,), "candidates": (10,), "trainable": True, "bias": True}
+    backend.warmup(16, 70, dtype=torch.bfloat16, device=DEVICE, **options)
+    warm = frozenset(compiled)
+    lists = random_lists([16, 16], [-1, 0], rows=33, vocab=70)
+    case = head(33, 16, 70, torch.bfloat16, bias=True)
+    for psl_space in ("candidates", "vocab"):
+        for trainable in (False, True):
+            leaves = [tensor.detach().requires_grad_(trainable) for tensor in case.arguments[:3]]
+            out = losses.alro_loss(
+                leaves[0].requires_grad_(), leaves[1], torch.arange(33), lists, bias=leaves[2], alpha=1.0, beta=1.0,
+                gamma=1.0, sigma=1.0, psl_space=psl_space, backend="triton",
+            )  # fmt: skip
+            out.loss.backward()
+    divergences = {key for key in compiled if key[0] == "listwise_kernel" and "('DIVERGENCE', 1)" not in key[2]}
+    assert {name for name, *_ in compiled} == {name for name, *_ in warm}
+    assert compiled - divergences <= warm
 
 
 @pytest.mark.parametrize("architecture", ["sm80", "sm90", "sm100", "gfx942"])
