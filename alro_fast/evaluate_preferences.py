@@ -122,13 +122,12 @@ def contests_of(folder: str, split: str, config: dict[str, Any]) -> tuple[str, l
 
     Negatives of a run on the hardest are drawn uniformly: no model has a say in what it is measured on.
     """
-    from .data.lists import SPLITS, open_prepared
+    from .data.lists import open_prepared
 
     prepared = open_prepared(folder)
     by = config.get("negatives", "uniform")
-    negatives = Negatives(
-        prepared.items, prepared.train_count, (one for name in SPLITS for one in prepared.lists(name)),
-        count=config.get("num_negatives", 5), by="uniform" if by == "hardest" else by,
+    negatives = Negatives.of(
+        prepared, count=config.get("num_negatives", 5), by="uniform" if by == "hardest" else by,
         source=config.get("negatives_from", "catalogue"), seed=config.get("seed", 42),
     )  # fmt: skip
     contests = [negatives.contest(one, 0) for one in prepared.lists(split) if negatives.usable(one)]

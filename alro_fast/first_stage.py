@@ -16,7 +16,7 @@ import numpy as np
 from .cli import OneLineParser, run
 from .data.hinted import EVAL_RULE, HINT_RULE, TRAIN_RULE, Hinted, HintOptions, build_hinted, sample_figures
 from .data.likes import LIKE_SPLIT_RULE
-from .data.lists import write_prepared
+from .data.lists import seen_frame, write_prepared
 from .data.retrieval import DEFAULTS, RETRIEVERS, RetrieverOptions, need_libraries
 from .data.windows import TIE_RULE
 from .errors import AlroFastError
@@ -64,7 +64,8 @@ def main(argv: Sequence[str]) -> None:
         "hint_rmse": built.hint_error,
         "sampling": sample_figures(built),
     }
-    write_prepared(arguments.output_dir, built.items, built.lists, manifest, built.targets)
+    seen = seen_frame(interactions.user, interactions.item, interactions.user_ids)
+    write_prepared(arguments.output_dir, built.items, built.lists, manifest, built.targets, seen)
     try:
         Plots(arguments.output_dir).draw("sampling", "likes of all users and of the sampled", sampling_plot, built)
     except AlroFastError as error:

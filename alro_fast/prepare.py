@@ -13,7 +13,7 @@ import numpy as np
 from .cli import OneLineParser, run
 from .data.download import LICENCES, cache_folder, download
 from .data.interactions import DATASETS, TABLES, Interactions, read_interactions
-from .data.lists import check_output_folder, read_manifest, write_prepared
+from .data.lists import check_output_folder, read_manifest, seen_frame, write_prepared
 from .data.readers import NO_TIME, Columns
 from .data.windows import ORDER_RULE, SPLIT_RULE, TIE_RULE, ListOptions, build_lists
 from .errors import AlroFastError
@@ -44,7 +44,8 @@ def main(argv: Sequence[str]) -> None:
         "rating_values": rating_values(interactions.rating),
         "counts": interactions.counts | built.counts,
     }
-    write_prepared(arguments.output_dir, built.items, built.lists, manifest)
+    seen = seen_frame(interactions.user, interactions.item, interactions.user_ids)
+    write_prepared(arguments.output_dir, built.items, built.lists, manifest, seen=seen)
     stage.done(f"wrote {arguments.output_dir}")
 
 

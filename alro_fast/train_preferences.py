@@ -18,10 +18,11 @@ from .data.preferences import Preference, read_preferences
 from .data.records import Item, RankingList
 from .errors import AlroFastError
 from .evaluate_preferences import measure, save, score_preferences, table
+from .folders import check_writable
 from .objectives.base import Example, Objective, build_objective
 from .preference_metrics import Scored, preference_metrics
 from .prompts.preference import PreferencePrompts
-from .references import reference_table
+from .references import ReferenceTable, reference_table
 from .train import Run, prepare
 
 WATCHED = ("pair_accuracy", "user_auc", "hit@1")
@@ -67,8 +68,20 @@ class PreferenceRun(Run):
         if objective.precompute_ref_log_probs:
             objective.resample_negatives = False
         super().__init__(config)
-        if objective.objective == "dmpo" and objective.precompute_ref_log_probs and not objective.reference_free:
-            self.objective.references = self.precompute()
+
+    def build(self) -> None:
+        """Everything up to the Trainer; a file of references that is there already is checked too."""
+        super().build()
+        options = self.config.objective
+        self.precomputes = (
+            options.objective == "dmpo" and options.precompute_ref_log_probs and not options.reference_free
+        )
+        if self.precomputes:
+            self.reference_examples = self.examples_by_name()
+            if self.reference_path != self.own_references:
+                check_writable(self.reference_path.parent)
+                if self.reference_path.is_file():
+                    self.objective.references = self.precompute()
         if self.negatives is not None and self.negatives.by == "hardest":
             self.trainer.add_callback(_MineEveryEpoch(self))
 
@@ -99,9 +112,9 @@ class PreferenceRun(Run):
                 raise AlroFastError("two --eval_preferences files have one name; rename one, results are kept by it")
             return {"train": self.people[0], "valid": tested[0] if tested else [], "test": []}
         splits = super().splits()
-        self.negatives = Negatives(
-            self.prepared.items, self.prepared.train_count, (one for lists in splits.values() for one in lists),
-            count=data.num_negatives, by=data.negatives, source=data.negatives_from, seed=self.training.seed,
+        self.negatives = Negatives.of(
+            self.prepared, count=data.num_negatives, by=data.negatives, source=data.negatives_from,
+            seed=self.training.seed,
         )  # fmt: skip
         usable = {name: [one for one in lists if self.negatives.usable(one)] for name, lists in splits.items()}
         left = sum(map(len, splits.values())) - sum(map(len, usable.values()))
@@ -125,8 +138,17 @@ class PreferenceRun(Run):
 
     # ---- reference and negatives
 
-    def precompute(self) -> Any:
-        """Reference log-probabilities of the training and validation records, from the file or computed into it."""
+    @property
+    def own_references(self) -> Path:
+        """Where reference log-probabilities go that no file was named for: they serve this run, and its resumption."""
+        return self.folder / "reference.safetensors"
+
+    @property
+    def reference_path(self) -> Path:
+        return Path(self.config.objective.ref_log_probs or self.own_references)
+
+    def examples_by_name(self) -> dict[str, Example]:
+        """Training and validation examples by list_id; AlroFastError when two different records share one."""
         examples: dict[str, Example] = {}
         for name in ("train", "valid"):
             lists = self.lists[name]
@@ -136,12 +158,16 @@ class PreferenceRun(Run):
                     raise AlroFastError(
                         f"two different records are named {example.source.list_id}; rename one of the preference files"
                     )
-        path = Path(self.config.objective.ref_log_probs or Path(self.training.output_dir) / "reference.safetensors")
+        return examples
+
+    def precompute(self) -> ReferenceTable:
+        """Reference log-probabilities of the training and validation records, from the file or computed into it."""
         model, training = self.model.to(self.training.device), self.training
         with training.main_process_first(local=False):
             return reference_table(
-                model, list(examples.values()), path, training.tokens_per_batch, self.config.objective.backend
-            )
+                model, list(self.reference_examples.values()), self.reference_path, training.tokens_per_batch,
+                self.config.objective.backend,
+            )  # fmt: skip
 
     def mine(self, epoch: int) -> None:
         """Choose every training list's negatives: the likeliest of its pool for the model as it stands."""
@@ -175,6 +201,11 @@ class PreferenceRun(Run):
 
     def train(self) -> None:
         """Measure, train, measure again; then the table and the files of the run."""
+        self.take_over()
+        if self.precomputes and self.objective.references is None:
+            if self.checkpoint is None and self.training.process_index == 0:
+                self.own_references.unlink(missing_ok=True)
+            self.objective.references = self.precompute()
         model = self.model.to(self.training.device)
         earlier = "untuned" if self.config.model.init_adapter is None else "earlier stage"
         scored = {name: {earlier: self.scored(people)} for name, people in self.tests.items()}

@@ -82,7 +82,7 @@ def test_same_bytes_whatever_the_number_of_threads(ratings, tmp_path):
         )
         assert done.returncode == 0, done.stderr
         assert "Warning" not in done.stderr
-    for name in (*FILES, "targets.parquet"):
+    for name in (*FILES, "targets.parquet", "seen.parquet"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
@@ -96,7 +96,7 @@ def test_second_run_other_options_and_another_command_over_it(ratings, tmp_path)
         first_stage.main(command(ratings, out, *QUICK, "--like", "5"))
     prepare.main(command(ratings, out, "--list_size", "3", "--overwrite_output_dir"))
     assert open_prepared(out).targets is None
-    assert sorted(p.name for p in out.iterdir()) == sorted(FILES)
+    assert sorted(p.name for p in out.iterdir()) == sorted((*FILES, "seen.parquet"))
 
 
 def test_data_without_times(ratings, tmp_path, capsys):

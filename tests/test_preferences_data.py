@@ -11,7 +11,9 @@ import polars as pl
 import pytest
 from tiny import byte_tokenizer, catalogue, random_lists
 
+from alro_fast import prepare
 from alro_fast.config import ObjectiveArguments
+from alro_fast.data.lists import SPLITS, open_prepared, seen_frame, write_prepared
 from alro_fast.data.negatives import DRAWS, SOURCES, Negatives, positive
 from alro_fast.data.preferences import Turn, read_preferences, two_items
 from alro_fast.errors import AlroFastError
@@ -216,6 +218,56 @@ def test_negatives_are_never_of_the_users_history(by, source):
                 assert sum(math.isnan(r) for r in contest.ratings) == 4
             else:
                 assert all(rating[item] < rating[best] for item in others)
+
+
+@pytest.mark.parametrize("by", DRAWS)
+def test_no_negative_was_ever_rated_by_its_user(tmp_path, by, capsys):
+    """Prepared with one training list of three ratings per user, of 40 each: most ratings are in no list."""
+    rated = {f"u{u}": np.random.default_rng(u).choice(80, 40, replace=False).tolist() for u in range(5)}
+    rows = [f"{user},i{item},{1 + item % 5},{time}" for user, items in rated.items() for time, item in enumerate(items)]
+    (tmp_path / "r.csv").write_text("\n".join(["user_id,item_id,rating,timestamp", *rows]))
+    prepare.main([
+        "--dataset", "csv", "--ratings_file", str(tmp_path / "r.csv"), "--output_dir", str(tmp_path / "lists"),
+        "--list_size", "3", "--history_length", "2", "--train_stride", "7", "--max_train_lists_per_user", "2",
+    ])  # fmt: skip
+    prepared = open_prepared(tmp_path / "lists")
+    capsys.readouterr()
+    draw = Negatives.of(prepared, count=2, by=by)
+    assert capsys.readouterr().out == ""
+    for one in (one for split in SPLITS for one in prepared.lists(split)):
+        known = {f"i{item}" for item in rated[one.user_id]}
+        assert {prepared.items[i].item_id for i in prepared.seen()[one.user_id]} == known
+        for epoch in range(3):
+            new = {item.item_id for item in draw.contest(one, epoch).candidates} - {i.item_id for i in one.candidates}
+            assert len(new) == 2
+            assert not new & known
+
+
+OTHERS = random_lists(8, range(3, 8), seed=6, history=6, items=80)  # who rated what the first user may be shown
+
+
+def test_a_folder_without_ratings_tells_what_its_lists_show(tmp_path, capsys):
+    """Five lists of one user over three splits, and nothing else known: what any of them shows is no negative."""
+    lists = [replace(one, user_id="u") for one in LISTS[:5]]
+    write_prepared(tmp_path, SHELF, {"train": [*lists[:2], *OTHERS], "valid": lists[2:3], "test": lists[3:]})
+    draw = Negatives.of(open_prepared(tmp_path), count=2)
+    assert capsys.readouterr().out.count("has no seen.parquet") == 1
+    shown = {item.index for one in lists for item in (*one.history, *one.candidates)}
+    for one in lists:
+        for epoch in range(8):
+            own = {item.index for item in one.candidates}
+            assert not ({item.index for item in draw.contest(one, epoch).candidates} - own) & shown
+
+
+def test_rated_items_are_kept_by_user_and_checked(tmp_path):
+    """Ratings in any order; a user without any is left out; a replaced file is refused."""
+    seen = seen_frame(np.array([2, 0, 2]), np.array([7, 5, 3]), pl.Series(["a", "b", "c"]))
+    write_prepared(tmp_path, SHELF, {"train": LISTS[:1]}, seen=seen)
+    found = open_prepared(tmp_path).seen()
+    assert {user: items.tolist() for user, items in found.items()} == {"a": [5], "c": [3, 7]}
+    seen[:1].write_parquet(tmp_path / "seen.parquet")
+    with pytest.raises(AlroFastError, match=r"seen\.parquet is not the file its manifest"):
+        open_prepared(tmp_path).seen()
 
 
 def test_draws_depend_on_seed_epoch_and_list_alone():

@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 
 from .interactions import Interactions
-from .lists import LIST_SCHEMA, SPLITS, check_output_folder, read_manifest, write_prepared
+from .lists import LIST_SCHEMA, SPLITS, check_output_folder, read_manifest, seen_frame, write_prepared
 from .windows import ORDER_RULE, SPLIT_RULE, TIE_RULE, ListOptions, build_lists
 
 ORACLE_FILE = "oracle.parquet"
@@ -164,7 +164,8 @@ def make_demo(
         "rating_values": [1.0, 2.0, 3.0, 4.0, 5.0],
         "counts": ratings.counts | built.counts,
     }
-    write_prepared(path, built.items, built.lists, manifest)
+    seen = seen_frame(ratings.user, ratings.item, ratings.user_ids)
+    write_prepared(path, built.items, built.lists, manifest, seen=seen)
     part = path / f".{ORACLE_FILE}"
     oracle.write_parquet(part, compression="zstd")
     part.replace(path / ORACLE_FILE)

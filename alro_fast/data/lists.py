@@ -3,6 +3,7 @@
     items.parquet            row i is Item.index i: item_id, title, category, train_count, train_mean (null: unrated)
     lists-<split>.parquet    one row per list, see LIST_SCHEMA, and HINTED_SCHEMA where lists carry hints
     targets.parquet          of a first stage: one row per held-out like, see TARGET_SCHEMA (optional)
+    seen.parquet             every item each user has rated, in a list or not, see SEEN_SCHEMA (optional)
     sampling.png             of a first stage: a plot of the users it sampled (optional)
     manifest.json            where the lists come from, how they were made, SHA-256 of the files beside it
 
@@ -54,8 +55,9 @@ TARGET_SCHEMA = {
     "item": pl.UInt32,
     "place": pl.UInt32,  # among all items new to the user, in the retriever's order, 1 = first; null: not retrievable
 }
+SEEN_SCHEMA = {"user_id": pl.String, "items": pl.List(pl.UInt32)}  # one row per user
 FILES = ("items.parquet", *(f"lists-{split}.parquet" for split in SPLITS), "manifest.json")
-OPTIONAL_FILES = ("targets.parquet", "sampling.png")
+OPTIONAL_FILES = ("targets.parquet", "seen.parquet", "sampling.png")
 ROW_GROUP = 1 << 16
 
 
@@ -134,6 +136,14 @@ class PreparedData:
             self._lists[split] = Lists(self.items, frame)
         return self._lists[split]
 
+    def seen(self) -> dict[str, np.ndarray] | None:
+        """User -> uint32 indices of every item the user has rated; None: the folder does not say."""
+        if "seen.parquet" not in self.manifest["files"]:
+            return None
+        frame = self._read("seen.parquet", (SEEN_SCHEMA,))
+        items, offsets = _flat(frame["items"], np.uint32)
+        return dict(zip(frame["user_id"].to_list(), np.split(items, offsets[1:-1])))
+
     def _read(self, name: str, schemas: Sequence[Mapping[str, pl.DataType]]) -> pl.DataFrame:
         file = self.path / name
         if not file.is_file():
@@ -178,13 +188,14 @@ def write_prepared(
     lists_by_split: Mapping[str, Sequence[RankingList] | pl.DataFrame],
     manifest_extra: Mapping | None = None,
     targets: pl.DataFrame | None = None,
+    seen: pl.DataFrame | None = None,
 ) -> None:
     """Write a prepared folder, whole or not at all; the same arguments give the same bytes.
 
     items: records, their train statistics then counted over the lists; or a frame of ITEM_SCHEMA.
     lists_by_split: records or a frame of LIST_SCHEMA or HINTED_SCHEMA for each split; a split left out is empty.
     manifest_extra: what the manifest says beyond format, versions and file hashes.
-    targets: frame of TARGET_SCHEMA, written as targets.parquet.
+    targets, seen: frames of TARGET_SCHEMA and SEEN_SCHEMA, written as targets.parquet and seen.parquet.
     An earlier prepared folder at `path` is replaced; any other content is refused.
     """
     path = Path(path)
@@ -204,7 +215,9 @@ def write_prepared(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as work:
         written = {}
-        tables = dict(zip(FILES, [items, *frames.values()])) | ({} if targets is None else {"targets.parquet": targets})
+        optional = {"targets.parquet": targets, "seen.parquet": seen}
+        tables = dict(zip(FILES, [items, *frames.values()]))
+        tables |= {name: frame for name, frame in optional.items() if frame is not None}
         for name, frame in tables.items():
             file = Path(work) / name
             frame.write_parquet(file, compression="zstd", row_group_size=ROW_GROUP)
@@ -225,6 +238,15 @@ def write_prepared(
             (path / name).unlink(missing_ok=True)
         for name in (*tables, "manifest.json"):
             shutil.move(Path(work) / name, path / name)
+
+
+def seen_frame(user: np.ndarray, item: np.ndarray, user_ids: pl.Series) -> pl.DataFrame:
+    """Frame of SEEN_SCHEMA from the (user, item) codes of all ratings, in any order; users without any are left out."""
+    items = np.uint64(1 << 32)
+    pairs = np.sort(user.astype(np.uint64) * items + item.astype(np.uint64))
+    frame = pl.DataFrame({"user": (pairs // items).astype(np.uint32), "items": (pairs % items).astype(np.uint32)})
+    frame = frame.group_by("user", maintain_order=True).agg("items")
+    return frame.select(user_ids.gather(frame["user"]).alias("user_id"), "items")
 
 
 def check_output_folder(path: Path) -> None:

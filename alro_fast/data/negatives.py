@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import AlroFastError
 from .records import Item, RankingList, target_ranks
+
+if TYPE_CHECKING:
+    from .lists import PreparedData
 
 DRAWS = ("uniform", "popularity", "hardest")
 SOURCES = ("catalogue", "candidates")
@@ -28,7 +32,8 @@ class Negatives:
     Args:
         items: the catalogue, items[i].index == i.
         train_count: [items] ratings behind each; items without any are never drawn.
-        lists: all lists of all splits, from which is known what a user has seen.
+        lists: all lists of all splits; what they show a user has seen.
+        seen: user -> indices of all items the user has rated; None: what the lists show is all that is known.
         count: k. From `candidates`, a list with fewer gives what it has.
         by, source: of DRAWS and SOURCES.
 
@@ -42,6 +47,7 @@ class Negatives:
         train_count: np.ndarray,
         lists: Iterable[RankingList],
         *,
+        seen: Mapping[str, np.ndarray] | None = None,
         count: int,
         by: str = "uniform",
         source: str = "catalogue",
@@ -60,16 +66,29 @@ class Negatives:
         self.cumulative = np.cumsum(weights)
         self.seen: dict[str, set[int]] = {}
         for one in lists:
-            mine = self.seen.setdefault(one.user_id, set())
-            mine.update(item.index for item in one.history)
-            mine.update(item.index for item in one.candidates)
+            if one.user_id not in self.seen:
+                self.seen[one.user_id] = set(() if seen is None else seen.get(one.user_id, np.empty(0)).tolist())
+            self.seen[one.user_id].update(item.index for item in (*one.history, *one.candidates))
         self.mined: dict[str, tuple[Item, ...]] = {}  # list_id -> its hardest negatives, set by whoever has the model
-        most = max(map(len, self.seen.values()), default=0)
+        eligible = set(self.eligible.tolist())
+        most = max((len(mine & eligible) for mine in self.seen.values()), default=0)
         if source == "catalogue" and len(self.eligible) - most < count * (POOL if by == "hardest" else 1):
             raise AlroFastError(
                 f"--num_negatives {count} is too many: a user has seen {most:,} of the {len(self.eligible):,} rated "
                 "items; lower it, or take --negatives_from candidates"
             )
+
+    @classmethod
+    def of(cls, prepared: PreparedData, **options: Any) -> Negatives:
+        """Of a prepared folder; says so where it does not tell what users have rated beyond its lists."""
+        lists = (one for name in ("train", "valid", "test") for one in prepared.lists(name))
+        seen = prepared.seen()
+        if seen is None and options.get("source") != "candidates":
+            print(
+                f"{prepared.path} has no seen.parquet: of what users have rated only its lists are known, and other "
+                "rated items may be drawn as negatives; prepare the data again to leave them out"
+            )
+        return cls(prepared.items, prepared.train_count, lists, seen=seen, **options)
 
     def usable(self, one: RankingList) -> bool:
         """False where no candidate is rated, or nothing ranks below the positive."""
