@@ -52,6 +52,7 @@ LEFT_BY_A_RUN = (  # what --overwrite_output_dir may remove
     "*.jsonl", "*.safetensors", "*.trec", "README.md", "report.html", "prompt_template.yaml", "training_args.bin",
     "tokenizer*", "chat_template.jinja", "merges.txt", "vocab.*",
 )  # fmt: skip
+BEFORE_THE_FIRST_STEP = {"config.yaml", "data", "reference.safetensors"}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -404,7 +405,7 @@ def claim_folder(config: Config) -> Path:
 
 def begun(folder: Path) -> bool:
     """Whether `folder` holds more than a run that stopped before its first step leaves."""
-    return folder.is_dir() and not {path.name for path in folder.iterdir()} <= {"config.yaml", "data"}
+    return folder.is_dir() and not {path.name for path in folder.iterdir()} <= BEFORE_THE_FIRST_STEP
 
 
 def next_folder(config: Config) -> Path:

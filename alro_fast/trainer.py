@@ -125,7 +125,8 @@ class PlannedLoader(DataLoader):
 class RankerTrainer(Trainer):
     """transformers.Trainer for ranking objectives.
 
-    `evaluate_ranking()` -> {"ndcg@3": ...} is called at every evaluation; `save_extras(folder)` after every save.
+    `evaluate_ranking()` -> {"ndcg@3": ...} is called at every evaluation; `save_extras(folder)` after every
+    save, on the process that saves.
     """
 
     def __init__(
@@ -314,7 +315,7 @@ class RankerTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.save_extras is not None:
+        if self.save_extras is not None and self.args.should_save:
             self.save_extras(Path(output_dir or self.args.output_dir))
 
 

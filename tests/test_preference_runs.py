@@ -1,0 +1,102 @@
+"""The life of a preference run: replaced, killed and resumed, in several processes, in stages, and begun by mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import byte_tokenizer, tiny_llama
+
+from alro_fast import train
+from alro_fast.errors import AlroFastError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base model, and preference files of two domains."""
+    folder = tmp_path_factory.mktemp("runs")
+    tokenizer = byte_tokenizer()
+    small = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    tiny_llama(len(tokenizer), **small).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    for name in ("movies", "games"):
+        rows = [{"prompt": f"{name} {u}:", "chosen": f" N{u}", "rejected": [f" E{u}", f" G{u}"]} for u in range(4)]
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    return folder
+
+
+def options(folder, output, *more):
+    words = {
+        "--model_name_or_path": folder / "base", "--preferences": folder / "movies.json", "--objective": "dmpo",
+        "--output_dir": folder / output, "--tokens_per_batch": 40, "--max_steps": 2, "--lora_r": 2, "--use_cpu": True,
+        "--disable_tqdm": True, "--save_strategy": "no",
+    }  # fmt: skip
+    return [str(word) for pair in words.items() for word in pair] + [str(word) for word in more]
+
+
+def refused(argv):
+    with pytest.raises(AlroFastError) as caught:
+        train.main([str(word) for word in argv])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+PRECOMPUTE = ("--precompute_ref_log_probs", "true")
+
+
+def test_a_replaced_run_leaves_nothing_behind(folder):
+    """Old checkpoints and references of other data are gone before anything is written; a mistake loses nothing."""
+    save = ("--save_strategy", "steps", "--save_steps", 1)
+    train.main(options(folder, "old", *save, *PRECOMPUTE))
+    again = options(folder, "old", *PRECOMPUTE, "--overwrite_output_dir", "true", "--max_steps", 1)
+    before = sorted((folder / "old").rglob("*"))
+    assert (folder / "old" / "checkpoint-2") in before
+    refused([*again, "--eval_preferences", folder / "none.json"])
+    assert sorted((folder / "old").rglob("*")) == before
+    train.main([*again, "--preferences", str(folder / "games.json")])
+    assert not list((folder / "old").glob("checkpoint-*"))
+    assert json.loads((folder / "old" / "trainer_state.json").read_text())["global_step"] == 1
+    assert list((folder / "old").glob("reference.safetensors"))
+
+
+def test_a_run_killed_before_its_first_step_begins_again(folder):
+    """It left its options and references, which may be of other data by now."""
+    train.main(options(folder, "whole", *PRECOMPUTE))
+    (folder / "killed").mkdir()
+    for name in ("config.yaml", "reference.safetensors"):
+        shutil.copy(folder / "whole" / name, folder / "killed")
+    train.main(options(folder, "killed", *PRECOMPUTE, "--preferences", folder / "games.json"))
+    assert (folder / "killed" / "adapter_model.safetensors").is_file()
+
+
+def test_a_dry_run_computes_no_references(folder, tmp_path):
+    kept = tmp_path / "kept" / "references.safetensors"
+    train.main(options(folder, tmp_path / "dry", *PRECOMPUTE, "--ref_log_probs", kept, "--dry_run", "true"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_saves_nothing_writes_nothing(folder, monkeypatch):
+    run = train.run_for(train.parse(options(folder, "second")))
+    monkeypatch.setattr(type(run.training), "should_save", False)
+    run.trainer.save_model(str(folder / "second" / "checkpoint-1"))
+    assert not list((folder / "second").rglob("README.md"))
+
+
+def test_two_processes_save_a_checkpoint(folder):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    argv = options(folder, "two", "--save_strategy", "epoch", "--max_steps", 1, *PRECOMPUTE)
+    done = subprocess.run(
+        [*launch, "-m", "alro_fast.train", *argv], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    [checkpoint] = (folder / "two").glob("checkpoint-*")
+    assert yaml.safe_load((checkpoint / "config.yaml").read_text())["objective"] == "dmpo"
