@@ -113,7 +113,7 @@ def head_config(architecture: str, hidden_size: int, rows: int, element_size: in
         return HeadConfig(single, paired, expected, 512, 1 << 30, rows // 64)
     columns = 8192 if rows <= 512 else 4096 if rows < 2048 or hidden_size <= 2560 else 2048
     # Reading the whole vocabulary for a few rows pays only where it is a small part of the work.
-    config = HeadConfig(single, paired, expected, columns, 512, 16 if rows >= 2048 else 0)
+    config = HeadConfig(single, paired, expected, columns, 512, 16 if rows >= 256 else 0)
     return small_rows(config, 4 if architecture == "gfx942" else 8) if rows <= 64 else config
 
 

@@ -133,6 +133,38 @@ def test_peaked_rows_take_little_more_than_one_product(place: float, engine: str
     assert (lost <= (2.0**-12 + 2.0**-8) * case.weight.double().norm(dim=1).max()).all()
 
 
+def advance_in_torch(products, p_out, running, bias, softcap, scale, first_column, *, tile_lse, sub, **_) -> None:
+    """`row_kernel.advance` without pairs or soft-cap, all rows at once: the interpreter takes them one by one."""
+    z = (products + bias[first_column : first_column + products.shape[1]].float()) * scale
+    highest = torch.maximum(running.row_max, z.amax(dim=1))
+    decay, p = (running.row_max - highest).exp(), (z - highest[:, None]).exp()
+    running.row_max.copy_(highest)
+    running.row_sum.mul_(decay).add_(p.sum(dim=1))
+    running.row_lse.copy_(highest + running.row_sum.log())
+    running.sums.mul_(decay[:, None])
+    tile_lse.copy_(highest[:, None] + p.unflatten(1, (-1, sub)).sum(dim=2).log())
+    p_out.copy_(p)
+
+
+@pytest.mark.parametrize(("rows", "place"), [(256, 0.99), (512, 0.5), (512, 0.99), (1024, 0.99)])
+def test_peaked_rows_take_little_more_than_one_product_as_shipped(
+    rows: int, place: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With as many probed rows as the table says for so many rows."""
+    probe_rows = backend.configs.head_config("sm90", 896, rows, 2).probe_rows
+    small = backend._config(torch.empty(rows, 16, dtype=torch.bfloat16, device=DEVICE))
+    config = small._replace(probe_rows=probe_rows, columns=512)
+    width = config.expected.block_v
+    start = int(place * 100) * width
+    case = peaked(rows, 100 * width, list(range(start, start + width)))
+    monkeypatch.setattr(backend.row_kernel, "advance", advance_in_torch)
+    with backend.count_gemm_work() as work:
+        result = run(case, mass_bound=2.0**-12, engine="tiled", config=config)
+    assert work.units(*case.logits().shape) <= 1.2
+    lost = (result.expected - case.expected()).norm(dim=1)
+    assert (lost <= (2.0**-12 + 2.0**-8) * case.weight.double().norm(dim=1).max()).all()
+
+
 def test_statistics_alone_take_one_product() -> None:
     case = head(20, 32, 640)
     for engine in ("tiled", "fused"):
