@@ -1,14 +1,15 @@
 """Log-probabilities of answers: computed in packed forwards, and kept on disk for a reference that never changes.
 
-A file of reference log-probabilities names the model and the answers it was made with; another model's, or another
-data set's, is refused.
+A file of reference log-probabilities names the model, the answers and the precision it was made with; one of another
+model, of other data, or computed in another precision than the run's, is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +25,22 @@ from .objectives.base import Example
 from .objectives.dmpo import token_logprobs
 from .packing import Tree, collate, plan_batches
 
+Autocast = Callable[[], AbstractContextManager]
 FORMAT = "alro_fast reference log-probabilities 1"
 
 
 @torch.no_grad()
 def answer_logprobs(
-    model: nn.Module, trees: Sequence[Tree], token_budget: int = 8192, backend: str = "auto"
+    model: nn.Module,
+    trees: Sequence[Tree],
+    token_budget: int = 8192,
+    backend: str = "auto",
+    autocast: Autocast = nullcontext,
 ) -> list[np.ndarray]:
     """Per tree, the summed log-probability of every branch's answer: float64 [branches] each. The model in eval mode.
 
-    A tree over the budget gets a forward of its own.
+    A tree over the budget gets a forward of its own. autocast: a context around the trunk, as training has; the head is
+    outside.
     """
     training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -42,7 +49,9 @@ def answer_logprobs(
     head = head_of(model)
     for indices in plan_batches(sizes, max(token_budget, *sizes)) if sizes else []:
         packed = collate(trees, indices).to(device)
-        rows = token_logprobs(tree_hidden_states(model, packed), head, packed, backend).double().cpu().numpy()
+        with autocast():
+            hidden = tree_hidden_states(model, packed)
+        rows = token_logprobs(hidden.to(head.weight.dtype), head, packed, backend).double().cpu().numpy()
         for place, index in enumerate(indices):
             offsets = packed.branch_rows[place]
             sums[index] = np.add.reduceat(rows[: offsets[-1]], offsets[:-1])
@@ -68,22 +77,33 @@ class ReferenceTable:
 
 
 def reference_table(
-    model: nn.Module, examples: Sequence[Example], path: str | Path, token_budget: int = 8192, backend: str = "auto"
+    model: nn.Module,
+    examples: Sequence[Example],
+    path: str | Path,
+    token_budget: int = 8192,
+    backend: str = "auto",
+    autocast: Autocast = nullcontext,
 ) -> ReferenceTable:
     """The table kept in `path`, or, where there is none, computed under `model` as it stands and written there.
 
-    An adapter of the model is switched off. Raises AlroFastError when the file was made with another model or data.
+    An adapter of the model is switched off. Raises AlroFastError when the file was made with another model or other
+    data, or in another precision than `autocast` gives.
     """
     path = Path(path)
     names = [example.source.list_id for example in examples]
     if len(set(names)) != len(names):
         raise AlroFastError("two records share a list_id; reference log-probabilities are kept by it")
-    prints = {"format": FORMAT, "model": model_fingerprint(model), "data": data_fingerprint(examples)}
+    prints = {
+        "format": FORMAT,
+        "model": model_fingerprint(model),
+        "data": data_fingerprint(examples),
+        "precision": _precision(model, autocast),
+    }
     if path.exists():
         flat = _read(path, prints)
     else:
         with model.disable_adapter() if hasattr(model, "disable_adapter") else torch.no_grad():
-            sums = answer_logprobs(model, [example.tree for example in examples], token_budget, backend)
+            sums = answer_logprobs(model, [example.tree for example in examples], token_budget, backend, autocast)
         flat = np.concatenate(sums).astype(np.float32)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"log_probs": flat}, path, metadata=prints)
@@ -93,8 +113,9 @@ def reference_table(
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of every weight that is no adapter's."""
-    digest = hashlib.sha256()
+    """SHA-256 over the configuration, and over names, shapes and bytes of every weight that is no adapter's."""
+    config = {key: value for key, value in model.config.to_dict().items() if not _beside_the_point(key)}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if "lora_" in name or "modules_to_save" in name:
             continue
@@ -114,6 +135,20 @@ def data_fingerprint(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
+def _beside_the_point(key: str) -> bool:
+    """Entries of a configuration that no log-probability depends on, or that the weights already say."""
+    return key.startswith("_") or key.endswith("_token_id") or key in ("transformers_version", "use_cache", "dtype")
+
+
+def _precision(model: nn.Module, autocast: Autocast) -> str:
+    """The type the model computes in: autocast's, else that of its head's weights."""
+    weight = head_of(model).weight
+    with autocast():
+        casts = torch.is_autocast_enabled(weight.device.type)
+        dtype = torch.get_autocast_dtype(weight.device.type) if casts else weight.dtype
+    return str(dtype).removeprefix("torch.")
+
+
 def _read(path: Path, prints: dict[str, str]) -> np.ndarray:
     try:
         with safe_open(path, "np") as opened:
@@ -122,7 +157,8 @@ def _read(path: Path, prints: dict[str, str]) -> np.ndarray:
         raise AlroFastError(f"--ref_log_probs {path} holds no reference log-probabilities ({error})") from None
     if found.get("format") != FORMAT:
         raise AlroFastError(f"--ref_log_probs {path} was not written by --precompute_ref_log_probs")
-    for kind, what in (("model", "another model"), ("data", "other data or prompts")):
+    checked = (("model", "another model"), ("data", "other data or prompts"), ("precision", "another precision"))
+    for kind, what in checked:
         if found.get(kind) != prints[kind]:
             raise AlroFastError(
                 f"--ref_log_probs {path} holds log-probabilities of {what} than this run's; give another file, or "

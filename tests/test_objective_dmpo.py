@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from alro_fast.errors import AlroFastError
 from alro_fast.fused_head import head_of
 from alro_fast.lora import fuse_lora
 from alro_fast.objectives.base import build_objective
+from alro_fast.packing import Branch, Tree
 from alro_fast.prompts import PromptBuilder
 from alro_fast.prompts.preference import FORMS, PreferencePrompts
-from alro_fast.references import answer_logprobs, reference_table
+from alro_fast.references import answer_logprobs, data_fingerprint, model_fingerprint, reference_table
 from alro_fast.trainer import RankerTrainer, TreeDataset, build_batch
 
 TOKENIZER = byte_tokenizer()
@@ -235,6 +237,48 @@ def test_precomputed_references_equal_those_of_the_switched_off_adapter(tmp_path
     file.write_bytes(b"not a table")
     with pytest.raises(AlroFastError, match="holds no reference log-probabilities"):
         reference_table(model, examples, file)
+
+
+def test_the_data_fingerprint_is_of_every_token_and_of_where_answers_start():
+    [one], objective = preferences(users=1), make_objective()
+
+    def fingerprint(source):
+        return data_fingerprint(objective.examples([source], [0], 0))
+
+    own = fingerprint(one)
+    assert fingerprint(replace(one, user_id="another")) == own
+    prompt, rejected = one.prompts[0], one.rejected
+    for changed in (
+        replace(one, prompts=(prompt.replace("River", "Rivet"),)),
+        replace(one, chosen=(" North 1",)),
+        replace(one, rejected=(*rejected[:-1], " Echo 0 9")),
+        replace(one, rejected=rejected[:-1]),
+        replace(one, list_id="another"),
+    ):
+        assert fingerprint(changed) != own
+    [example] = objective.examples([one], [0], 0)
+    tree = example.tree
+    later = Tree([Branch(list(ids), start + 1) for ids, start in zip(tree.ids, tree.answer_starts)], name=tree.name)
+    assert data_fingerprint([example._replace(trees=(later,))]) != own
+
+
+def test_the_model_fingerprint_is_of_every_weight_and_of_the_configuration():
+    """One number changed in any one tensor of the base, or another rope_theta: another model; an adapter is none."""
+    model = lora_model()
+    own = model_fingerprint(model)
+    assert model_fingerprint(tiny_llama(len(TOKENIZER))) == own == model_fingerprint(lora_model(seed=9, start=True))
+    for name, weight in model.state_dict().items():
+        if "lora_" not in name:
+            kept = weight.flatten()[-1].item()
+            weight.view(-1)[-1] += 1
+            assert model_fingerprint(model) != own, name
+            weight.view(-1)[-1] = kept
+    assert model_fingerprint(model) == own
+    assert (
+        model_fingerprint(tiny_llama(len(TOKENIZER), rope_parameters={"rope_type": "default", "rope_theta": 5e5}))
+        != own
+    )
+    assert model_fingerprint(tiny_llama(len(TOKENIZER), rms_norm_eps=1e-5)) != own
 
 
 # ---- ranking lists

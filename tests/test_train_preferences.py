@@ -213,6 +213,20 @@ def test_references_are_computed_once_and_checked(folder, tmp_path):
     )
 
 
+def test_references_are_computed_in_the_precision_of_the_run(folder, tmp_path):
+    """Under --bf16 the policy's own numbers: the first loss is log 2, and a file of a float32 run is refused."""
+    argv = ["--preferences", folder / "movies.json", "--objective", "dmpo", "--precompute_ref_log_probs", "true"]
+    argv += ["--max_steps", 1, "--dpo_beta", 1, "--model_name_or_path", folder / "base", "--ref_log_probs"]
+    train.main(options(tmp_path, "half", *argv, tmp_path / "half.st", "--bf16", True))
+    history = json.loads((tmp_path / "half" / "trainer_state.json").read_text())["log_history"]
+    assert history[0]["preference"] == pytest.approx(np.log(2), abs=1e-3)
+    train.main(options(tmp_path, "full", *argv, tmp_path / "full.st"))
+    half, full = (load_file(tmp_path / name)["log_probs"] for name in ("half.st", "full.st"))
+    assert (half - full).abs().max() > 0.01
+    words = options(tmp_path, "wrong", *argv, tmp_path / "full.st", "--bf16", True)
+    assert "of another precision than this run's" in refused(words)
+
+
 def test_every_weight_can_be_tuned_against_kept_references(folder):
     argv = ["--preferences", folder / "movies.json", "--objective", "dmpo", "--use_peft", "false"]
     assert "--use_peft false leaves no reference" in refused(options(folder, "full", *argv))
