@@ -52,6 +52,21 @@ def test_logits_and_gradients_equal_float64(case: Head, shape: tuple[int, int, i
         assert torch.allclose(total.double() - 1, leaf.grad, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("to", ["hidden", "weight"])
+def test_one_row_adds_up_200_entries(to: str) -> None:
+    case = head(5, 32, 9)
+    count, spread = 200, torch.arange(200, device=DEVICE)[:, None]
+    one = torch.full_like(spread, 3)
+    rows, ids = (one, spread % 9) if to == "hidden" else (spread % 5, one)
+    upstream = torch.randn(count, 1, 1, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    logits = kernel.gather_logits(*case.arguments, rows, ids)
+    d_hidden, d_weight = torch.zeros(5, 32, device=DEVICE), torch.zeros(9, 32, device=DEVICE)
+    kernel.gather_backward(case.hidden, case.weight, None, 1.0, rows, ids, logits, upstream, d_hidden, d_weight, None)
+    got, source, place = (d_hidden, case.weight, ids) if to == "hidden" else (d_weight, case.hidden, rows)
+    wanted = (upstream[:, 0].double() * source[place[:, 0]].double()).sum(0)
+    assert torch.allclose(got[3].double(), wanted, atol=1e-4)
+
+
 def test_gradients_that_are_not_wanted_are_left_out_and_bits_repeat() -> None:
     case = head(6, 32, 40)
     rows = torch.zeros(8, 2, dtype=torch.int64, device=DEVICE)  # everything goes to one row

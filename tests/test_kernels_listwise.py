@@ -70,6 +70,15 @@ def test_terms_and_gradients_equal_float64(sizes: list[int], grades: int, seed: 
     compare(lists(sizes, grades, seed), **options)
 
 
+@pytest.mark.parametrize("divergence", ["kl", "ce", "symmetric"])
+def test_emitted_candidates_are_left_out(divergence: str) -> None:
+    """A candidate is left out from the slot after its own on, in the list and in its twin."""
+    tensors = {**lists([5, 5, 17, 17], 0, seed=2), "twin": torch.tensor([-1, 0, -1, 2])}
+    compare(tensors, **{**OPTIONS, "divergence": divergence, "detach": False, "mask_emitted": True})
+    same = tensors["ranks"][[0, 0, 2, 2]]  # as in training: one target for both
+    compare({**tensors, "ranks": same}, **{**OPTIONS, "divergence": divergence, "detach": False, "mask_emitted": True})
+
+
 @pytest.mark.parametrize("grades", [0, 7])
 def test_lists_of_128(grades: int) -> None:
     compare(lists([128, 100], grades, seed=3), **{**OPTIONS, "detach": False})
