@@ -166,7 +166,7 @@ class PreferenceRun(Run):
         with training.main_process_first(local=False):
             return reference_table(
                 model, list(self.reference_examples.values()), self.reference_path, training.tokens_per_batch,
-                self.config.objective.backend,
+                self.config.objective.backend, self.trainer.accelerator.autocast,
             )  # fmt: skip
 
     def mine(self, epoch: int) -> None:
