@@ -77,6 +77,10 @@ class ModelArguments:
     scratch_vocab_size: int = option(2048, "Text vocabulary of a `scratch` model's tokenizer, learned from the titles.")
 
     def __post_init__(self) -> None:
+        if self.init_adapter is not None and not self.use_peft:
+            raise AlroFastError(
+                "--init_adapter goes under a new adapter, which --use_peft false does not train; leave one of them out"
+            )
         for name in ("lora_r", "lora_alpha", "scratch_hidden_size", "scratch_layers"):
             _at_least(name, getattr(self, name), 1)
         if self.scratch_hidden_size % 32:
@@ -193,6 +197,8 @@ class ObjectiveArguments:
     backend: str = option("auto", "Backend of the fused ops.", ["auto", "eager", "cpp", "triton"])
 
     def __post_init__(self) -> None:
+        if self.ref_log_probs is not None and not self.precompute_ref_log_probs:
+            raise AlroFastError("--ref_log_probs is read and written by --precompute_ref_log_probs true; add it")
         for name in ("alpha", "beta", "ftx", "permutations", "points_per_list", "pairs_per_list"):
             _at_least(name, getattr(self, name), 0)
         for name in ("gamma", "sigma", "dpo_beta"):

@@ -11,7 +11,7 @@ import yaml
 
 from .errors import AlroFastError
 
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER, ADAPTER_CONFIG, MERGED_BASE = "adapter_model.safetensors", "adapter_config.json", "merged_base"
 
 
 def check_writable(folder: Path) -> None:

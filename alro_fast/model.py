@@ -23,7 +23,7 @@ from transformers import (
 
 from .attention import use_tree_attention
 from .errors import AlroFastError
-from .folders import ADAPTER_CONFIG, adapter_config
+from .folders import ADAPTER_CONFIG, MERGED_BASE, adapter_config
 from .layers import fuse_layers
 from .lora import fuse_lora
 
@@ -165,9 +165,9 @@ def load_for_inference(
         raise AlroFastError(f"{folder}: neither adapter_config.json nor config.json found; expected a trained folder")
     tokenizer = load_tokenizer(str(folder), trust_remote_code, place=str(folder))
     if adapter.is_file():
-        base = base_model or adapter_config(folder)["base_model_name_or_path"]
+        base = base_model or recorded_base(folder)
         place = f"--base_model {base}" if base_model else f"{folder}: base model {base}"
-        model = load_base(_recorded_base(base), dtype, trust_remote_code, place=place)
+        model = load_base(base, dtype, trust_remote_code, place=place)
         try:
             model = PeftModel.from_pretrained(model, folder)
         except LOAD_ERRORS as error:
@@ -180,9 +180,23 @@ def load_for_inference(
     return model.to(device).eval(), tokenizer
 
 
-def _recorded_base(recorded: str) -> str:
-    """A shipped base is recorded by its path; on another machine the package lies elsewhere."""
-    return "demo" if Path(recorded).name == DEMO_MODEL.name and not Path(recorded).is_dir() else recorded
+def recorded_base(folder: str | Path) -> str:
+    """The base that an adapter names by its path; where that is gone, the base shipped with this package or the merged
+    one beside the adapter, if it was one of them."""
+    recorded = adapter_config(folder)["base_model_name_or_path"]
+    if Path(recorded).is_dir():
+        return recorded
+    if Path(recorded).name == MERGED_BASE and (Path(folder) / MERGED_BASE).is_dir():
+        return str(Path(folder) / MERGED_BASE)
+    return str(DEMO_MODEL) if Path(recorded).name == DEMO_MODEL.name else recorded
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two bases are one: the same folder, the same hub id, or both the shipped one."""
+    if Path(one).name == Path(other).name == DEMO_MODEL.name:
+        return True
+    one, other = (str(Path(base).resolve()) if Path(base).is_dir() else base for base in (one, other))
+    return one == other
 
 
 def _first_line(error: Exception) -> str:

@@ -21,21 +21,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .errors import AlroFastError
-from .folders import ADAPTER, ADAPTER_CONFIG, adapter_config
-from .model import LOAD_ERRORS
+from .folders import ADAPTER, ADAPTER_CONFIG, MERGED_BASE, adapter_config
+from .model import LOAD_ERRORS, recorded_base, same_base
+from .objectives.base import REGISTRY
 
 if TYPE_CHECKING:
     from .config import Config
 
-MERGED_BASE = "merged_base"
-
 
 def stage_arguments(config: Config, root: Path) -> list[list[str]]:
     """Command-line words of every stage of `--stages a,b`, to be added to those of the run; each has its own folder."""
-    training = config.training
+    model, training = config.model, config.training
     names = [name.strip() for name in training.stages.split(",") if name.strip()]
     if not names:
         raise AlroFastError(f"--stages {training.stages!r} names no objective; expected some, such as sft,dmpo")
+    for name in names:
+        if name not in REGISTRY:
+            raise AlroFastError(f"--stages names {name!r}, no objective; expected some of {', '.join(REGISTRY)}")
     columns = {
         "num_train_epochs": _each(training.stage_epochs, "stage_epochs", len(names)),
         "learning_rate": _each(training.stage_learning_rates, "stage_learning_rates", len(names)),
@@ -46,8 +48,10 @@ def stage_arguments(config: Config, root: Path) -> list[list[str]]:
         for key, values in columns.items():
             words += [f"--{key}", values[number]] if values else []
         if number:
-            before = str(root / f"{number}-{names[number - 1]}")
-            words += ["--init_adapter" if config.model.use_peft else "--model_name_or_path", before]
+            before = root / f"{number}-{names[number - 1]}"
+            words += ["--init_adapter" if model.use_peft else "--model_name_or_path", str(before)]
+            if model.stage_adapter == "merged" and (number > 1 or model.init_adapter is not None):
+                words += ["--model_name_or_path", str(before / MERGED_BASE)]
         stages.append(words)
     return stages
 
@@ -64,9 +68,13 @@ def merge_adapter(model: PreTrainedModel, folder: str | Path, base: str) -> PreT
 
     Raises AlroFastError when the folder holds no LoRA adapter, or one of another base.
     """
-    recorded = str(read_adapter_config(folder)["base_model_name_or_path"])
-    if Path(recorded).name != Path(base).name:
-        raise AlroFastError(f"--init_adapter {folder} was trained over {recorded}, not over {base}")
+    read_adapter_config(folder)
+    recorded = recorded_base(folder)
+    if not same_base(recorded, base):
+        raise AlroFastError(
+            f"--init_adapter {folder} was trained over {recorded}, not over {base}: give that as --model_name_or_path, "
+            f"or, where it was moved, name its new place in {ADAPTER_CONFIG}"
+        )
     try:
         return PeftModel.from_pretrained(model, folder).merge_and_unload()
     except LOAD_ERRORS as error:
@@ -83,6 +91,12 @@ def read_adapter_config(folder: str | Path) -> dict:
     config = adapter_config(folder)
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
         raise AlroFastError(f"--init_adapter {folder} is no plain LoRA adapter; stages can follow only on one")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if config.get(key):
+            raise AlroFastError(
+                f"--init_adapter {folder} has a {key}: its layers differ in rank or scale; stages can follow only on "
+                "an adapter with one of each"
+            )
     return config
 
 

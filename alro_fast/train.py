@@ -48,9 +48,9 @@ from .trainer import NonFiniteLoss, RankerTrainer, TreeDataset
 logger = logging.getLogger(__name__)
 
 LEFT_BY_A_RUN = (  # what --overwrite_output_dir may remove
-    "checkpoint-*", "runs", "data", "plots", "evaluation", "1-*", "2-*", "base", "references*", "config.yaml", "*.json",
-    "*.jsonl", "*.safetensors", "*.trec", "README.md", "report.html", "prompt_template.yaml", "training_args.bin",
-    "tokenizer*", "chat_template.jinja", "merges.txt", "vocab.*",
+    "checkpoint-*", "runs", "data", "plots", "evaluation", "[1-9]-*", "merged_base", "base", "references*",
+    "config.yaml", "*.json", "*.jsonl", "*.safetensors", "*.trec", "README.md", "report.html", "prompt_template.yaml",
+    "training_args.bin", "tokenizer*", "chat_template.jinja", "merges.txt", "vocab.*",
 )  # fmt: skip
 BEFORE_THE_FIRST_STEP = {"config.yaml", "data", "reference.safetensors"}
 
@@ -92,6 +92,7 @@ def stages(config: Config, argv: Sequence[str]) -> Iterator[Config]:
                 stage.training.overwrite_output_dir = True
         if stage.training.dry_run:
             stage.model.init_adapter = config.model.init_adapter
+            stage.model.model_name_or_path = config.model.model_name_or_path
         if stage.objective.objective == "sft" and "dmpo" in config.training.stages:
             stage.objective.objective = "sft_chosen"
         yield stage

@@ -14,7 +14,11 @@ import yaml
 from tiny import byte_tokenizer, tiny_llama
 
 from alro_fast import train
+from alro_fast.data.preferences import read_preferences
 from alro_fast.errors import AlroFastError
+from alro_fast.evaluate_preferences import score_preferences
+from alro_fast.model import load_for_inference
+from alro_fast.prompts.preference import PreferencePrompts
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,3 +104,36 @@ def test_two_processes_save_a_checkpoint(folder):
     assert done.returncode == 0, done.stderr[-3000:]
     [checkpoint] = (folder / "two").glob("checkpoint-*")
     assert yaml.safe_load((checkpoint / "config.yaml").read_text())["objective"] == "dmpo"
+
+
+def test_stages_follow_on_a_merged_base_and_may_move(folder):
+    """A third stage begins from the second's merged base; a folder that moved finds the base beside its adapter."""
+    staged = ["--stages", "sft,dmpo,dmpo", "--stage_adapter", "merged", "--max_steps", 1]
+    train.main(options(folder, "staged", *staged))
+    config = yaml.safe_load((folder / "staged" / "3-dmpo" / "config.yaml").read_text())
+    assert config["model_name_or_path"] == str(folder / "staged" / "2-dmpo" / "merged_base")
+    (folder / "staged").rename(folder / "moved")
+    file = folder / "games.json"
+    model, tokenizer = load_for_inference(folder / "moved" / "3-dmpo", device="cpu")
+    assert len(score_preferences(model, PreferencePrompts(tokenizer), read_preferences(file))) == 4
+    assert model.get_base_model().name_or_path == str(folder / "moved" / "3-dmpo" / "merged_base")
+    again = ["--init_adapter", folder / "moved" / "2-dmpo", "--overwrite_output_dir", "true", "--max_steps", 1]
+    base = ["--model_name_or_path", folder / "moved" / "2-dmpo" / "merged_base"]
+    train.main(options(folder, folder / "moved" / "3-dmpo", *again, *base))
+    assert not (folder / "moved" / "3-dmpo" / "merged_base").exists()
+
+
+def test_an_adapter_is_followed_only_over_its_own_base(folder, tmp_path):
+    """Another folder of the same name is another base; so is an adapter whose layers differ in rank refused."""
+    train.main(options(folder, "first", "--max_steps", 1))
+    shutil.copytree(folder / "base", tmp_path / "base")
+    follow = options(folder, tmp_path / "next", "--init_adapter", folder / "first")
+    assert "was trained over" in refused([*follow, "--model_name_or_path", tmp_path / "base"])
+    near = os.path.relpath(folder / "base")
+    train.main([*follow, "--model_name_or_path", near, "--dry_run", "true"])
+    uneven = tmp_path / "uneven"
+    shutil.copytree(folder / "first", uneven)
+    config = json.loads((uneven / "adapter_config.json").read_text())
+    (uneven / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {"q_proj": 8}}))
+    assert "has a rank_pattern" in refused(options(folder, tmp_path / "next", "--init_adapter", uneven))
+    assert not (tmp_path / "next").exists()
