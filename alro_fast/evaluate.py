@@ -36,7 +36,7 @@ from .rank import add_ranking_options
 from .ranking import Ranker, check_device, check_options
 from .report import write_report
 from .results import baseline_scores, evaluate_lists, write_predictions, write_trec
-from .target_metrics import as_grades, evaluate_rankers, one_target
+from .target_metrics import as_grades, evaluate_rankers, has_targets
 from .task_generation import generate_tasks
 from .task_reading import TASK_METHODS, check_tasks
 
@@ -115,9 +115,11 @@ def main(argv: Sequence[str]) -> None:
         seconds["generate"] = time.perf_counter() - start
         scores["generate"] = generated.scores
         notes["generate_invalid_rate"] = generated.invalid_rate
+    targets = has_targets(prepared, options.split)
     results = evaluate_rankers(
         lists,
         baseline_scores(prepared, lists) | scores,
+        targets=targets,
         prepared=prepared,
         split=options.split,
         gain=options.gain,
@@ -140,7 +142,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"generate: {generated.invalid_rate:.1%} of the answers {wrong}")
     results.save(folder)
     write_predictions(folder / "predictions.jsonl", lists, rankings)
-    graded = as_grades(lists) if one_target(lists) else lists
+    graded = as_grades(lists) if targets else lists
     factor = write_trec(folder, graded, scores["tuned"], tag="alro_fast")
     trec = "" if factor is None else ", run.trec, qrels.trec"
     times = f" (ratings x {factor} in qrels.trec, which holds whole numbers)" if factor not in (None, 1) else ""

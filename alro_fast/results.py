@@ -103,12 +103,12 @@ class Results:
             entry: dict[str, Any] = {}
             for metric in measured:
                 interval = self.interval(ranker, metric)
-                entry[metric] = _plain(interval.mean)
-                entry[f"{metric}_interval"] = [_plain(interval.low), _plain(interval.high)]
+                entry[metric] = plain(interval.mean)
+                entry[f"{metric}_interval"] = [plain(interval.low), plain(interval.high)]
             if ranker in self.seconds:
-                entry["lists_per_second"] = _plain(self.lists / max(self.seconds[ranker], 1e-9))
+                entry["lists_per_second"] = plain(self.lists / max(self.seconds[ranker], 1e-9))
             if ranker in self.sensitivity:
-                entry["order_kendall_tau"] = _plain(self.sensitivity[ranker])
+                entry["order_kendall_tau"] = plain(self.sensitivity[ranker])
             document[ranker] = entry
         document["about"] = {
             "split": self.split,
@@ -129,7 +129,7 @@ class Results:
         made = []
         for other in self.per_list:
             for metric in (f"ndcg@{k}" for k in self.cutoffs if other != "tuned"):
-                change = {name: _plain(value) for name, value in self.compare("tuned", other, metric)._asdict().items()}
+                change = {name: plain(value) for name, value in self.compare("tuned", other, metric)._asdict().items()}
                 made.append({"first": "tuned", "second": other, "metric": metric, **change})
         return made
 
@@ -229,7 +229,7 @@ def write_predictions(
                 "list_id": entry.list_id,
                 "user_id": entry.user_id,
                 "candidates": [
-                    {"id": item.item_id, "title": item.title, "rating": _plain(rating)}
+                    {"id": item.item_id, "title": item.title, "rating": plain(rating)}
                     for item, rating in zip(entry.candidates, entry.ratings, strict=True)
                 ],
                 "rankings": {name: _prediction(each[at]) for name, each in rankings.items()},
@@ -306,6 +306,6 @@ def row_of(name: str) -> tuple[int, str]:
     return (_ROWS.index(name) if name in _ROWS else len(_ROWS)), name
 
 
-def _plain(value: float) -> float | None:
+def plain(value: float) -> float | None:
     """A JSON number; null for NaN and infinities, which JSON does not have."""
     return float(value) if math.isfinite(value) else None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import metrics
-from .results import LABELS, Results, Scores, evaluate_lists, row_of
+from .results import LABELS, Results, Scores, evaluate_lists, plain, row_of
 
 if TYPE_CHECKING:
     from .data.lists import PreparedData
@@ -25,10 +25,9 @@ SHOWN = tuple(f"{name}@{k}" for k in (3, 5) for name in ("hr", "ndcg"))
 CUTOFFS = (1, 3, 5, 10)
 
 
-def one_target(lists: Sequence[RankingList]) -> bool:
-    """Whether no list has more than one rated candidate, and some has one and others beside it."""
-    rated = [sum(not math.isnan(rating) for rating in entry.ratings) for entry in lists]
-    return max(rated, default=0) == 1 and any(n == 1 and len(one.ratings) > 1 for n, one in zip(rated, lists))
+def has_targets(prepared: PreparedData, split: str) -> bool:
+    """Whether the lists of a split are a first stage's, each for one held-out target, found or missed."""
+    return split != "train" and "targets.parquet" in prepared.manifest.get("files", {})
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class TargetResults(Results):
         return float(self.found.mean())
 
     def within(self, ranker: str, metric: str) -> float:
-        """Mean over the lists that hold their target."""
-        return float(self.per_list[ranker][metric][self.found].mean())
+        """Mean over the lists that hold their target; NaN when none does."""
+        return float(self.per_list[ranker][metric][self.found].mean()) if self.found.any() else math.nan
 
     def table(self) -> str:
         """A row per ranker: HR and NDCG over all users with intervals, then within the lists that hold the target."""
@@ -62,9 +61,11 @@ class TargetResults(Results):
             for name in SHOWN:
                 mean, low, high = self.interval(ranker, name)
                 row += (f"{mean:.4f} [{low:.3f}, {high:.3f}]" if self.bootstrap else f"{mean:.4f}").center(22)
-            lines.append(row + "".join(f"{self.within(ranker, name):>9.4f}" for name in SHOWN))
+            lines.append(row + "".join(_cell(self.within(ranker, name)) for name in SHOWN))
         lines += [
-            f"{'ceiling':<16}" + "".join(f"{self.ceiling:.4f}".center(22) for _ in SHOWN) + "   1.0000" * len(SHOWN)
+            f"{'ceiling':<16}"
+            + "".join(f"{self.ceiling:.4f}".center(22) for _ in SHOWN)
+            + _cell(1.0 if held else math.nan) * len(SHOWN)
         ]
         lines.append("")
         for other in ("retriever", "untuned"):
@@ -81,7 +82,7 @@ class TargetResults(Results):
         """As Results, with `within_hr@3` and so on per ranker, and the ceiling in `about`."""
         document = super().to_json()
         for ranker in self.per_list:
-            document[ranker] |= {f"within_{name}": self.within(ranker, name) for name in self.per_list[ranker]}
+            document[ranker] |= {f"within_{name}": plain(self.within(ranker, name)) for name in self.per_list[ranker]}
         document["about"] |= {"lists_with_their_target": int(self.found.sum()), "ceiling": self.ceiling}
         return document
 
@@ -90,16 +91,21 @@ def evaluate_rankers(
     lists: Sequence[RankingList],
     scores: Mapping[str, Scores],
     *,
+    targets: bool,
     prepared: PreparedData | None = None,
     split: str = "test",
     gain: str = "exp2",
     bootstrap: int = 1000,
 ) -> Results:
-    """`evaluate_targets`, with the first stage's own orders, where lists have one target; else `evaluate_lists`."""
-    if one_target(lists):
+    """With `targets` (has_targets): `evaluate_targets`, with the first stage's own orders; else `evaluate_lists`."""
+    if targets:
         scores = first_stage_scores(lists) | dict(scores)
         return evaluate_targets(lists, scores, prepared=prepared, split=split, bootstrap=bootstrap)
     return evaluate_lists(lists, scores, prepared=prepared, split=split, gain=gain, bootstrap=bootstrap)
+
+
+def _cell(value: float) -> str:
+    return "-".rjust(9) if math.isnan(value) else f"{value:>9.4f}"
 
 
 def as_grades(lists: Sequence[RankingList]) -> list[RankingList]:

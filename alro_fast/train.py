@@ -42,7 +42,7 @@ from .prompts import PromptBuilder, add_item_tokens
 from .ranking import Ranker
 from .results import baseline_scores, write_predictions, write_trec
 from .stages import finished, merge_adapter, stack_adapters, stage_arguments, write_merged_base
-from .target_metrics import as_grades, evaluate_rankers, one_target
+from .target_metrics import as_grades, evaluate_rankers, has_targets
 from .trainer import NonFiniteLoss, RankerTrainer, TreeDataset
 
 logger = logging.getLogger(__name__)
@@ -302,10 +302,11 @@ class Run:
             return
         if test:
             scores = {name: [ranking.scores for ranking in each] for name, each in rankings.items()}
-            results = evaluate_rankers(test, baseline_scores(self.prepared, test) | scores, prepared=self.prepared)
+            scores_of_all, targets = baseline_scores(self.prepared, test) | scores, has_targets(self.prepared, "test")
+            results = evaluate_rankers(test, scores_of_all, targets=targets, prepared=self.prepared)
             results.save(self.folder)
             write_predictions(self.folder / "predictions.jsonl", test, rankings)
-            write_trec(self.folder, as_grades(test) if one_target(test) else test, scores["tuned"], tag="alro_fast")
+            write_trec(self.folder, as_grades(test) if targets else test, scores["tuned"], tag="alro_fast")
             self.write_report()
             print(f"\n{results.table()}\n")
         print(f"{time.perf_counter() - started:.0f} s; everything is in {self.folder}")
@@ -353,8 +354,9 @@ class Run:
 
     def validate(self) -> dict[str, float]:
         """NDCG of the model as it stands, on the validation lists."""
-        lists = self.lists["valid"]
-        results = evaluate_rankers(lists, {"model": self.ranker.scores(lists)}, split="valid", bootstrap=0)
+        lists, targets = self.lists["valid"], has_targets(self.prepared, "valid")
+        scores = {"model": self.ranker.scores(lists)}
+        results = evaluate_rankers(lists, scores, targets=targets, split="valid", bootstrap=0)
         return {name: results.mean("model", name) for name in ("ndcg@1", "ndcg@3", "ndcg@5", "ndcg@10")}
 
     def save_extras(self, folder: Path) -> None:

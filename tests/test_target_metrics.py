@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
+import polars as pl
 import pytest
 from sklearn.metrics import ndcg_score
-from tiny import random_lists
+from tiny import catalogue, random_lists
 
+from alro_fast.data.lists import TARGET_SCHEMA, open_prepared, write_prepared
 from alro_fast.report import write_report
 from alro_fast.results import Results
-from alro_fast.target_metrics import as_grades, evaluate_rankers, evaluate_targets, first_stage_scores, one_target
+from alro_fast.target_metrics import as_grades, evaluate_rankers, evaluate_targets, first_stage_scores, has_targets
 
 NAN = math.nan
 
@@ -57,7 +60,9 @@ def test_random_is_exact_and_ndcg_agrees_with_scikit_learn():
 def test_the_table_and_the_file_say_who_was_counted(tmp_path):
     lists = lists_with_targets([0, 2, None, None])
     lists = [replace(one, hints=tuple(map(float, range(9, -1, -1)))) for one in lists]
-    found = evaluate_rankers(lists, {"tuned": [-np.arange(10.0)] * 4, "untuned": np.zeros((4, 10))}, bootstrap=50)
+    found = evaluate_rankers(
+        lists, {"tuned": [-np.arange(10.0)] * 4, "untuned": np.zeros((4, 10))}, targets=True, bootstrap=50
+    )
     text = found.table()
     assert "test: 4 users, of whom 2 have their target among the candidates" in text
     for row in ("retriever", "hints", "untuned", "tuned", "ceiling"):
@@ -75,7 +80,7 @@ def test_the_report_names_the_ceiling_and_what_can_be_changed(tmp_path):
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     lists = lists_with_targets([0, 2, None, None])
     rankings = {"tuned": [-np.arange(10.0)] * 4, "untuned": np.zeros((4, 10))}
-    evaluate_rankers(lists, rankings, bootstrap=50).save(tmp_path)
+    evaluate_rankers(lists, rankings, targets=True, bootstrap=50).save(tmp_path)
     page = write_report(tmp_path).read_text()
     assert "2 hold their target, so that no ranker can exceed 0.5000" in page
     assert "Within the lists that hold their target" in page
@@ -84,10 +89,33 @@ def test_the_report_names_the_ceiling_and_what_can_be_changed(tmp_path):
 
 def test_lists_of_several_ratings_are_measured_as_before():
     lists = random_lists(5, 6)
-    assert not one_target(lists)
-    assert not one_target([])
-    assert one_target(lists_with_targets([None, 3]))
-    assert not one_target(lists_with_targets([None, None]))
-    found = evaluate_rankers(lists, {"random": np.zeros((5, 6))}, bootstrap=0)
+    found = evaluate_rankers(lists, {"random": np.zeros((5, 6))}, targets=False, bootstrap=0)
     assert type(found) is Results
     assert "retriever" not in found.per_list
+
+
+def test_the_prepared_data_say_what_is_measured_not_the_hits(tmp_path):
+    """A first stage's held-out lists have targets though every one is missed; its training lists have none."""
+    missed = [replace(one, list_id=f"m{n}") for n, one in enumerate(lists_with_targets([None, None]))]
+    rows = {"split": ["test"] * 2, "user_id": ["u0", "u1"], "item": [0, 1], "place": [None, 80]}
+    targets = pl.DataFrame(rows, schema=TARGET_SCHEMA)
+    write_prepared(tmp_path / "first", catalogue(400), {"test": missed}, targets=targets)
+    write_prepared(tmp_path / "rated", catalogue(400), {"test": lists_with_targets([3, 3])})
+    first, rated = (open_prepared(tmp_path / name) for name in ("first", "rated"))
+    assert [has_targets(first, split) for split in ("train", "valid", "test")] == [False, True, True]
+    assert not has_targets(rated, "test")
+
+
+def test_all_targets_missed_is_zero(tmp_path):
+    lists = lists_with_targets([None] * 5)
+    scores = {"tuned": np.random.default_rng(0).normal(size=(5, 10)), "untuned": np.zeros((5, 10))}
+    found = evaluate_rankers(lists, scores, targets=True, bootstrap=20)
+    assert found.ceiling == 0.0
+    assert {found.mean(name, metric) for name in found.per_list for metric in found.per_list[name]} == {0.0}
+    assert "of whom 0 have their target" in found.table()
+    assert "nan" not in found.table()
+    document = json.loads(found.save(tmp_path).read_text())
+    assert document["tuned"]["within_hr@3"] is None
+    assert document["about"]["ceiling"] == 0.0
+    if find_spec("matplotlib"):
+        assert "0 hold their target" in write_report(tmp_path).read_text()

@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from tiny import byte_tokenizer, catalogue, tiny_llama
 
 from alro_fast import evaluate, rank, train
-from alro_fast.data.lists import open_prepared, write_prepared
+from alro_fast.data.lists import TARGET_SCHEMA, open_prepared, write_prepared
 from alro_fast.data.records import RankingList
 from alro_fast.errors import AlroFastError
 from alro_fast.prompts.recranker import RecRankerPrompts
@@ -61,7 +62,12 @@ def prepare(path: Path, leak: float, **changes) -> Path:
         name: [replace(one, **changes) for one in make_lists(count, name, seed, leak)]
         for seed, (name, count) in enumerate(sizes.items())
     }
-    write_prepared(path, catalogue(60), splits, {"dataset": "made", "options": {"like": 4.0, "dislike": 2.0}})
+    targets = pl.DataFrame(
+        [(split, one.user_id, one.candidates[0].index, 1) for split in ("valid", "test") for one in splits[split]],
+        schema=TARGET_SCHEMA, orient="row",
+    )  # fmt: skip
+    options = {"dataset": "made", "options": {"like": 4.0, "dislike": 2.0}}
+    write_prepared(path, catalogue(60), splits, options, targets)
     return path
 
 
