@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .errors import AlroFastError
+
+
+def check_number(name: str, value: float, ok: bool, expected: str) -> None:
+    if not ok:
+        raise AlroFastError(f"{name} is {value}; expected {expected}")
+
+
+def check_positive(**numbers: float) -> None:
+    for name, value in numbers.items():
+        check_number(name, value, 0 < value < math.inf, "a positive finite number")
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str = "hidden") -> Tensor:
@@ -18,6 +30,8 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str = 
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise AlroFastError(f"{label} has dtype {tensor.dtype}; expected float16, bfloat16, float32 or float64")
         check_device(label, tensor, hidden, name)
+    if 0 in weight.shape:
+        raise AlroFastError(f"weight has shape {tuple(weight.shape)}; expected at least one token and one column")
     if hidden.shape[1] != weight.shape[1]:
         raise AlroFastError(
             f"{name} has {hidden.shape[1]} columns and weight {weight.shape[1]}; expected one hidden size H"

@@ -18,6 +18,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import math
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -25,7 +26,17 @@ import torch
 from torch import Tensor
 
 from .backends import eager
-from .checks import check_device, check_head, check_index, check_ranks, check_relabel, check_scores, check_values
+from .checks import (
+    check_device,
+    check_head,
+    check_index,
+    check_number,
+    check_positive,
+    check_ranks,
+    check_relabel,
+    check_scores,
+    check_values,
+)
 from .errors import AlroFastError
 
 log = logging.getLogger(__name__)
@@ -140,6 +151,7 @@ def soft_argmax_ranks(scores: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
     candidates has n slots). Differentiable in scores. Source: docs/methods.md 1.2.
     """
     check_scores(scores, mask)
+    check_positive(gamma=gamma)
     scores = scores.to(_result_dtype(scores))
     cell = mask[:, :, None] & mask[:, None, :]
     over_slots = torch.softmax((gamma * scores).masked_fill(~cell, torch.finfo(scores.dtype).min), dim=1) * cell
@@ -232,19 +244,21 @@ def head(
     targets [N, C] token ids, logits of which are wanted at their own row; rows [G, S], ids [G, C]: groups of rows that
     share token ids; first, second [P]: pairs of rows a, b; negative entries are pads everywhere (result 0).
     cross [P] = E_{p_a}[z_a - z_b] (entropy) or E_{p_a}[-z_b]; detach_first / detach_second (bool, or bool [P]) stop its
-    gradient into row a / row b, and into the head through that row.
+    gradient into row a / row b, and into the head through that row. With pairs the bias must be finite.
     """
     empty = torch.empty(0, dtype=torch.int64, device=hidden.device)
     pair_count = 0 if first is None else len(first)
     grad_enabled = torch.is_grad_enabled()
     want_expected = grad_enabled and hidden.requires_grad
     want_spread = want_expected and pair_count > 0 and detach_first is not True
-    if softcap is not None and not softcap > 0:
-        raise AlroFastError(f"softcap is {softcap}; expected a positive number or None")
-    if mass_bound is not None and not mass_bound >= 0:
-        raise AlroFastError(f"mass_bound is {mass_bound}; expected a number of at least 0, or None")
+    if softcap is not None:
+        check_positive(softcap=softcap)
+    check_number("scale", scale, scale != 0 and abs(scale) < math.inf, "a finite number other than 0")
     if mass_bound is None:
         mass_bound = _HALF_MASS_BOUND if hidden.dtype in (torch.float16, torch.bfloat16) else 0.0
+    check_number("mass_bound", mass_bound, 0 <= mass_bound < 1, "a number of at least 0 and below 1, or None")
+    if pair_count and bias is not None:
+        check_values("bias", bias, bias.isfinite(), "finite where distributions are compared: 0 * inf has no value")
     detached = [
         flag if isinstance(flag, Tensor) else torch.full((pair_count,), flag, dtype=torch.bool, device=hidden.device)
         for flag in (detach_first, detach_second)
@@ -287,6 +301,7 @@ def listwise(
     backend: str = "auto",
 ) -> eager.Listwise:
     """`backends.eager.listwise` with autograd: soft_lambda [L] and permutation [L] are differentiable in logits."""
+    check_positive(gamma=gamma, sigma=sigma)
     logits = logits.to(_result_dtype(logits))
     soft_lambda, permutation, expected, *_ = torch.ops.alro_fast.listwise(
         logits,
@@ -531,6 +546,9 @@ def _listwise(
         d_teacher = None if detach or divergence == "none" else torch.zeros_like(logits)
         zeros = logits.new_zeros(length), logits.new_zeros(length), torch.zeros_like(ratings)
         return *zeros, d_logits, torch.zeros_like(logits), _or_empty(d_teacher, logits)
+    longest = max(logits.shape[1:])
+    if longest > getattr(module, "LONGEST_LIST", longest):
+        module = _of_long_lists(backend, module.LONGEST_LIST, longest)
     with _as_given(logits):
         terms = module.listwise(
             logits,
@@ -664,6 +682,20 @@ def _resolve(name: str, device_type: str, dtype: torch.dtype) -> ModuleType:
                 f"use one of {available_backends(device, dtype)} or 'auto'"
             )
     return importlib.import_module(f".backends.{name}", __package__)
+
+
+def _of_long_lists(backend: str, limit: int, longest: int) -> ModuleType:
+    if backend != "auto":
+        raise AlroFastError(
+            f"lists of {longest} candidates or grades; backend {backend!r} takes at most {limit}: use 'auto' or 'eager'"
+        )
+    _say_once_long_lists(limit)
+    return eager
+
+
+@functools.cache
+def _say_once_long_lists(limit: int) -> None:
+    log.info("backend eager serves lists of more than %d candidates", limit)
 
 
 def check_backend(name: str) -> None:

@@ -18,6 +18,7 @@ from alro_fast import ops, reference
 from alro_fast.errors import AlroFastError
 
 F64 = torch.float64
+INF, NAN = float("inf"), float("nan")
 SHAPES = [  # N, H, V
     (1, 32, 123),
     (7, 123, 1000),
@@ -426,6 +427,24 @@ def test_listwise_of_128_candidates(backend):
     assert_close(got, run(soft_lambda_of(reference), (logits.double(),), upstream))
 
 
+@pytest.mark.parametrize("form", ["ranking", "ratings"])
+def test_lists_longer_than_the_kernel_takes(form, monkeypatch, caplog):
+    """Left to eager by "auto", and refused by a backend asked for by name."""
+    triton = pytest.importorskip("alro_fast.backends.triton")
+    lists, logits = listwise_case(form, [130], [-1])
+    values = None if lists.grades is None else lists.grades.values
+    arguments = (logits, lists.ratings, lists.ranks, torch.tensor([130]), lists.twin, values)
+    want = ops.listwise(*arguments, backend="eager")
+    with pytest.raises(AlroFastError, match=r"lists of 130 candidates .* backend 'triton' takes at most 128"):
+        ops.listwise(*arguments, backend="triton")
+    monkeypatch.setattr(ops, "resolve_backend", lambda *_: triton)  # what "auto" is on CUDA
+    ops._say_once_long_lists.cache_clear()
+    with caplog.at_level(logging.INFO, logger="alro_fast.ops"):
+        for _ in range(2):
+            torch.testing.assert_close(ops.listwise(*arguments)[:3], want[:3])
+    assert [record.message for record in caplog.records] == ["backend eager serves lists of more than 128 candidates"]
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
 def test_no_lists_and_lists_without_candidates(backend, shape):
     scores = torch.randn(*shape, shape[1], requires_grad=True)
@@ -617,6 +636,32 @@ class Products(TorchDispatchMode):
         return counter.flops
 
 
+def test_one_pass_forward_and_none_backward_on_every_backend(backend, monkeypatch):
+    """Cross-entropy and KL in one call, frozen head: backward calls no function that reads the vocabulary."""
+    n, h, v = 32, 16, 301
+    hidden, weight, bias = make_head(n, h, v, bias=True)
+    module, calls = ops.resolve_backend(backend, torch.device("cpu"), torch.float32), []
+    for name in ("vocab_pass", "weight_grad"):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, _n=name, _f=original, **k: calls.append(_n) or _f(*a, **k))
+    first = torch.arange(n // 2)
+
+    def loss(weight):
+        stats = ops.head(
+            hidden.requires_grad_(), weight, bias, softcap=5.0, targets=torch.randint(0, v, (n, 1)), first=first,
+            second=first + n // 2, backend=backend,
+        )  # fmt: skip
+        return (stats.lse - stats.target_logits[:, 0]).sum() + stats.cross.sum()
+
+    frozen = loss(weight)
+    assert calls == ["vocab_pass"]
+    flops = Products.of(frozen.backward)
+    assert calls == ["vocab_pass"]
+    assert flops < 0.01 * 2 * n * h * v  # nor multiplies with it itself
+    loss(weight.clone().requires_grad_()).backward()
+    assert calls == ["vocab_pass", "vocab_pass", "weight_grad"]
+
+
 def test_two_products_with_the_vocabulary_forward_none_backward():
     n, h, v = 64, 32, 4001
     hidden, weight, _ = make_head(n, h, v)
@@ -756,8 +801,11 @@ def bad(**change):
         ({"weight": torch.randn(8)}, "weight has 1 dimensions; expected 2"),
         ({"bias": torch.randn(22)}, "bias has 22 entries; expected one per row of weight, 23"),
         ({"bias": torch.randn(23).double()}, "bias has dtype torch.float64 and weight torch.float32"),
-        ({"softcap": 0.0}, "softcap is 0.0; expected a positive number or None"),
-        ({"mass_bound": -0.1}, "mass_bound is -0.1; expected a number of at least 0"),
+        ({"weight": torch.randn(0, 8), "bias": None}, r"weight has shape \(0, 8\); expected at least one token"),
+        ({"hidden": torch.randn(4, 0), "weight": torch.randn(23, 0)}, r"weight has shape \(23, 0\)"),
+        *(({"softcap": x}, f"softcap is {x}; expected a positive finite") for x in (0.0, -1.0, INF, NAN)),
+        *(({"scale": x}, f"scale is {x}; expected a finite number other than 0") for x in (0.0, -INF, INF, NAN)),
+        *(({"mass_bound": x}, f"mass_bound is {x}; expected a number of at least 0") for x in (-0.1, 1.0, INF, NAN)),
         ({"backend": "cuda"}, "backend is 'cuda'; expected 'auto' or one of triton, cpp, eager"),
     ],
 )
@@ -765,6 +813,28 @@ def test_bad_input_names_the_argument(change, message):
     with pytest.raises(AlroFastError, match=message):
         bad(**change)
     bad()
+
+
+@pytest.mark.parametrize("name", ["gamma", "sigma"])
+@pytest.mark.parametrize("value", [0.0, -1.0, INF, NAN])
+def test_sharpness_and_slope_are_positive(name, value):
+    scores, mask = torch.randn(1, 3, 3), torch.ones(1, 3, dtype=torch.bool)
+    numbers = {"gamma": 1.0, "sigma": 1.0, name: value}
+    with pytest.raises(AlroFastError, match=f"{name} is {value}; expected a positive finite number"):
+        ops.soft_lambda(scores, torch.ones(1, 3), mask, **numbers)
+    if name == "gamma":
+        with pytest.raises(AlroFastError, match=f"gamma is {value}"):
+            ops.soft_argmax_ranks(scores, mask, gamma=value)
+
+
+def test_an_infinite_bias_is_refused_where_distributions_are_compared(backend):
+    hidden, weight, bias = make_head(4, 8, 23, bias=True)
+    bias[5] = -INF
+    logprobs, lse = ops.linear_logprobs(hidden, weight, torch.tensor([1, 2, 3, 4]), bias=bias, backend=backend)
+    want = reference.linear_logprobs(hidden, weight, torch.tensor([1, 2, 3, 4]), bias=bias)
+    torch.testing.assert_close((logprobs, lse), want)  # a token that cannot occur is no trouble here
+    with pytest.raises(AlroFastError, match=r"bias holds -inf at \(5,\); expected values finite"):
+        ops.linear_kl(hidden[:2], hidden[2:], weight, bias=bias, backend=backend)
 
 
 @pytest.mark.parametrize(

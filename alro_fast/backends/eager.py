@@ -1,8 +1,9 @@
 """The backend that runs anywhere: plain PyTorch, tiled over the vocabulary, never a tensor of [N, V].
 
 It is also the description of what a backend is: a module with the functions below (`gather_logits` and its backward
-may be left out; this module's are then used). Backends know nothing of autograd, labels or losses; `alro_fast.ops`
-composes those. The logits of a row are, everywhere in this project,
+may be left out; this module's are then used), and `LONGEST_LIST` where `listwise` has a limit of candidates. Backends
+know nothing of autograd, labels or losses; `alro_fast.ops` composes those. The logits of a row are, everywhere in this
+project,
 
     z = softcap(scale * (hidden @ weight.T + bias)),      softcap(x) = cap * tanh(x / cap), or x where cap is None
 
