@@ -7,10 +7,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_objective_dmpo import chat_tokenizer
 from tiny import byte_tokenizer, catalogue, random_lists, tiny_llama
+from transformers import LlamaForCausalLM
 
 from alro_fast import evaluate, train
 from alro_fast.data.lists import write_prepared
@@ -20,6 +23,7 @@ from alro_fast.evaluate_preferences import score_preferences
 from alro_fast.model import load_for_inference
 from alro_fast.prompts.preference import PreferencePrompts
 from alro_fast.ranking import Ranker
+from alro_fast.stages import stack_adapters
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +43,17 @@ def folder(tmp_path_factory):
     lists = random_lists(14, range(3, 6), seed=3, history=3, items=60)
     splits = {"train": lists[:6], "valid": lists[6:9], "test": lists[9:]}
     write_prepared(folder / "data", catalogue(60), splits, {"dataset": "made", "tie_rule": "none needed"})
-    train.main(
-        options(
-            folder, "staged", "--preferences", folder / "movies.json", "--eval_preferences", folder / "movies.json",
-            folder / "games.json", "--stages", "sft,dmpo", "--stage_epochs", "1,4", "--stage_learning_rates",
-            "0.003,0.01", "--dpo_beta", 0.5, "--eval_strategy", "epoch",
-        )
-    )  # fmt: skip
+    train.main(staged(folder, "staged"))
     return folder
+
+
+def staged(folder, output, *more):
+    return options(
+        folder, output, "--preferences", folder / "movies.json", "--eval_preferences", folder / "movies.json",
+        folder / "games.json", "--stages", "sft,dmpo", "--stage_epochs", "3,4", "--stage_learning_rates",
+        "0.003,0.01", "--warmup_steps", 0, "--dpo_beta", 0.5, "--eval_strategy", "epoch",
+        *more,
+    )  # fmt: skip
 
 
 def options(folder, output, *more):
@@ -74,6 +81,8 @@ def refused(argv):
 
 def test_stages_leave_an_adapter_each_and_the_second_prefers(folder):
     assert {path.name for path in (folder / "staged").iterdir()} == {"1-sft", "2-dmpo"}
+    learned = load_file(folder / "staged" / "1-sft" / "adapter_model.safetensors")
+    assert all(tensor.abs().max() > 1e-3 for name, tensor in learned.items() if "lora_B" in name)
     results = json.loads((folder / "staged" / "2-dmpo" / "preference_results.json").read_text())
     assert results["movies"]["tuned"]["pair_accuracy"] == 1.0
     assert results["movies"]["earlier stage"]["pair_accuracy"] < 1.0
@@ -102,22 +111,53 @@ def test_the_stacked_adapter_is_both_stages_in_one(folder):
 
 
 def test_stacked_and_merged_say_the_same(folder):
-    """The same second stage written both ways: equal scores, and neither is the first stage's."""
-    first = folder / "staged" / "1-sft"
+    """The same second stage written both ways: equal scores, and neither is the first stage's.
+
+    The first has another rank and scale, and adapts other layers.
+    """
+    first, shape = folder / "first", ["--lora_r", 2, "--lora_alpha", 16, "--lora_target_modules", "q_proj", "v_proj"]
+    argv = ["--preferences", folder / "movies.json", "--objective", "sft", *shape]
+    train.main(options(folder, first, *argv, "--num_train_epochs", 3, "--warmup_steps", 0))
     for way in ("stacked", "merged"):
         more = ["--objective", "dmpo", "--preferences", folder / "movies.json", "--init_adapter", first]
-        train.main(options(folder, way, *more, "--stage_adapter", way, "--num_train_epochs", 2))
+        more += ["--lora_target_modules", "v_proj", "o_proj", "up_proj", "--stage_adapter", way]
+        train.main(options(folder, way, *more, "--num_train_epochs", 2, "--warmup_steps", 0))
     file = folder / "movies.json"
     one, other, before = (scores(each, file) for each in (folder / "stacked", folder / "merged", first))
     np.testing.assert_allclose(one, other, atol=1e-3, rtol=1e-5)
     assert np.abs(one - before).max() > 0.1
-    assert (folder / "merged" / "merged_base" / "model.safetensors").is_file()
+    rewritten, base = (load_file(folder / path / "model.safetensors") for path in ("merged/merged_base", "base"))
+    moved = {name.rsplit(".", 2)[1] for name, weight in base.items() if not weight.equal(rewritten[name])}
+    assert moved == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("layers", [("all-linear", ["q_proj"]), (["q_proj", "up_proj"], ["q_proj", "o_proj"])])
+@pytest.mark.parametrize("turned", [False, True])
+def test_stacking_is_exact_whatever_the_ranks_scales_and_layers(tmp_path, layers, turned):
+    """Random adapters: one of both over the base says what the second says over the base with the first merged in."""
+    tiny_llama(60).save_pretrained(tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    torch.manual_seed(4)
+    kinds = [LoraConfig(r=2, lora_alpha=1, target_modules=layers[turned], init_lora_weights=False),
+             LoraConfig(r=3, lora_alpha=6, target_modules=layers[not turned], init_lora_weights=False)]  # fmt: skip
+    tokens = torch.arange(24).view(2, 12)
+    says = []
+    for name, kind in zip(("first", "second"), kinds):
+        tuned = get_peft_model(model, kind)
+        says.append(tuned(input_ids=tokens).logits)
+        tuned.save_pretrained(tmp_path / name)
+        model = tuned.merge_and_unload()
+    stack_adapters(tmp_path / "first", tmp_path / "second")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    stacked = PeftModel.from_pretrained(base, tmp_path / "second")
+    torch.testing.assert_close(stacked(input_ids=tokens).logits, says[1], rtol=1e-4, atol=1e-4)
+    assert (says[1] - says[0]).abs().max() > 0.1
+    assert stacked.peft_config["default"].r == 5
 
 
 def test_a_resumed_run_skips_finished_stages(folder, capsys):
-    more = ["--preferences", folder / "movies.json", "--stages", "sft,dmpo", "--resume_from_checkpoint", "true"]
     before = (folder / "staged" / "2-dmpo" / "adapter_model.safetensors").stat().st_mtime_ns
-    train.main(options(folder, "staged", *more))
+    train.main(staged(folder, "staged", "--resume_from_checkpoint", "true"))
     assert capsys.readouterr().out.count("finished before") == 2
     assert (folder / "staged" / "2-dmpo" / "adapter_model.safetensors").stat().st_mtime_ns == before
 
@@ -128,8 +168,7 @@ def test_a_resumed_run_begins_a_stage_anew_that_has_no_whole_checkpoint(folder, 
     shutil.rmtree(folder / "cut" / "2-dmpo")
     (folder / "cut" / "2-dmpo" / "checkpoint-1").mkdir(parents=True)
     shutil.copy(folder / "staged" / "2-dmpo" / "config.yaml", folder / "cut" / "2-dmpo")
-    more = ["--preferences", folder / "movies.json", "--stages", "sft,dmpo", "--resume_from_checkpoint", "true"]
-    train.main(options(folder, "cut", *more, "--max_steps", 1))
+    train.main(staged(folder, "cut", "--resume_from_checkpoint", "true"))
     assert "checkpoint-1 is skipped: it has no config.yaml" in capsys.readouterr().out
     assert (folder / "cut" / "2-dmpo" / "adapter_model.safetensors").is_file()
 
