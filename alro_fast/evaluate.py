@@ -18,7 +18,6 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ from .generation import generate_and_parse
 from .orders import Ranking
 from .rank import add_ranking_options
 from .ranking import Ranker, check_device, check_options
-from .report import write_report
+from .report import report_line
 from .results import baseline_scores, evaluate_lists, write_predictions, write_trec
 from .target_metrics import as_grades, evaluate_rankers, has_targets
 from .task_generation import generate_tasks
@@ -147,10 +146,7 @@ def main(argv: Sequence[str]) -> None:
     trec = "" if factor is None else ", run.trec, qrels.trec"
     times = f" (ratings x {factor} in qrels.trec, which holds whole numbers)" if factor not in (None, 1) else ""
     print(f"written to {folder}: results.json, predictions.jsonl{trec}{times}")
-    if find_spec("matplotlib") is None:
-        print("no report.html: its plots need matplotlib (pip install 'alro-fast[plots]')")
-    else:
-        print(f"report: {write_report(folder, options.adapter)}")
+    print(report_line(folder, options.adapter))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -132,7 +132,7 @@ def read_documents(file: str) -> list[Any]:
         whole = json.loads(text)
         documents = whole if isinstance(whole, list) else [whole]
     except json.JSONDecodeError as error:
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
         if len(lines) == 1:
             raise AlroFastError(f"{name} is not JSON: {error}") from None
         documents = []

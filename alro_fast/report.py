@@ -83,6 +83,14 @@ def write_report(folder: str | Path, run_folder: str | Path | None = None) -> Pa
     return path
 
 
+def report_line(folder: str | Path, run_folder: str | Path | None = None) -> str:
+    """Write the report and say where it is, or why there is none: what was measured does not fail with its page."""
+    try:
+        return f"report: {write_report(folder, run_folder)}"
+    except Exception as error:
+        return f"no report.html: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
+
+
 def main(argv: Sequence[str]) -> None:
     """Make the report of a folder again."""
     parser: argparse.ArgumentParser = OneLineParser(
@@ -280,7 +288,7 @@ def _lines(path: Path) -> list[dict]:
     if not path.is_file():
         return []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     except ValueError:
         raise AlroFastError(f"{path} is damaged: it is not JSON lines") from None
 

@@ -10,7 +10,6 @@ from .cli import run  # before torch: see there
 # isort: split
 
 import contextlib
-import importlib.util
 import json
 import logging
 import shutil
@@ -40,6 +39,7 @@ from .objectives.base import Objective, build_objective
 from .orders import Ranking
 from .prompts import PromptBuilder, add_item_tokens
 from .ranking import Ranker
+from .report import report_line
 from .results import baseline_scores, write_predictions, write_trec
 from .stages import finished, merge_adapter, stack_adapters, stage_arguments, write_merged_base
 from .target_metrics import as_grades, evaluate_rankers, has_targets
@@ -307,22 +307,13 @@ class Run:
             results.save(self.folder)
             write_predictions(self.folder / "predictions.jsonl", test, rankings)
             write_trec(self.folder, as_grades(test) if targets else test, scores["tuned"], tag="alro_fast")
-            self.write_report()
             print(f"\n{results.table()}\n")
+            print(report_line(self.folder))
         print(f"{time.perf_counter() - started:.0f} s; everything is in {self.folder}")
 
     def rank_tuned(self, lists: Sequence[RankingList]) -> dict[str, list[Ranking]]:
         """Rankings of the tuned model for the closing table, by their rows; `tuned` is what it is judged by."""
         return {"tuned": self.ranker.rank(lists)}
-
-    def write_report(self) -> None:
-        """report.html, where matplotlib is installed."""
-        if importlib.util.find_spec("matplotlib") is None:
-            logger.info("no report.html: its plots need matplotlib (pip install 'alro-fast[plots]')")
-            return
-        from .report import write_report
-
-        write_report(self.folder)
 
     def fit(self) -> None:
         """Train, and write weights and state; an adapter over an earlier stage's is made whole."""

@@ -44,7 +44,7 @@ def ranked(capsys, adapter, documents, *options):
         rank.main(["--adapter", str(adapter), *options])
     finally:
         sys.stdin = former
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
 
 
 def test_orders_candidates_and_passes_ids_through(capsys, adapter):
@@ -72,6 +72,14 @@ def test_one_list_an_array_and_json_lines_agree(capsys, adapter, tmp_path):
     rank.main(["--adapter", str(adapter), str(file), "--token_budget", "0", "--top_k", "1"])
     best = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [entry["ranking"] for entry in best] == [entry["ranking"][:1] for entry in array]
+
+
+def test_json_lines_end_where_they_end(capsys, adapter):
+    """U+2028, U+2029 and U+0085 within a JSON text end no line."""
+    titles = ["A\u2028B", "C\u2029D", "E\x85F"]
+    line = json.dumps({"candidates": [{"title": title} for title in titles]}, ensure_ascii=False)
+    found = ranked(capsys, adapter, f"{line}\n{line}\n")
+    assert [sorted(entry["title"] for entry in one["ranking"]) for one in found] == [titles] * 2
 
 
 def test_titles_may_repeat_and_history_may_be_empty(capsys, adapter):

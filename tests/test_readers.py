@@ -34,7 +34,7 @@ def test_ml_100k(tmp_path):
     (tmp_path / "u.data").write_text("196\t242\t3\t881250949\n22\t10\t1\t878887116\n")
     flags = ["1" if g in {"Comedy", "Sci-Fi"} else "0" for g in ML100K_GENRES]
     lines = [
-        "|".join(["242", "Misérables, Les (1995)", "01-Jan-1995", "", "http://x", *flags]),
+        "|".join(["242", "Misérables,\x85Les (1995)", "01-Jan-1995", "", "http://x", *flags]),
         "|".join(["10", 'The "Real" One (1990)', "", "", "", "1", *["0"] * 18]),
     ]
     (tmp_path / "u.item").write_bytes("\n".join(lines).encode("latin-1"))
@@ -42,7 +42,7 @@ def test_ml_100k(tmp_path):
     assert rows(found) == [("196", "242", 3.0, 881250949), ("22", "10", 1.0, 878887116)]
     assert described(found) == [
         ("10", 'The "Real" One (1990)', ""),
-        ("242", "Misérables, Les (1995)", "Comedy, Sci-Fi"),
+        ("242", "Misérables,\x85Les (1995)", "Comedy, Sci-Fi"),
     ]
     assert found.user_ids.to_list() == ["22", "196"]
     assert found.time_unit == "s"
@@ -50,13 +50,13 @@ def test_ml_100k(tmp_path):
 
 def test_ml_1m(tmp_path):
     (tmp_path / "ratings.dat").write_text("1::1193::5::978300760\n2::661::3::978302109\n")
-    titles = "661::Star Wars: Episode IV (1977)::Action|Sci-Fi\n1193::Cité, La (1975)::Drama\n"
+    titles = "661::Star Wars: Episode IV (1977)::Action|Sci-Fi\n1193::Cité,\x85La (1975)::Drama\n"
     (tmp_path / "movies.dat").write_bytes(titles.encode("latin-1"))
     found = read_interactions("ml-1m", tmp_path, allow_altered=True, notice=silent)
     assert rows(found) == [("1", "1193", 5.0, 978300760), ("2", "661", 3.0, 978302109)]
     assert described(found) == [
         ("661", "Star Wars: Episode IV (1977)", "Action, Sci-Fi"),
-        ("1193", "Cité, La (1975)", "Drama"),
+        ("1193", "Cité,\x85La (1975)", "Drama"),
     ]
 
 

@@ -18,7 +18,7 @@ from alro_fast import report
 from alro_fast.errors import AlroFastError
 from alro_fast.orders import make_ranking, presentations
 from alro_fast.plots import Plots, mean_by_position, order_taus
-from alro_fast.report import write_report
+from alro_fast.report import report_line, write_report
 from alro_fast.results import evaluate_lists, write_predictions
 
 EVIL = '<script src="http://evil.example/x.js">alert(1)</script> & "q" <img src=http://evil.example/y.png>'
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "run <1>"
     folder.mkdir()
     lists = random_lists(60, 8, seed=1)
-    items = [item._replace(title=EVIL) for item in lists[0].candidates]
+    items = [item._replace(title=f"{EVIL}\u2028\x85") for item in lists[0].candidates]
     lists = [
         replace(entry, list_id=f"{entry.list_id} <b>", candidates=(*items[:3], *entry.candidates[3:]))
         for entry in lists
@@ -157,6 +157,18 @@ def test_what_cannot_be_reported_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(AlroFastError, match="plots need matplotlib"):
         Plots(tmp_path)
+
+
+def test_a_report_that_fails_is_one_line(tmp_path):
+    assert report_line(tmp_path) == f"no report.html: {tmp_path} holds no results.json of alro_fast; run " + (
+        "alro_fast.evaluate or alro_fast.train"
+    )
+    evaluate_lists(random_lists(2, 4), {"tuned": [np.arange(4)] * 2}, bootstrap=0).save(tmp_path)
+    assert report_line(tmp_path) == f"report: {tmp_path / 'report.html'}"
+    (tmp_path / "trainer_state.json").write_text('{"log_history": 3}')
+    line = report_line(tmp_path)
+    assert line.startswith("no report.html: ")
+    assert "\n" not in line
 
 
 def console(page) -> list[str]:

@@ -101,7 +101,7 @@ def _cells(path: Path) -> Iterable[dict[str, Any]]:
         )
     try:
         text = path.read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else None
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else None
         rows = json.loads(text) if rows is None else rows
     except ValueError as error:
         raise AlroFastError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None

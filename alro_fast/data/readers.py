@@ -73,7 +73,7 @@ def read_ml_100k(ratings: Path, items: Path) -> RawData:
     """u.data (tab-separated user, item, rating, time) and u.item ("|"-separated, latin-1, 19 genre flags)."""
     scan = _scan_csv(ratings, separator="\t", names=["user", "item", "rating", "time"])
     rows = []
-    for number, line in enumerate(items.read_text(encoding="latin-1").splitlines(), start=1):
+    for number, line in enumerate(_text_lines(items), start=1):
         cells = line.split("|")
         if len(cells) != 5 + len(ML100K_GENRES):
             raise AlroFastError(f"{items.name} line {number} has {len(cells)} fields; 24 separated by '|' are expected")
@@ -85,12 +85,18 @@ def read_ml_1m(ratings: Path, items: Path) -> RawData:
     """ratings.dat and movies.dat: fields separated by "::", latin-1; genres separated by "|"."""
     scan = _scan_csv(ratings, separator=":", names=["user", "_1", "item", "_2", "rating", "_3", "time"])
     rows = []
-    for number, line in enumerate(items.read_text(encoding="latin-1").splitlines(), start=1):
+    for number, line in enumerate(_text_lines(items), start=1):
         cells = line.split("::")
         if len(cells) != 3:
             raise AlroFastError(f"{items.name} line {number} has {len(cells)} fields; 3 separated by '::' are expected")
         rows.append((cells[0], cells[1], cells[2].split("|")))
     return RawData(scan.select("user", "item", "rating", "time"), _items(rows), (ratings, items))
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    """Lines of a latin-1 file, where a title may hold characters that str.splitlines takes for line ends."""
+    with path.open(encoding="latin-1") as file:
+        yield from (line.rstrip("\n") for line in file)
 
 
 def read_movielens_csv(ratings: Path, items: Path, columns: Columns) -> RawData:
