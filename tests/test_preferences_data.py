@@ -43,6 +43,29 @@ def test_trl_rows_of_every_file_type(tmp_path, suffix):
     assert not one.paired
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085", "\x1c", "\x0b"])
+def test_a_line_of_jsonl_ends_with_a_line_feed_alone(tmp_path, separator):
+    rows = [ROW | {"prompt": f"One{separator}two?"}, ROW]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    if separator in "\x1c\x0b":  # JSON wants these escaped
+        lines = [json.dumps(row) for row in rows]
+    (tmp_path / "a.jsonl").write_text("\r\n".join([*lines, ""]), encoding="utf-8", newline="")
+    assert [one.prompts for one in read_preferences(tmp_path / "a.jsonl")] == [(f"One{separator}two?",), ("Next?",)]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path, suffix):
+    file = write(tmp_path / f"a{suffix}", [ROW])
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert read_preferences(file)[0].prompts == ("Next?",)
+
+
+def test_alpaca_history_is_earlier_turns(tmp_path):
+    row = {"instruction": "Next?", "input": None, "output": ["a", "b"], "history": [["Seen?", "Gold"]]}
+    [one] = read_preferences(write(tmp_path / "a.json", [row]))
+    assert one.prompts == ((Turn("user", "Seen?"), Turn("assistant", "Gold"), Turn("user", "Next?")),)
+
+
 def test_trl_rejected_may_be_a_text_and_rows_of_a_user_become_one(tmp_path):
     rows = [
         {"prompt": "A?", "chosen": "x", "rejected": "y"},
@@ -56,6 +79,17 @@ def test_trl_rejected_may_be_a_text_and_rows_of_a_user_become_one(tmp_path):
     assert (second.prompts, third.chosen) == (("B?",), ("w",))
     assert first.user_id == third.user_id != second.user_id
     assert len(read_preferences(file, merge=False)) == 4
+
+
+def test_an_answer_rejected_twice_counts_once(tmp_path, capsys):
+    """Within a row, in rows of one prompt, and as a whole row that asks about two items."""
+    pair = {"prompt": TEXT, "chosen": "<Title:B , C> , <Title:Bug's Life, A >",
+            "rejected": "<Title:Bug's Life, A > , <Title:B , C>"}  # fmt: skip
+    rows = [ROW | {"rejected": ["x", "y", "x"]}, ROW | {"rejected": "y"}, pair, pair]
+    first, second = read_preferences(write(tmp_path / "a.json", rows))
+    assert first.rejected == ("x", "y")
+    assert (second.rejected, second.paired) == ((pair["rejected"],), False)
+    assert "a.json: 3 rejected answers stand there twice" in capsys.readouterr().out
 
 
 def message(role, content):
@@ -105,6 +139,9 @@ def test_one_ordering_gives_the_other_with_its_spaces(tmp_path):
     assert one.rejected == (" <Title:B , C> ,  <Title:Bug's Life, A > ",)
 
 
+ALPACA = {"instruction": "Next?", "output": ["a", "b"]}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -112,6 +149,20 @@ def test_one_ordering_gives_the_other_with_its_spaces(tmp_path):
         ("a.json", [{"prompt": "a", "chosen": "b", "rejected": []}], "row 0 has no rejected answer"),
         ("a.json", [ROW, ROW | {"chosen": "  "}], "row 1: a chosen answer is empty"),
         ("a.json", [ROW | {"rejected": ["b", ""]}], "row 0: a rejected answer is empty"),
+        ("a.json", [ROW | {"chosen": "\u200b \ufeff"}], "row 0: a chosen answer is empty"),
+        ("a.json", [ROW | {"prompt": ""}], "row 0: the prompt is empty"),
+        ("a.json", [ROW | {"prompt": [message("user", " \u200b")]}], "row 0: the prompt is empty"),
+        ("a.json", [ALPACA | {"instruction": ""}], "row 0: the prompt is empty"),
+        ("a.json", [ROW | {"chosen": "\ud83d"}], "row 0: '\\ud83d' holds half of a surrogate pair"),
+        ("a.json", [ROW | {"prompt": "x\udc00"}], "holds half of a surrogate pair"),
+        ("a.json", [ALPACA | {"instruction": None}], "row 0: instruction is None; expected a text"),
+        ("a.json", [ALPACA | {"instruction": 3}], "row 0: instruction is 3; expected a text"),
+        ("a.json", [ALPACA | {"input": ["x"]}], "row 0: input is ['x']; expected a text"),
+        ("a.json", [ALPACA | {"system": 3}], "row 0: system is 3; expected a text"),
+        ("a.json", [ALPACA | {"history": [["a"]]}], "row 0: history is [['a']]; expected a list of [question, answer]"),
+        ("a.json", [ALPACA | {"history": [["a", None]]}], "expected a list of [question, answer]"),
+        ("a.json", [ALPACA | {"history": 3}], "row 0: history is 3; expected"),
+        ("a.json", [ALPACA | {"history": ["ab"]}], "row 0: history is ['ab']; expected"),
         ("a.json", [ROW | {"rejected": ["x", " North"]}], "' North' is chosen and rejected"),
         ("a.json", [{"chosen": "a", "rejected": "b"}], "row 0 has no prompt"),
         ("a.json", [{"question": "a"}], "row 0 has the columns question; expected columns prompt, chosen, rejected"),

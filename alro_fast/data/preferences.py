@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ def read_preferences(path: str | Path, *, need_rejected: bool = True, merge: boo
     need_rejected: False also takes rows without a rejected answer, as supervised tuning does.
     merge: False keeps every row a record of its own.
     Raises AlroFastError naming file and row: not a preference file, no rejected answer, an empty answer, an answer both
-    chosen and rejected.
+    chosen and rejected, an empty prompt, half a character.
     """
     path = Path(path)
     rows = [_row(cells, f"{path.name}, row {number}") for number, cells in enumerate(_cells(path))]
@@ -73,7 +74,14 @@ def read_preferences(path: str | Path, *, need_rejected: bool = True, merge: boo
         raise AlroFastError(f"{path} holds no rows; {EXPECTED}")
     for number, row in enumerate(rows):
         _check(row, f"{path.name}, row {number}", need_rejected)
-    return _merged(rows, path.stem) if merge else [_record(path.stem, n, [row], None) for n, row in enumerate(rows)]
+    if merge:
+        records = _merged(rows, path.stem)
+    else:
+        records = [_record(path.stem, number, [row], None) for number, row in enumerate(rows)]
+    repeated = sum(len(row.rejected) for row in rows) - sum(len(one.rejected) for one in records)
+    if repeated:
+        print(f"{path}: {repeated:,} rejected answers stand there twice for one user and prompt; each is taken once")
+    return records
 
 
 def two_items(answer: str, prompt: str) -> tuple[str, str] | None:
@@ -100,7 +108,7 @@ def _cells(path: Path) -> Iterable[dict[str, Any]]:
             f"{path}: cannot read {path.suffix or 'a file without suffix'}; expected {', '.join(FORMATS)}"
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         rows = [json.loads(line) for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else None
         rows = json.loads(text) if rows is None else rows
     except ValueError as error:
@@ -138,12 +146,18 @@ def _row(cells: dict[str, Any], place: str) -> _Row:
 
 
 def _alpaca(cells: dict[str, Any], place: str, user: str | None) -> _Row:
-    text = str(cells["instruction"])
+    for name in ("instruction", "input", "system"):
+        if not isinstance(cells.get(name, ""), str) and (name == "instruction" or cells[name] is not None):
+            raise AlroFastError(f"{place}: {name} is {cells[name]!r:.60}; expected a text")
+    text = cells["instruction"]
     if cells.get("input"):
-        text += "\n" + str(cells["input"])
-    turns = [Turn("system", str(cells["system"]))] if cells.get("system") else []
-    for asked, answered in cells.get("history") or ():
-        turns += [Turn("user", str(asked)), Turn("assistant", str(answered))]
+        text += "\n" + cells["input"]
+    turns = [Turn("system", cells["system"])] if cells.get("system") else []
+    history = cells.get("history") or []
+    if not isinstance(history, list) or not all(map(_exchange, history)):
+        raise AlroFastError(f"{place}: history is {history!r:.60}; expected a list of [question, answer] texts")
+    for asked, answered in history:
+        turns += [Turn("user", asked), Turn("assistant", answered)]
     prompt = (*turns, Turn("user", text))
     output = cells.get("output")
     if "chosen" in cells:
@@ -155,6 +169,10 @@ def _alpaca(cells: dict[str, Any], place: str, user: str | None) -> _Row:
         raise AlroFastError(f"{place}: output is {output!r:.60}; expected a text, or the two texts [chosen, rejected]")
     chosen, rejected = output if len(output) == 2 else (output[0], None)
     return _Row(prompt, (_answer(chosen, place),), tuple(_answer(one, place) for one in _each(rejected)), user)
+
+
+def _exchange(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
 
 
 def _swapped(answer: str, first: str, second: str) -> str:
@@ -199,12 +217,23 @@ def _check(row: _Row, place: str, need_rejected: bool) -> None:
             f"{place} has no rejected answer, which a preference loss compares with; {EXPECTED}, or train with "
             "--objective sft"
         )
+    asked = (row.prompt,) if isinstance(row.prompt, str) else tuple(turn.content for turn in row.prompt)
+    if _empty("".join(asked)):
+        raise AlroFastError(f"{place}: the prompt is empty; a model needs something to answer")
+    for text in (*asked, *row.chosen, *row.rejected):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise AlroFastError(f"{place}: {text!r:.60} holds half of a surrogate pair, which is no character; mend it")
     for kind, answers in (("chosen", row.chosen), ("rejected", row.rejected)):
-        if not all(answer.strip() for answer in answers):
+        if any(map(_empty, answers)):
             raise AlroFastError(f"{place}: a {kind} answer is empty; every answer needs a text")
     both = set(row.chosen) & set(row.rejected)
     if both:
         raise AlroFastError(f"{place}: {both.pop()!r:.60} is chosen and rejected; an answer can be one of them only")
+
+
+def _empty(text: str) -> bool:
+    """True where nothing can be seen: spaces, and characters without width (Unicode category Cf)."""
+    return all(letter.isspace() or unicodedata.category(letter) == "Cf" for letter in text)
 
 
 def _merged(rows: Sequence[_Row], stem: str) -> list[Preference]:
@@ -233,11 +262,13 @@ def _pair_question(row: _Row) -> tuple[str, str] | None:
 
 def _record(stem: str, number: int, rows: Sequence[_Row], history: str | None) -> Preference:
     """One prompt shared by all answers, or, where rows ask about two items, a prompt per pair."""
+    rows = list(dict.fromkeys(rows))
     prompts = tuple(dict.fromkeys(row.prompt for row in rows))
+    rejected = tuple(answer for row in rows for answer in row.rejected)
+    rejected = tuple(dict.fromkeys(rejected)) if len(prompts) == 1 else rejected
     chosen = rows[0].chosen if len(prompts) == 1 else tuple(row.chosen[0] for row in rows)
     if len(prompts) > 1:
         prompts = tuple(row.prompt for row in rows)
-    rejected = tuple(answer for row in rows for answer in row.rejected)
     user = rows[0].user
     if user is None:
         known = history if history is not None else repr(prompts[0])
