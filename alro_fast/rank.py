@@ -63,9 +63,9 @@ def main(argv: Sequence[str]) -> None:
     if ranker.prompts.identifiers == "items":
         items = catalogue(options.adapter)
         lists = [numbered(*pair, items) for pair in zip(lists, documents, strict=True)]
-    long = sum(len(entry.candidates) > ranker.prompts.max_candidates for entry in lists)
-    if long:
-        most = ranker.prompts.max_candidates
+    most = ranker.prompts.max_candidates
+    long = sum(len(entry.candidates) > most for entry in lists)
+    if long and options.method not in ("pointwise", "pairwise"):
         print(f"{long} lists have more than {most} candidates: ranked by sliding windows of {most}", file=sys.stderr)
     rankings = ranker.stream(
         lists,

@@ -146,8 +146,8 @@ class Ranker:
 
         method: see the module; default: `first`, or `expected` for `ratings` answers. shuffles: presentations of each
         list, the stored one first; the others depend on (seed, list_id) alone. More candidates than identifiers are
-        ranked by windows that slide from the end of the list to its start. hybrid: constants in place of the ranker's
-        own; pairing: which candidates are compared in pairs, of hybrid.PAIRINGS.
+        ranked by windows that slide from the end of the list to its start (RecRanker's grades and pairs need none).
+        hybrid: constants in place of the ranker's own; pairing: which candidates are compared, of hybrid.PAIRINGS.
         Raises AlroFastError for an unknown method, an empty list or one that names a candidate twice.
         """
         hybrid = hybrid or self.hybrid
@@ -173,7 +173,7 @@ class Ranker:
 
     def _rank(self, lists: list[RankingList], read: Reader, shuffles: int, merge_by: str, seed: int) -> list[Ranking]:
         capacity = self.prompts.max_candidates
-        fits = [len(entry.candidates) <= capacity for entry in lists]
+        fits = [self.answer == "tasks" or len(entry.candidates) <= capacity for entry in lists]  # tasks: read_tasks
 
         def direct(entries: list[RankingList]) -> list[Ranking]:
             presented = [presentations(entry, shuffles, seed) for entry in entries]

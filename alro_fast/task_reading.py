@@ -6,7 +6,8 @@
 | pairwise | P(the first is preferred), P over Yes and No, averaged over both orders of naming the two |
 | listwise | log-probability of naming the candidate first, normalised over the candidates |
 
-All questions about a list continue two pages, so they are two trees, packed into one forward pass.
+All questions about a list continue two pages, so they are two trees, packed into one forward pass. Of a list with more
+candidates than identifiers, grades and pairs are asked as ever; only its listwise order takes sliding windows.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .hybrid import HYBRIDS, constants_of, pairs_of, utilities, win_shares
-from .orders import generator_of
+from .orders import Ranking, generator_of, make_ranking, slide
 from .packing import Branch, Tree
 from .prompts.recranker import Ask, TaskPrompts
 
@@ -37,7 +38,7 @@ class Reading(NamedTuple):
 
     grades: np.ndarray | None  # [m], on the rating scale
     wins: np.ndarray | None  # [B, m], mean probability of being preferred to the others it was paired with
-    named: np.ndarray | None  # [B, m], log-probability of being named first
+    named: np.ndarray | None  # [B, m], log-probability of being named first; of a long list minus the place
 
     def scores(self, method: str, hybrid: str) -> np.ndarray:
         """Scores of a method of TASK_METHODS, [B, m], higher is better."""
@@ -62,9 +63,11 @@ def read_tasks(
     """Readings of every list, of the tasks that `method` needs.
 
     presented: [B, m] per list, the orders that listwise questions show; each comes with a pairing of its own, drawn
-    from (seed, its number, list id) where it is random.
+    from (seed, its number, list id) where it is random. With more candidates than identifiers each is slid over by
+    itself, and `named` is minus the place.
     """
     wanted = {name: method in (name, "hybrid") for name in TASK_METHODS}
+    most = ranker.prompts.max_candidates
     asks, pairs = [], []
     for entry, shown in zip(lists, presented, strict=True):
         m = len(entry.candidates)
@@ -75,7 +78,7 @@ def read_tasks(
                 entry,
                 range(m) if wanted["pointwise"] else (),
                 [way for pair in chain(*drawn) for way in (pair, pair[::-1])] if wanted["pairwise"] else (),
-                shown.tolist() if wanted["listwise"] else (),
+                shown.tolist() if wanted["listwise"] and m <= most else (),
             )
         )
     prompts = ranker.prompts.encode(asks)
@@ -92,10 +95,30 @@ def read_tasks(
         groups += [trees] if trees else []  # a lone candidate is in no pair
     read = iter(ranker.read_branches(groups, tokens))
     values = np.asarray(ranker.prompts.grade_values, dtype=np.float64)
-    return [
+    readings = [
         _reading(made, ask, drawn, wanted, read, values)
         for made, ask, drawn in zip(prompts, asks, pairs, strict=True)
     ]  # fmt: skip
+    if wanted["listwise"]:
+        for n, entry in enumerate(lists):
+            if len(entry.candidates) > most:
+                readings[n] = readings[n]._replace(named=_named_by_windows(ranker, entry, presented[n]))
+    return readings
+
+
+def _named_by_windows(ranker: Ranker, entry: RankingList, presented: np.ndarray) -> np.ndarray:
+    """Minus the listwise place, [B, m], of every candidate of a long list, whose every presentation is slid over."""
+
+    def rank(parts: list[RankingList]) -> list[Ranking]:
+        shown = [np.arange(len(part.candidates))[None] for part in parts]
+        readings = read_tasks(ranker, parts, shown, "listwise")
+        return [make_ranking(*each, reading.named, "mean") for *each, reading in zip(parts, shown, readings)]
+
+    named = np.empty(presented.shape)
+    slid = slide([entry.select(order) for order in presented], ranker.prompts.max_candidates, rank)
+    for row, order, ranking in zip(named, presented, slid, strict=True):
+        row[order] = ranking.scores
+    return named
 
 
 def _questions(made: TaskPrompts, grades: list[int], choices: list[int]) -> tuple[list[_Branch], list[_Branch]]:
@@ -131,7 +154,7 @@ def _reading(
         for b, pairs in enumerate(drawn):
             ways = [(_softmax(next(read))[0], _softmax(next(read))[1]) for _ in pairs]
             wins[b] = win_shares(m, pairs, [(one + other) / 2 for one, other in ways])
-    if wanted["listwise"]:
+    if made.listings:
         named = np.empty((len(made.listings), m))
         for b, one in enumerate(made.listings):
             single = all(len(entry) == 1 for entry in one.entries)

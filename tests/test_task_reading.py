@@ -124,9 +124,32 @@ def test_hints_reach_the_model_and_every_pair_can_be_asked():
     assert every.mean() == pytest.approx(0.5)
 
 
-def test_more_candidates_than_letters():
+@pytest.mark.parametrize("size", [120, 200])
+def test_more_candidates_than_letters(size):
+    """Grades and pairs are those of the candidates alone, whatever the length; only the listwise order slides."""
+    (entry,) = hinted(1, sizes=size, seed=2)
+    found = {method: RANKER.rank([entry], method=method)[0] for method in TASK_METHODS}
+    for one in found.values():
+        assert sorted(one.order) == list(range(size))
+    parts = [entry.select(range(start, start + 40)) for start in range(0, size, 40)]
+    alone = np.concatenate([one.scores for one in RANKER.rank(parts, method="pointwise")])
+    np.testing.assert_allclose(found["pointwise"].scores, alone, atol=1e-5)
+    pairs = pairs_of(size, "matching", generator_of(entry, 0, 0))
+    two = RANKER.rank([entry.select(pair) for pair in pairs], method="pairwise")
+    wins = win_shares(size, pairs, [one.scores[0] for one in two])
+    np.testing.assert_allclose(found["pairwise"].scores, wins, atol=1e-5)
+    places = np.argsort(found["listwise"].order)
+    utility = utilities(alone, wins, places, HYBRIDS["code"])
+    np.testing.assert_allclose(found["hybrid"].scores, utility, atol=1e-5)
+
+
+def test_every_presentation_of_a_long_list_slides_by_itself():
     (entry,) = hinted(1, sizes=60, seed=2)
-    assert sorted(RANKER.rank([entry], method="listwise")[0].order) == list(range(60))
+    found = RANKER.rank([entry], method="listwise", shuffles=2)[0]
+    turned = entry.select(found.presented[1])
+    np.testing.assert_array_equal(found.presentation_scores[0], RANKER.rank([entry], method="listwise")[0].scores)
+    scores = RANKER.rank([turned], method="listwise")[0].scores
+    np.testing.assert_array_equal(found.presentation_scores[1][found.presented[1]], scores)
 
 
 def test_what_cannot_be_read_is_said():
