@@ -25,7 +25,7 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from . import __version__
-from .checkpoints import check_same_data, find_checkpoint, newest_checkpoint
+from .checkpoints import check_same_data, check_same_options, find_checkpoint, newest_checkpoint
 from .config import Config, parse
 from .data.interactions import TABLES
 from .data.lists import PreparedData, open_prepared
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
     keep_freed_memory()
-    for stage in list(stages(config, argv)):  # a mistake in the second is found before the first begins
+    for stage in list(stages(config, argv)):
         session = run_for(stage)
         session.describe()
         if not stage.training.dry_run:
@@ -73,7 +73,9 @@ def main(argv: Sequence[str]) -> None:
 def stages(config: Config, argv: Sequence[str]) -> Iterator[Config]:
     """The run's own configuration, or, with `--stages`, one for each stage, in folders of their own below output_dir.
 
-    A resumed run skips the stages that are finished, and begins anew those that have no whole checkpoint.
+    Options and data of a stage are checked as it is yielded: taken as a list, a mistake in the second is found before
+    the first begins. A resumed run skips the stages that are finished, and begins anew those that have no whole
+    checkpoint.
     """
     if config.training.stages is None:
         yield config
@@ -83,38 +85,50 @@ def stages(config: Config, argv: Sequence[str]) -> Iterator[Config]:
         stage = parse([*argv, *words])
         stage.training.stages = stage.training.stage_epochs = stage.training.stage_learning_rates = None
         folder = Path(stage.training.output_dir)
-        if stage.training.resume_from_checkpoint:
-            if finished(folder):
-                print(f"{folder}: finished before")
-                continue
-            if newest_checkpoint(folder) is None:
-                stage.training.resume_from_checkpoint = None
-                stage.training.overwrite_output_dir = True
         if stage.training.dry_run:
             stage.model.init_adapter = config.model.init_adapter
             stage.model.model_name_or_path = config.model.model_name_or_path
         if stage.objective.objective == "sft" and "dmpo" in config.training.stages:
             stage.objective.objective = "sft_chosen"
+        kind = kind_of(stage)
+        kind.settle(stage)
+        given = kind.given(stage)
+        if stage.training.resume_from_checkpoint:
+            if finished(folder):
+                check_same_options(folder, stage)
+                if given is not None:
+                    check_same_data(str(folder), given)
+                print(f"{folder}: finished before")
+                continue
+            if newest_checkpoint(folder) is None:
+                stage.training.resume_from_checkpoint = None
+                stage.training.overwrite_output_dir = True
         yield stage
 
 
 def run_for(config: Config) -> Run:
+    """The run that a configuration asks for, built."""
+    return kind_of(config)(config)
+
+
+def kind_of(config: Config) -> type[Run]:
     """The kind of run that a configuration asks for."""
     if config.objective.objective == "recranker":
         from .train_recranker import RecRankerRun
 
-        return RecRankerRun(config)
+        return RecRankerRun
     if config.data.preferences is None and config.objective.objective not in ("dmpo", "sft_chosen"):
-        return Run(config)
+        return Run
     from .train_preferences import PreferenceRun
 
-    return PreferenceRun(config)
+    return PreferenceRun
 
 
 class Run:
     """One training run, checked and built; `train()` starts it."""
 
     def __init__(self, config: Config) -> None:
+        self.settle(config)
         self.config, self.training = config, config.training
         self.made: list[Path] = []  # the output folder, and those above it, where they are new
         try:
@@ -122,6 +136,15 @@ class Run:
         except AlroFastError:
             self.unmake()
             raise
+
+    @staticmethod
+    def settle(config: Config) -> None:
+        """Set options that follow from others; AlroFastError for those that do not go together."""
+
+    @staticmethod
+    def given(config: Config) -> PreparedData | None:
+        """The data that a run begins with, checked; None where it has yet to be prepared."""
+        return None if config.data.data_dir is None else open_prepared(config.data.data_dir)
 
     def build(self) -> None:
         """Everything up to the Trainer."""
@@ -340,7 +363,7 @@ class Run:
         if triton.unavailable(self.training.device, head.weight.dtype) is None:
             triton.warmup(
                 head.weight.shape[1], head.weight.shape[0], dtype=head.weight.dtype, softcap=head.softcap,
-                bias=head.bias is not None, device=self.training.device,
+                bias=head.bias is not None, trainable=head.weight.requires_grad, device=self.training.device,
             )  # fmt: skip
 
     def validate(self) -> dict[str, float]:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
 
+from .config import Config
+from .data.lists import PreparedData
 from .data.negatives import Negatives, positive
 from .data.preferences import Preference, read_preferences
 from .data.records import Item, RankingList
@@ -20,6 +22,7 @@ from .errors import AlroFastError
 from .evaluate_preferences import measure, save, score_preferences, table
 from .folders import check_writable
 from .objectives.base import Example, Objective, build_objective
+from .objectives.dmpo import check_answers
 from .preference_metrics import Scored, preference_metrics
 from .prompts.preference import PreferencePrompts
 from .references import ReferenceTable, reference_table
@@ -34,12 +37,16 @@ class PreferenceFiles(NamedTuple):
     path: Path
     manifest: dict[str, Any]
     items: list[Item]
+    train: list[Preference]
+    tests: dict[str, list[Preference]]  # by the names of their files; the first one validates
 
 
 class PreferenceRun(Run):
     """A run of objective dmpo, or of supervised tuning on the chosen answers (sft_chosen)."""
 
-    def __init__(self, config: Any) -> None:
+    @staticmethod
+    def settle(config: Config) -> None:
+        """Set options that follow from others; AlroFastError for those that do not go together."""
         model, objective, data = config.model, config.objective, config.data
         if data.preferences is not None and objective.objective == "sft":
             objective.objective = "sft_chosen"
@@ -57,6 +64,11 @@ class PreferenceRun(Run):
             raise AlroFastError(
                 "--precompute_ref_log_probs needs negatives that stay; --negatives hardest changes them every epoch"
             )
+        if objective.dmpo_variant == "mult" and data.preferences is None and data.preference_answer == "pairs":
+            raise AlroFastError(
+                "--preference_answer pairs has a prompt per pair; --dmpo_variant mult compares answers to one prompt: "
+                "take sdpo"
+            )
         if model.model_name_or_path == "scratch" and data.preferences is not None:
             raise AlroFastError(
                 "--model_name_or_path scratch learns its words from items; give a model for --preferences"
@@ -67,7 +79,11 @@ class PreferenceRun(Run):
             )
         if objective.precompute_ref_log_probs:
             objective.resample_negatives = False
-        super().__init__(config)
+
+    @staticmethod
+    def given(config: Config) -> PreferenceFiles | PreparedData | None:
+        """The data that a run begins with, checked; None where it has yet to be prepared."""
+        return Run.given(config) if config.data.preferences is None else read_files(config)
 
     def build(self) -> None:
         """Everything up to the Trainer; a file of references that is there already is checked too."""
@@ -92,25 +108,15 @@ class PreferenceRun(Run):
     # ---- data
 
     def load(self, work: Path) -> Any:
-        data = self.config.data
-        if data.preferences is None:
-            return prepare(self.config, work)
-        files = [Path(data.preferences), *map(Path, data.eval_preferences)]
-        need = self.config.objective.objective == "dmpo"
-        self.people = [read_preferences(file, need_rejected=need or number > 0) for number, file in enumerate(files)]
-        hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-        return PreferenceFiles(files[0], {"dataset": files[0].stem, "files": hashes}, [])
+        return prepare(self.config, work) if self.config.data.preferences is None else read_files(self.config)
 
     def splits(self) -> dict[str, Sequence[Preference | RankingList]]:
         """Train, valid and test; the tests by name are `self.tests`."""
         data = self.config.data
         if data.preferences is not None:
             self.negatives = None
-            tested = self.people[1:]
-            self.tests = {Path(file).stem: people for file, people in zip(data.eval_preferences, tested)}
-            if len(self.tests) < len(tested):
-                raise AlroFastError("two --eval_preferences files have one name; rename one, results are kept by it")
-            return {"train": self.people[0], "valid": tested[0] if tested else [], "test": []}
+            self.tests = dict(self.prepared.tests)
+            return {"train": self.prepared.train, "valid": next(iter(self.tests.values()), []), "test": []}
         splits = super().splits()
         self.negatives = Negatives.of(
             self.prepared, count=data.num_negatives, by=data.negatives, source=data.negatives_from,
@@ -220,6 +226,22 @@ class PreferenceRun(Run):
             save(self.folder, results)
             print(f"\n{table(results)}\n")
         print(f"everything is in {self.folder}")
+
+
+def read_files(config: Config) -> PreferenceFiles:
+    """The preference files of a run; AlroFastError where one is not what its objective takes."""
+    data, objective = config.data, config.objective
+    file, measured = Path(data.preferences), {Path(name).stem: Path(name) for name in data.eval_preferences}
+    if len(measured) < len(data.eval_preferences):
+        raise AlroFastError("two --eval_preferences files have one name; rename one, results are kept by it")
+    train = read_preferences(file, need_rejected=objective.objective == "dmpo")
+    tests = {name: read_preferences(path) for name, path in measured.items()}
+    if objective.objective == "dmpo":
+        for one in (*train, *next(iter(tests.values()), ())):
+            check_answers(one, one.list_id, objective.dmpo_variant)
+    roles = {f"train: {file.name}": file} | {f"eval: {path.name}": path for path in measured.values()}
+    hashes = {role: hashlib.sha256(path.read_bytes()).hexdigest() for role, path in roles.items()}
+    return PreferenceFiles(file, {"dataset": file.stem, "files": hashes}, [], train, tests)
 
 
 class _MineEveryEpoch(TrainerCallback):

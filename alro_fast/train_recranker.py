@@ -7,8 +7,8 @@ about a list, and in the closing table, which has a row per task and one, `tuned
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from .config import Config
 from .data.records import RankingList
 from .errors import AlroFastError
 from .objectives.base import Objective, build_objective
@@ -22,12 +22,13 @@ from .train import Run
 class RecRankerRun(Run):
     """A run of objective recranker."""
 
-    def __init__(self, config: Any) -> None:
+    @staticmethod
+    def settle(config: Config) -> None:
+        """AlroFastError for options that belong to other objectives."""
         if config.data.preferences is not None:
             raise AlroFastError("--preferences serves --objective dmpo and sft; recranker ranks lists (--data_dir)")
         if config.data.answer != "ranking":
             raise AlroFastError(f"--answer {config.data.answer} has no meaning for --objective recranker; leave it out")
-        super().__init__(config)
 
     @property
     def answers(self) -> str:

@@ -137,3 +137,55 @@ def test_an_adapter_is_followed_only_over_its_own_base(folder, tmp_path):
     (uneven / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {"q_proj": 8}}))
     assert "has a rank_pattern" in refused(options(folder, tmp_path / "next", "--init_adapter", uneven))
     assert not (tmp_path / "next").exists()
+
+
+def test_finished_stages_are_resumed_with_their_own_options_and_data(folder, tmp_path):
+    """Not with other options, another training file, or another file of the same name to evaluate on."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(folder / "movies.json", tmp_path / name / "x.json")
+    argv = ["--stages", "sft,dmpo", "--max_steps", 1, "--preferences", tmp_path / "a" / "x.json"]
+    argv = options(folder, tmp_path / "out", *argv, "--eval_preferences", tmp_path / "b" / "x.json")
+    train.main(argv)
+    again = [*argv, "--resume_from_checkpoint", "true"]
+    train.main(again)
+    assert "was trained with dpo_beta=0.1" in refused([*again, "--dpo_beta", 0.2])
+    for name in ("a", "b"):
+        shutil.copy(folder / "games.json", tmp_path / name / "x.json")
+        assert "was trained on other lists" in refused(again)
+        shutil.copy(folder / "movies.json", tmp_path / name / "x.json")
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "said"),
+    [
+        ({}, ["--stages", "sft,dmpoo"], "--stages names 'dmpoo'"),
+        ({}, ["--stages", "sft,dmpo", "--use_peft", "false"], "leaves no reference"),
+        ({"rejected": []}, ["--stages", "sft,dmpo"], "row 0 has no rejected answer"),
+        ({"chosen": [" A", " B"]}, ["--stages", "sft,dmpo"], "has 2 chosen answers; --dmpo_variant dmpo takes one"),
+        ({"chosen": [" A", " B"]}, ["--stages", "dmpo,sft"], "has 2 chosen answers; --dmpo_variant dmpo takes one"),
+        ({}, ["--dpo_beta", "0"], "--dpo_beta is 0; expected more than 0"),
+        ({}, ["--dpo_beta", "nan"], "--dpo_beta is nan"),
+        ({}, ["--ftx", "-1"], "--ftx is -1"),
+        ({}, ["--ref_log_probs", "kept.safetensors"], "add it"),
+        ({}, ["--init_adapter", "anywhere", "--use_peft", "false"], "leave one of them out"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_stage(folder, tmp_path, rows, more, said):
+    row = {"prompt": "a", "chosen": " N", "rejected": [" E"]} | rows
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    assert said in refused(options(folder, tmp_path / "out", "--preferences", tmp_path / "rows.json", *more))
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_positives_have_one_prompt(folder, tmp_path):
+    """mult refuses rows that ask about two items each, when the run is built."""
+    ask = "Seen: Gold. Which comes first: {} or {}?"
+    rows = [
+        {"instruction": ask.format(*pair), "input": "", "output": [f"North , {bad}", f"{bad} , North"]}
+        for bad, pair in (("Echo", ("North", "Echo")), ("Night", ("Night", "North")))
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    argv = options(folder, tmp_path / "out", "--preferences", tmp_path / "rows.json", "--dmpo_variant", "mult")
+    assert "has a prompt per pair; --dmpo_variant mult" in refused(argv)
+    assert not (tmp_path / "out").exists()

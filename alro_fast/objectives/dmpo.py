@@ -92,7 +92,12 @@ class DMPOObjective(ChosenObjective):
 
     def examples(self, lists: Sequence[Preference | RankingList], indices: Sequence[int], epoch: int) -> list[Example]:
         """One tree per user: the shared prompt, and a branch per answer."""
-        return [_example(source, self.encode(source, epoch)) for source in lists]
+        made = []
+        for source in lists:
+            ids = self.encode(source, epoch)
+            check_answers(ids, source.list_id, self.arguments.dmpo_variant)
+            made.append(_example(source, ids))
+        return made
 
     def targets(self, packed: PackedBatch, examples: Sequence[Example]) -> tuple[PreferenceTargets, dict[str, int]]:
         """Branches of every user, padded to the most negatives; reference log-probabilities where they are known."""
@@ -100,7 +105,6 @@ class DMPOObjective(ChosenObjective):
         chosen, rejected, once, first = [], [], [], 0
         for example in examples:
             ids: PreferenceIds = example.views[0]
-            self._check(ids, example.source)
             good, bad = [first + b for b in ids.chosen], [first + b for b in ids.rejected]
             once += good
             chosen.append(good if mult or ids.paired else good * len(bad))
@@ -164,18 +168,19 @@ class DMPOObjective(ChosenObjective):
         logprobs = token_logprobs(hidden, head, packed, self.arguments.backend)
         return logprobs.new_zeros(len(targets.lengths)).index_add(0, targets.branch, logprobs)
 
-    def _check(self, ids: PreferenceIds, source: Preference | RankingList) -> None:
-        variant = self.arguments.dmpo_variant
-        if not ids.rejected:
-            raise AlroFastError(f"{source.list_id} has no rejected answer; objective dmpo compares with at least one")
-        if variant == "mult" and ids.paired:
-            raise AlroFastError(
-                f"{source.list_id} has a prompt per pair; --dmpo_variant mult compares answers to one prompt: take sdpo"
-            )
-        if variant != "mult" and not ids.paired and len(ids.chosen) > 1:
-            raise AlroFastError(
-                f"{source.list_id} has {len(ids.chosen)} chosen answers; --dmpo_variant {variant} takes one: take mult"
-            )
+
+def check_answers(answers: Preference | PreferenceIds, name: str, variant: str) -> None:
+    """AlroFastError, naming the record, unless `variant` compares what it holds."""
+    if not answers.rejected:
+        raise AlroFastError(f"{name} has no rejected answer; objective dmpo compares with at least one")
+    if variant == "mult" and answers.paired:
+        raise AlroFastError(
+            f"{name} has a prompt per pair; --dmpo_variant mult compares answers to one prompt: take sdpo"
+        )
+    if variant != "mult" and not answers.paired and len(answers.chosen) > 1:
+        raise AlroFastError(
+            f"{name} has {len(answers.chosen)} chosen answers; --dmpo_variant {variant} takes one: take mult"
+        )
 
 
 def token_logprobs(hidden: Tensor, head: Head, packed: PackedBatch, backend: str = "auto") -> Tensor:
