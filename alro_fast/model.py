@@ -168,6 +168,12 @@ def load_for_inference(
         base = base_model or recorded_base(folder)
         place = f"--base_model {base}" if base_model else f"{folder}: base model {base}"
         model = load_base(base, dtype, trust_remote_code, place=place)
+        rows = model.get_input_embeddings().weight.shape[0]
+        if tokenizer.vocab_size > rows:
+            raise AlroFastError(
+                f"{place} has {rows} token embeddings, and the tokenizer of {folder} {tokenizer.vocab_size} tokens: "
+                "another vocabulary; give the base that the adapter was tuned on as --base_model"
+            )
         try:
             model = PeftModel.from_pretrained(model, folder)
         except LOAD_ERRORS as error:

@@ -242,6 +242,15 @@ def test_bad_options_and_folders(capsys, adapter, tmp_path):
         ranked(capsys, adapter, HEAT, "--base_model", str(tmp_path / "wide"))
 
 
+def test_a_base_of_another_vocabulary_is_refused(capsys, adapter, tmp_path):
+    """Weights that LoRA fits, with too few embeddings for the tokens of the prompts."""
+    tokenizer = byte_tokenizer()
+    tiny_llama(100).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(AlroFastError, match=f"100 token embeddings, and the tokenizer of .* {len(tokenizer)} tokens"):
+        ranked(capsys, adapter, HEAT, "--base_model", str(tmp_path))
+
+
 def test_a_folder_that_is_no_run_is_named_as_such(capsys, adapter, tmp_path):
     """`--model_name_or_path` is a flag of train: nothing here speaks of it."""
     empty, bare, gone = tmp_path / "empty", tmp_path / "bare", tmp_path / "gone"
