@@ -7,6 +7,7 @@ in the reference, and in what is measured before and after.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from .prompts.preference import PreferencePrompts
 from .references import ReferenceTable, reference_table
 from .train import Run, prepare
 
+MINED = "mined_negatives.json"  # in checkpoints: item indices by list_id, and the epoch they were chosen for
 WATCHED = ("pair_accuracy", "user_auc", "hit@1")
 
 
@@ -176,19 +178,46 @@ class PreferenceRun(Run):
             )  # fmt: skip
 
     def mine(self, epoch: int) -> None:
-        """Choose every training list's negatives: the likeliest of its pool for the model as it stands."""
-        lists = [self.lists["train"][i] for i in range(len(self.lists["train"]))]
-        pools = [self.negatives.pool(one, epoch) for one in lists]
-        contests = [self.negatives.shown(one, pool, epoch) for one, pool in zip(lists, pools)]
-        scored = score_preferences(
-            self.model, self.prompts, contests, self.training.tokens_per_batch, self.config.objective.backend
-        )
-        for one, contest, scores in zip(lists, contests, scored):
+        """Choose every training list's negatives: those of its pool that come nearest to beating the positive.
+
+        The model as it stands is shown the pool as in training, `num_negatives` at a time.
+        """
+        draw, training = self.negatives, self.training
+        if self.checkpoint is not None and self._mined_before(Path(self.checkpoint) / MINED, epoch):
+            return
+        shown = []
+        for one in (self.lists["train"][i] for i in range(len(self.lists["train"]))):
+            pool = draw.pool(one, epoch)
+            shown += [draw.shown(one, pool[i : i + draw.count], epoch) for i in range(0, len(pool), draw.count)]
+        found: dict[str, list[tuple[float, Item]]] = {}
+        backend = self.config.objective.backend
+        for contest, scores in zip(
+            shown, score_preferences(self.model, self.prompts, shown, training.tokens_per_batch, backend)
+        ):
             best = positive(contest)
-            others = [item for i, item in enumerate(contest.candidates) if i != best]
-            margins = scores.rejected - scores.chosen if scores.paired else scores.rejected
-            order = sorted(range(len(others)), key=lambda i, m=margins: -m[i])
-            self.negatives.mined[one.list_id] = tuple(others[i] for i in order[: self.negatives.count])
+            others = (item for i, item in enumerate(contest.candidates) if i != best)
+            found.setdefault(contest.list_id, []).extend(zip(scores.rejected - scores.chosen, others))
+        for name, pool in found.items():
+            hardest = sorted(pool, key=lambda scored: -scored[0])[: draw.count]
+            draw.mined[name] = tuple(item for _, item in hardest)
+        self.mined_epoch = epoch
+
+    def _mined_before(self, file: Path, epoch: int) -> bool:
+        """Take the negatives that this epoch of a resumed run began with; False where the checkpoint has others."""
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if kept.get("epoch") != epoch:
+            return False
+        items = self.prepared.items
+        self.negatives.mined = {name: tuple(items[i] for i in chosen) for name, chosen in kept["items"].items()}
+        self.mined_epoch = epoch
+        return True
+
+    def save_extras(self, folder: Path) -> None:
+        super().save_extras(folder)
+        if self.negatives is not None and self.negatives.mined:
+            items = {name: [item.index for item in chosen] for name, chosen in self.negatives.mined.items()}
+            kept = json.dumps({"epoch": self.mined_epoch, "items": items})
+            (folder / MINED).write_text(kept + "\n", encoding="utf-8")
 
     # ---- measuring
 

@@ -216,7 +216,7 @@ def test_the_authors_files_are_read_as_they_are(shared_data, name, k):
     )
     few = people[:10]
     batch = build_batch(objective.examples(few, range(10), 0), objective)
-    assert batch.counts == {"preference": 10, "pair_accuracy": 10 * k, "reward_margin": 10 * k}
+    assert batch.counts == {"preference": 10, "reward_accuracy": 10 * k, "reward_margin": 10 * k}
     assert batch.packed.unshared_tokens > (1 + k / 2) * batch.packed.unique_tokens
 
 
@@ -351,6 +351,13 @@ def test_popular_items_are_drawn_in_proportion():
         share[by] = np.mean([SHELF[79] in draw.contest(LISTS[0], epoch).candidates for epoch in range(400)])
     assert 0.4 < share["popularity"] < 0.75
     assert share["uniform"] < 0.05
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_where_nothing_was_mined_the_hardest_are_drawn_uniformly(source):
+    """So that a model is measured on the same contests by the run that tuned it and by the command."""
+    hardest, uniform = (negatives(by=by, source=source, count=2) for by in ("hardest", "uniform"))
+    assert all(repr(hardest.contest(one, 0)) == repr(uniform.contest(one, 0)) for one in LISTS if hardest.usable(one))
 
 
 def test_the_hardest_are_those_that_were_mined():

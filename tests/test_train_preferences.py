@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 from alro_fast import evaluate, train
 from alro_fast.data.lists import write_prepared
+from alro_fast.data.negatives import positive
 from alro_fast.data.preferences import read_preferences
 from alro_fast.errors import AlroFastError
 from alro_fast.evaluate_preferences import score_preferences
@@ -24,6 +25,7 @@ from alro_fast.model import load_for_inference
 from alro_fast.prompts.preference import PreferencePrompts
 from alro_fast.ranking import Ranker
 from alro_fast.stages import stack_adapters
+from alro_fast.train_preferences import PreferenceRun
 
 
 @pytest.fixture(scope="module")
@@ -215,23 +217,58 @@ def test_lists_train_in_every_form(folder, more, tmp_path):
         assert all(sorted(ranking.order) == [0, 1, 2, 3] for ranking in rankings)
 
 
-def test_mining_takes_the_likeliest_of_the_pool(folder, tmp_path):
-    """Every mined negative is at least as likely, under the model, as every one of its pool that was left."""
-    argv = ["--data_dir", folder / "data", "--objective", "dmpo", "--negatives", "hardest", "--num_negatives", 2]
-    words = options(tmp_path, "run", *argv, "--tokens_per_batch", 4000, "--model_name_or_path", folder / "base")
-    run = train.run_for(train.parse(words))
+@pytest.mark.parametrize("form", ["titles", "identifiers"])
+def test_mining_takes_the_hardest_of_the_pool(folder, tmp_path, form):
+    """Every mined negative is at least as near to beating the positive as every one of its pool that was left.
+
+    The pool of 28 is shown seven at a time: there are 26 letters.
+    """
+    argv = ["--data_dir", folder / "data", "--objective", "dmpo", "--negatives", "hardest", "--num_negatives", 7]
+    argv += ["--preference_answer", form, "--model_name_or_path", folder / "base", "--tokens_per_batch", 4000]
+    run = train.run_for(train.parse(options(tmp_path, "run", *argv)))
     run.mine(0)
-    for i in range(len(run.lists["train"])):
+    for i in range(3):
         one = run.lists["train"][i]
-        pool = run.negatives.pool(one, 0)
-        contest = run.negatives.shown(one, pool, 0)
-        [found] = score_preferences(run.model, run.prompts, [contest])
-        best = max(contest.ratings, key=lambda rating: -1 if rating != rating else rating)
-        others = [item for item, rating in zip(contest.candidates, contest.ratings) if rating != best]
-        likely = dict(zip(others, found.rejected))
+        pool, margin = run.negatives.pool(one, 0), {}
+        for part in (pool[:7], pool[7:14], pool[14:21], pool[21:]):
+            contest = run.negatives.shown(one, part, 0)
+            [found] = score_preferences(run.model, run.prompts, [contest])
+            best = positive(contest)
+            others = [item for place, item in enumerate(contest.candidates) if place != best]
+            margin |= dict(zip(others, found.rejected - found.chosen))
         mined = run.negatives.mined[one.list_id]
-        assert len(mined) == 2
-        assert min(likely[item] for item in mined) >= max(v for item, v in likely.items() if item not in mined)
+        assert len(mined) == 7
+        assert len(margin) == 28
+        assert min(margin[item] for item in mined) >= max(v for item, v in margin.items() if item not in mined)
+
+
+def test_every_epoch_mines_anew_and_a_resumed_one_goes_on(folder, tmp_path, monkeypatch):
+    """Resumed within the second epoch: its negatives are those it began with, and the run ends in the same weights."""
+    mined, mine = {}, PreferenceRun.mine
+
+    def note(run, epoch):
+        mine(run, epoch)
+        mined[epoch] = dict(run.negatives.mined)
+
+    monkeypatch.setattr(PreferenceRun, "mine", note)
+    argv = ["--data_dir", folder / "data", "--objective", "dmpo", "--negatives", "hardest", "--num_negatives", 2]
+    argv += ["--model_name_or_path", folder / "base", "--tokens_per_batch", 600, "--num_train_epochs", 3]
+    argv += ["--learning_rate", 0.05, "--warmup_steps", 0, "--save_strategy", "steps", "--save_steps", 1]
+    argv += ["--save_total_limit", 20]
+    train.main(options(tmp_path, "run", *argv))
+    assert sorted(mined) == [0, 1, 2]
+    assert mined[0] != mined[1] != mined[2]
+    whole, weights = dict(mined), load_file(tmp_path / "run" / "adapter_model.safetensors")
+    steps = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"]
+    assert steps >= 6
+    middle = steps // 3 + 1
+    for step in range(middle + 1, steps + 1):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")
+    mined.clear()
+    train.main(options(tmp_path, "run", *argv, "--resume_from_checkpoint", tmp_path / "run" / f"checkpoint-{middle}"))
+    assert mined == {1: whole[1], 2: whole[2]}
+    again = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert all(weight.equal(again[name]) for name, weight in weights.items())
 
 
 def test_references_are_computed_once_and_checked(folder, tmp_path):

@@ -99,10 +99,12 @@ class Negatives:
     def contest(self, one: RankingList, epoch: int) -> RankingList:
         """The positive and its k negatives as a list in a seeded order; only the positive carries a rating above all.
 
+        Of `hardest`, a list nothing was mined for has the negatives of `uniform`.
+
         Ratings are kept for the list's own candidates and NaN for items from the catalogue.
         """
-        if self.by == "hardest":
-            negatives = self.mined.get(one.list_id) or self.pool(one, epoch)[: self.count]
+        if one.list_id in self.mined:
+            negatives = self.mined[one.list_id]
         elif self.source == "candidates":
             negatives = self._from_candidates(one, self._generator(one, epoch), self.count)
         else:
