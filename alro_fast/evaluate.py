@@ -34,8 +34,8 @@ from .orders import Ranking
 from .rank import add_ranking_options
 from .ranking import Ranker, check_device, check_options
 from .report import report_line
-from .results import baseline_scores, evaluate_lists, write_predictions, write_trec
-from .target_metrics import as_grades, evaluate_rankers, has_targets
+from .results import baseline_scores, evaluate_lists
+from .target_metrics import evaluate_rankers, has_targets, save_measurement
 from .task_generation import generate_tasks
 from .task_reading import TASK_METHODS, check_tasks
 
@@ -124,28 +124,19 @@ def main(argv: Sequence[str]) -> None:
         gain=options.gain,
         bootstrap=options.bootstrap,
     )
-    method = options.method or ranker.default_method
-    if method == "hybrid":
-        method += f" ({options.hybrid or ranker.hybrid} constants, pairing {options.pairing})"
-    presented = f", {options.shuffles} presentations merged by {options.merge}" if options.shuffles > 1 else ""
     results = dataclasses.replace(
         results,
         seconds=seconds,
         sensitivity={name: order_sensitivity(each) for name, each in rankings.items()} if options.shuffles > 1 else {},
         about=notes,
-        conventions=results.conventions | {"rankings": f"method {method}{presented}, seed {options.seed}"},
-    )
+    ).noting(rankings=ranker.described(**how))
+    results = save_measurement(folder, results, lists, rankings, targets=targets)
     print(results.table())
     if options.generate:
         wrong = "were no permutation of their candidates" if ranker.answer == "ranking" else "could not be read in full"
         print(f"generate: {generated.invalid_rate:.1%} of the answers {wrong}")
-    results.save(folder)
-    write_predictions(folder / "predictions.jsonl", lists, rankings)
-    graded = as_grades(lists) if targets else lists
-    factor = write_trec(folder, graded, scores["tuned"], tag="alro_fast")
-    trec = "" if factor is None else ", run.trec, qrels.trec"
-    times = f" (ratings x {factor} in qrels.trec, which holds whole numbers)" if factor not in (None, 1) else ""
-    print(f"written to {folder}: results.json, predictions.jsonl{trec}{times}")
+    trec = ", run.trec, qrels.trec" if (folder / "qrels.trec").is_file() else ""
+    print(f"written to {folder}: results.json, predictions.jsonl{trec}")
     print(report_line(folder, options.adapter))
 
 

@@ -122,6 +122,28 @@ class Ranker:
         """What `stream` reads when it is not told."""
         return {"ranking": "first", "ratings": "expected", "tasks": "hybrid"}[self.answer]
 
+    def described(
+        self,
+        *,
+        method: str | None = None,
+        shuffles: int = 1,
+        merge_by: str = "mean",
+        beams: int = 4,
+        seed: int = 0,
+        hybrid: str | None = None,
+        pairing: str = "matching",
+    ) -> str:
+        """What `stream` does with these options, for whoever reads its rankings."""
+        method = method or self.default_method
+        if method == "hybrid":
+            method += f" ({hybrid or self.hybrid} constants, pairing {pairing})"
+        elif method == "pairwise":
+            method += f" (pairing {pairing})"
+        elif method == "beam":
+            method += f" ({beams} beams)"
+        presented = f", {shuffles} presentations merged by {merge_by}" if shuffles > 1 else ""
+        return f"method {method}{presented}, seed {seed}"
+
     def rank(self, lists: Sequence[RankingList], **options: Any) -> list[Ranking]:
         """All of `stream(lists, ...)`."""
         return list(self.stream(lists, **options))

@@ -7,9 +7,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
 import numpy as np
@@ -64,6 +64,10 @@ class Results:
         """Paired difference first - second on the same lists."""
         one, two = self.per_list[first][metric], self.per_list[second][metric]
         return metrics.compare(one, two, self.users, resamples=self.bootstrap or 1000)
+
+    def noting(self, **conventions: str) -> Self:
+        """The same with more conventions."""
+        return replace(self, conventions=self.conventions | conventions)
 
     def table(self) -> str:
         """What a command prints: a row per ranker with NDCG, intervals and lists per second, then the conventions."""

@@ -10,16 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import metrics
-from .results import LABELS, Results, Scores, evaluate_lists, plain, row_of
+from .results import LABELS, Results, Scores, evaluate_lists, plain, row_of, write_predictions, write_trec
 
 if TYPE_CHECKING:
     from .data.lists import PreparedData
     from .data.records import RankingList
+    from .orders import Ranking
 
 SHOWN = tuple(f"{name}@{k}" for k in (3, 5) for name in ("hr", "ndcg"))
 CUTOFFS = (1, 3, 5, 10)
@@ -102,6 +104,33 @@ def evaluate_rankers(
         scores = first_stage_scores(lists) | dict(scores)
         return evaluate_targets(lists, scores, prepared=prepared, split=split, bootstrap=bootstrap)
     return evaluate_lists(lists, scores, prepared=prepared, split=split, gain=gain, bootstrap=bootstrap)
+
+
+def save_measurement(
+    folder: Path,
+    results: Results,
+    lists: Sequence[RankingList],
+    rankings: Mapping[str, Sequence[Ranking]],
+    *,
+    targets: bool,
+) -> Results:
+    """Write results.json, predictions.jsonl and the TREC files of `tuned`; the results, which say what the latter hold.
+
+    TREC files of lists with targets: 1 for the target and 0 for the others; a list without its target has no lines.
+    """
+    write_predictions(folder / "predictions.jsonl", lists, rankings)
+    graded = as_grades(lists) if targets else lists
+    factor = write_trec(folder, graded, [ranking.scores for ranking in rankings["tuned"]], tag="alro_fast")
+    if factor is None:
+        held = "no run.trec and qrels.trec, which hold whole numbers: ratings have over three decimals"
+    elif targets:
+        held = "lists that hold their target alone, 1 for it and 0 for every other candidate"
+    else:
+        scale = "ratings" if factor == 1 else f"ratings x {factor}, as qrels.trec holds whole numbers,"
+        held = f"{scale} of the rated candidates of lists that have something to rank"
+    results = results.noting(trec=held)
+    results.save(folder)
+    return results
 
 
 def _cell(value: float) -> str:

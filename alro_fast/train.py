@@ -40,9 +40,9 @@ from .orders import Ranking
 from .prompts import PromptBuilder, add_item_tokens
 from .ranking import Ranker
 from .report import report_line
-from .results import baseline_scores, write_predictions, write_trec
+from .results import baseline_scores
 from .stages import finished, merge_adapter, stack_adapters, stage_arguments, write_merged_base
-from .target_metrics import as_grades, evaluate_rankers, has_targets
+from .target_metrics import evaluate_rankers, has_targets, save_measurement
 from .trainer import NonFiniteLoss, RankerTrainer, TreeDataset
 
 logger = logging.getLogger(__name__)
@@ -327,9 +327,8 @@ class Run:
             scores = {name: [ranking.scores for ranking in each] for name, each in rankings.items()}
             scores_of_all, targets = baseline_scores(self.prepared, test) | scores, has_targets(self.prepared, "test")
             results = evaluate_rankers(test, scores_of_all, targets=targets, prepared=self.prepared)
-            results.save(self.folder)
-            write_predictions(self.folder / "predictions.jsonl", test, rankings)
-            write_trec(self.folder, as_grades(test) if targets else test, scores["tuned"], tag="alro_fast")
+            results = results.noting(rankings=self.ranker.described())
+            results = save_measurement(self.folder, results, test, rankings, targets=targets)
             print(f"\n{results.table()}\n")
             print(report_line(self.folder))
         print(f"{time.perf_counter() - started:.0f} s; everything is in {self.folder}")

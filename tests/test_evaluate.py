@@ -166,6 +166,8 @@ def test_the_command_writes_what_it_measured(evaluated, adapter, prepared, lists
     assert list(document) == ["random", "popularity", "mean_rating", "untuned", "tuned", "about"]
     assert document["about"]["conventions"]["gain"] == "the rating itself"
     assert "method first, 2 presentations merged by mean" in document["about"]["conventions"]["rankings"]
+    assert "ratings x 2, as qrels.trec holds whole numbers" in document["about"]["conventions"]["trec"]
+    assert "ratings x 2, as qrels.trec" in (evaluated / "report.html").read_text()
     assert -1 <= document["tuned"]["order_kendall_tau"] <= 1
     assert document["tuned"]["lists_per_second"] > 0
     assert document["tuned"]["ndcg@3"] != document["untuned"]["ndcg@3"]

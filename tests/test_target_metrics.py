@@ -14,9 +14,17 @@ from sklearn.metrics import ndcg_score
 from tiny import catalogue, random_lists
 
 from alro_fast.data.lists import TARGET_SCHEMA, open_prepared, write_prepared
+from alro_fast.orders import make_ranking
 from alro_fast.report import write_report
 from alro_fast.results import Results
-from alro_fast.target_metrics import as_grades, evaluate_rankers, evaluate_targets, first_stage_scores, has_targets
+from alro_fast.target_metrics import (
+    as_grades,
+    evaluate_rankers,
+    evaluate_targets,
+    first_stage_scores,
+    has_targets,
+    save_measurement,
+)
 
 NAN = math.nan
 
@@ -119,3 +127,26 @@ def test_all_targets_missed_is_zero(tmp_path):
     assert document["about"]["ceiling"] == 0.0
     if find_spec("matplotlib"):
         assert "0 hold their target" in write_report(tmp_path).read_text()
+
+
+def test_trec_files_of_target_lists_hold_the_hits_alone(tmp_path):
+    """1 for the target, 0 for the rest, so that HR over the lists in the files is ours within them."""
+    lists = lists_with_targets([2, None, 7, None])
+    scores = np.random.default_rng(1).normal(size=(4, 10))
+    rankings = {
+        "tuned": [make_ranking(one, np.arange(10)[None], row[None], "mean") for one, row in zip(lists, scores)],
+        "untuned": [make_ranking(one, np.arange(10)[None], np.zeros((1, 10)), "mean") for one in lists],
+    }
+    measured = evaluate_rankers(lists, {"tuned": scores}, targets=True, bootstrap=0)
+    saved = save_measurement(tmp_path, measured, lists, rankings, targets=True)
+    assert json.loads((tmp_path / "results.json").read_text())["about"]["conventions"] == saved.conventions
+    rows = [line.split() for line in (tmp_path / "qrels.trec").read_text().splitlines()]
+    held = {(query, item): int(grade) for query, _, item, grade in rows}
+    target = {(lists[n].list_id, lists[n].candidates[at].item_id) for n, at in ((0, 2), (2, 7))}
+    assert len(held) == 20
+    assert {key for key, grade in held.items() if grade == 1} == target
+    assert {grade for key, grade in held.items() if key not in target} == {0}
+    run = [line.split() for line in (tmp_path / "run.trec").read_text().splitlines()]
+    hits = [rank for query, _, item, rank, _, _ in run if (query, item) in target]
+    assert len(run) == 20
+    assert np.mean([int(rank) <= 5 for rank in hits]) == saved.within("tuned", "hr@5")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import subprocess
@@ -129,6 +130,11 @@ def test_what_a_run_leaves(run):
     rows = ["random", "popularity", "mean_rating", "retriever", "hints"]
     assert list(document)[:-1] == [*rows, "untuned", "pointwise", "pairwise", "listwise", "tuned"]
     assert document["about"]["ceiling"] == 1.0
+    conventions = document["about"]["conventions"]
+    assert conventions["rankings"] == "method hybrid (code constants, pairing matching), seed 0"
+    assert conventions["trec"] == "lists that hold their target alone, 1 for it and 0 for every other candidate"
+    for said in conventions.values():
+        assert html.escape(said) in (run / "report.html").read_text()
     assert "grades, Yes or No, and the best five" in (run / "README.md").read_text()
     log = json.loads((run / "trainer_state.json").read_text())["log_history"]
     assert {"pointwise", "pairwise", "listwise", "sharing_ratio"} <= log[0].keys()
