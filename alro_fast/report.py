@@ -42,6 +42,8 @@ def write_report(folder: str | Path, run_folder: str | Path | None = None) -> Pa
     folder = Path(folder)
     run_folder = Path(run_folder or folder)
     results = _json(folder / "results.json")
+    if results is None and (folder / "preference_results.json").is_file():
+        raise AlroFastError(f"{folder} is a preference run: its figures are in preference_results.json, without a page")
     if not isinstance(results, dict) or "about" not in results:
         raise AlroFastError(f"{folder} holds no results.json of alro_fast; run alro_fast.evaluate or alro_fast.train")
     predictions = _lines(folder / "predictions.jsonl")

@@ -19,6 +19,7 @@ from alro_fast.errors import AlroFastError
 from alro_fast.evaluate_preferences import score_preferences
 from alro_fast.model import load_for_inference
 from alro_fast.prompts.preference import PreferencePrompts
+from alro_fast.report import write_report
 
 ROOT = Path(__file__).parents[1]
 
@@ -189,3 +190,17 @@ def test_several_positives_have_one_prompt(folder, tmp_path):
     argv = options(folder, tmp_path / "out", "--preferences", tmp_path / "rows.json", "--dmpo_variant", "mult")
     assert "has a prompt per pair; --dmpo_variant mult" in refused(argv)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_log_tells_rewards_from_likelihoods(folder, tmp_path):
+    """reward_accuracy is against the reference, pair_accuracy of two answers; a report says where the figures are."""
+    file = folder / "movies.json"
+    argv = ["--eval_preferences", file, "--eval_strategy", "steps", "--eval_steps", 1, "--logging_steps", 1]
+    train.main(options(folder, tmp_path / "out", *argv, "--max_steps", 1, "--warmup_steps", 0))
+    logged = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert logged[0]["reward_accuracy"] == 0  # the model is its own reference before the first step
+    assert "eval_reward_accuracy" in logged[1]
+    results = json.loads((tmp_path / "out" / "preference_results.json").read_text())
+    assert logged[1]["eval_pair_accuracy"] == results["movies"]["tuned"]["pair_accuracy"]
+    with pytest.raises(AlroFastError, match=r"its figures are in preference_results\.json"):
+        write_report(tmp_path / "out")

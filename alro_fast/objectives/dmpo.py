@@ -120,7 +120,7 @@ class DMPOObjective(ChosenObjective):
             torch.tensor(once), reference,
         )  # fmt: skip
         pairs = int((targets.rejected >= 0).sum())
-        counts = {"preference": len(examples), "pair_accuracy": pairs, "reward_margin": pairs}
+        counts = {"preference": len(examples), "reward_accuracy": pairs, "reward_margin": pairs}
         return targets, counts | ({"ftx": len(once)} if self.arguments.ftx else {})
 
     def complete(self, model: nn.Module, batch: Batch, forward: Callable[[PackedBatch], Tensor]) -> Batch:
@@ -155,7 +155,7 @@ class DMPOObjective(ChosenObjective):
         margins = (best - out.rewards_rejected)[mask]
         terms = [
             LossTerm("preference", out.loss, 1.0, len(mask)),
-            LossTerm("pair_accuracy", (margins > 0).float().mean(), 0.0, len(margins)),
+            LossTerm("reward_accuracy", (margins > 0).float().mean(), 0.0, len(margins)),
             LossTerm("reward_margin", margins.mean(), 0.0, len(margins)),
         ]
         if options.ftx:
