@@ -12,6 +12,10 @@ constexpr int kKeys = 112 / kBlock * kBlock;  // of a tile
 constexpr int64_t kListed = (kKeys + 15) / 16 * 16;
 constexpr float kHidden = -1e30f;             // score of a key that may not be seen
 
+ALRO_INLINE Tile key_tile(const HeadRows& from, int64_t row, int64_t head, int keys) {
+  return {from.at(row, head), from.row_stride, from.at(row, head), from.row_stride, keys, nullptr, 0};
+}
+
 ALRO_INLINE int64_t padded_width(int64_t width) { return (width + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes); }
 
 // to [width, lanes] = factor * transposed rows; lanes without a row get 0
@@ -142,7 +146,7 @@ static void attend_panel(const AttentionArgs& args, const TreeRows& tree, int64_
   ALRO_UNROLL for (int j = 0; j < V; ++j) highest[j] = splat(kHidden), total[j] = vf{};
 
   tiles(tree, panel, [&](int64_t k, int keys, bool all, bool prefix) {
-    tile_logits<V>({args.key.at(k, kv_head), args.key.row_stride, keys, nullptr, 0}, width, packed, p);
+    tile_logits<V>(key_tile(args.key, k, kv_head, keys), width, packed, p);
     vf before[V], decay[V];
     ALRO_UNROLL for (int j = 0; j < V; ++j) before[j] = highest[j];
     for (int i = 0; i < keys; ++i) ALRO_UNROLL for (int j = 0; j < V; ++j) {
@@ -162,7 +166,7 @@ static void attend_panel(const AttentionArgs& args, const TreeRows& tree, int64_
       total[j] += x;
       store(at, x);
     }
-    add_columns<V>({args.value.at(k, kv_head), args.value.row_stride, keys, nullptr, 0}, width, p, every, keys, decay,
+    add_columns<V>(key_tile(args.value, k, kv_head, keys), width, p, every, keys, decay,
                    sums);
   });
 
@@ -207,8 +211,8 @@ static void attend_panel_backward(const AttentionArgs& args, const TreeRows& tre
   ALRO_UNROLL for (int j = 0; j < V; ++j) one[j] = splat(1.0f);
 
   tiles(tree, panel, [&](int64_t k, int keys, bool all, bool prefix) {
-    const Tile key{args.key.at(k, kv_head), args.key.row_stride, keys, nullptr, 0};
-    const Tile value{args.value.at(k, kv_head), args.value.row_stride, keys, nullptr, 0};
+    const Tile key = key_tile(args.key, k, kv_head, keys);
+    const Tile value = key_tile(args.value, k, kv_head, keys);
     tile_logits<V>(key, width, packed_query, p);
     tile_logits<V>(value, width, packed_grad, d_score);
     for (int i = 0; i < keys; ++i) ALRO_UNROLL for (int j = 0; j < V; ++j) {

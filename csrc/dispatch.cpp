@@ -9,6 +9,9 @@ namespace {
 
 using Find = const Kernels* (*)();
 constexpr Find kFinders[] = {
+#ifdef ALRO_AVX512_BF16
+    kernels_avx512_bf16,
+#endif
 #ifdef ALRO_AVX512
     kernels_avx512,
 #endif

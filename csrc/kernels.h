@@ -17,7 +17,7 @@ struct Matrix {  // strides in elements
 // Rows of `hidden` are handled in panels: one row per vector lane, 2 vectors wide (1 for a last narrow panel). All
 // arrays of a panel are [lanes] or [.., lanes], aligned to 64 bytes.
 struct Panel {
-  const float* hidden;   // [H, lanes]
+  const float* hidden;   // [depth, lanes]
   const float* slack;    // [lanes] 0, or a huge number on lanes that hold no row
   const float* granted;  // [lanes] logarithm of mass known from elsewhere, counted like `total` in what may be dropped
   // running statistics, relative to `highest`
@@ -41,9 +41,13 @@ struct Unit {
   Panel panel[2];
 };
 
+// A word is what a product multiplies at a time: a float, or two values of bfloat16 that are summed. The latter lie
+// along H for the logits and along V for the weighted sums.
 struct Tile {
-  const float* weight;  // [rows, H]
+  const float* weight;  // [rows, depth] words
   int64_t stride;
+  const float* columns;  // [rows, H] words, or [rows / 2, H] pairs; the same memory as `weight` for floats
+  int64_t columns_stride;
   int rows;
   const float* bias;  // [rows] or null
   float progress;     // share of the vocabulary seen once this tile is done
@@ -51,6 +55,7 @@ struct Tile {
 
 struct Head {
   int64_t hidden_size;
+  int64_t depth;  // words in a row of W
   float scale;
   float softcap;  // 0: none
   bool entropy;
@@ -82,12 +87,15 @@ struct Kernels {
   int block_rows;  // rows of W the micro-kernel takes at a time: tiles are best a multiple of it
   // Statistics and weighted column sums of one tile for one unit -> number of columns multiplied, summed over panels.
   int64_t (*vocab_tile)(const Unit&, const Tile&, const Head&, const Scratch&, float mass_bound);
+  // The same for pairs of bfloat16, an even number of tile rows allotted; null: not on this processor.
+  int64_t (*vocab_tile_bf16)(const Unit&, const Tile&, const Head&, const Scratch&, float mass_bound);
   // dL/dz times the softcap's slope, [tile rows, lanes] for each panel of the unit.
   void (*grad_tile)(const Unit&, const GradLanes*, const Tile&, const Head&, float* const* out);
   // out [rows, H] = sum over panels and lanes of grad [panel][rows, lanes] * rows_of [panel * lanes, padded H]
   void (*grad_product)(const float* grad, int64_t panels, int lanes, int rows, const float* hidden, int64_t padded,
                        int64_t hidden_size, float* out, int64_t out_stride, float* spare);
   void (*widen)(const uint16_t* in, float* out, int64_t n);  // bfloat16 -> float32
+  void (*interleave)(const uint16_t* a, const uint16_t* b, float* out, int64_t n);  // [n] pairs (a, b)
   float (*dot)(const float* a, const float* b, int64_t n);
   void (*axpy)(float a, const float* x, float* y, int64_t n);
   void (*listwise)(const ListwiseArgs&, int64_t begin, int64_t end, float* scratch);
@@ -98,6 +106,7 @@ struct Kernels {
 const Kernels* kernels_generic();
 const Kernels* kernels_avx2();    // null where not compiled in or not supported by this processor
 const Kernels* kernels_avx512();
+const Kernels* kernels_avx512_bf16();
 
 const Kernels& active_kernels();
 bool select_kernels(const char* name);  // false: no such instruction set here

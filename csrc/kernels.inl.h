@@ -9,7 +9,8 @@
 #include "vocab.inl.h"
 
 namespace alro::ALRO_ISA {
-static const Kernels table = {ALRO_NAME, kLanes,     kBlock, vocab_tile, grad_tile, grad_product,
-                              widen,     dot,        axpy,   listwise,   &attention_table,
-                              &layer_table};
+static const Kernels table = {
+    ALRO_NAME, kLanes,     kBlock, vocab_tile, vocab_tile_bf16, grad_tile,        grad_product,
+    widen,     interleave, dot,    axpy,       listwise,        &attention_table, &layer_table,
+};
 }  // namespace alro::ALRO_ISA

@@ -21,11 +21,24 @@ typedef float vfu __attribute__((vector_size(4 * ALRO_LANES), aligned(4)));  // 
 #define ALRO_UNROLL _Pragma("GCC unroll 32")
 
 ALRO_INLINE vf splat(float x) { return vf{} + x; }
+ALRO_INLINE vf broadcast(const float* p) {  // the word at p, whatever its bits stand for
+  int32_t word;
+  memcpy(&word, p, sizeof word);
+  return (vf)(vi{} + word);
+}
 ALRO_INLINE vf load(const float* p) { return *reinterpret_cast<const vf*>(p); }
 ALRO_INLINE void store(float* p, vf x) { *reinterpret_cast<vf*>(p) = x; }
 ALRO_INLINE vf load_any(const float* p) { return *reinterpret_cast<const vfu*>(p); }
 ALRO_INLINE void store_any(float* p, vf x) { *reinterpret_cast<vfu*>(p) = x; }
-ALRO_INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
+ALRO_INLINE vf maximum(vf a, vf b) {  // a > b ? a : b, so b where one of them is NaN
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 ALRO_INLINE bool any_above(vf a, vf b) {
 #if defined(__AVX512F__)
@@ -119,7 +132,7 @@ ALRO_INLINE vf look_up(const float* table, vi index, bool small) {
 // exp(x) to 1 ulp or so for x <= 88, 0 below -87.3; NaN stays NaN.
 ALRO_INLINE vf exponential(vf x) {
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
-  vf clamped = x < splat(-87.33654f) ? splat(-87.33654f) : x;
+  vf clamped = maximum(splat(-87.33654f), x);
   vf shifted = clamped * splat(1.44269504088896341f) + magic;
   vf n = shifted - magic;
   vf r = clamped - n * splat(0.693359375f);

@@ -179,6 +179,15 @@ const char* element(const Matrix& m, int64_t row, int64_t column) {
   return static_cast<const char*>(m.data) + (row * m.row_stride + column * m.column_stride) * size;
 }
 
+// Values [begin, end) of a row of a bfloat16 matrix.
+void copy_bits(const Matrix& m, int64_t row, int64_t begin, int64_t end, uint16_t* to) {
+  if (m.column_stride == 1) {
+    std::memcpy(to, element(m, row, begin), sizeof(uint16_t) * size_t(end - begin));
+  } else {
+    for (int64_t h = begin; h < end; ++h) std::memcpy(to + (h - begin), element(m, row, h), sizeof(uint16_t));
+  }
+}
+
 float value(const Matrix& m, int64_t row, int64_t column) {
   const char* at = element(m, row, column);
   float x;
@@ -198,11 +207,10 @@ bool direct(const Matrix& m) { return m.dtype == DType::f32 && (m.column_stride 
 // Tile of W as float32 rows, in place where it can be, else copied into `room`.
 Tile open_tile(const Kernels& kernels, const HeadArgs& args, int64_t start, int64_t rows, float* room) {
   const Matrix& w = args.weight;
-  Tile tile{nullptr, w.row_stride, int(rows), args.bias ? args.bias + start : nullptr, 1.0f};
-  if (direct(w)) {
-    tile.weight = reinterpret_cast<const float*>(element(w, start, 0));
-    return tile;
-  }
+  auto tile = [&](const float* weight, int64_t stride) {
+    return Tile{weight, stride, weight, stride, int(rows), args.bias ? args.bias + start : nullptr, 1.0f};
+  };
+  if (direct(w)) return tile(reinterpret_cast<const float*>(element(w, start, 0)), w.row_stride);
   for (int64_t v = 0; v < rows; ++v) {
     float* to = room + v * w.columns;
     if (w.dtype == DType::bf16 && w.column_stride == 1) {
@@ -211,9 +219,48 @@ Tile open_tile(const Kernels& kernels, const HeadArgs& args, int64_t start, int6
       for (int64_t h = 0; h < w.columns; ++h) to[h] = value(w, start + v, h);
     }
   }
-  tile.weight = room;
-  tile.stride = w.columns;
-  return tile;
+  return tile(room, w.columns);
+}
+
+// ---- tiles of a bfloat16 W as pairs: along H for the logits, along V for the weighted sums ----
+
+int64_t pair_depth(int64_t hidden_size) { return (hidden_size + 1) / 2; }
+
+// An odd number of cache lines, lest the rows of a block meet in one set of the first-level cache.
+int64_t pair_stride(int64_t words) { return ceil_div(words, 16) / 2 * 32 + 16; }
+
+int64_t pair_room(int64_t rows, int64_t hidden_size) {
+  return (rows + 1) / 2 * (2 * pair_stride(pair_depth(hidden_size)) + pair_stride(hidden_size));
+}
+
+Tile open_pairs(const Kernels& kernels, const HeadArgs& args, int64_t start, int64_t rows, float* room) {
+  const Matrix& w = args.weight;
+  const int64_t depth = pair_depth(w.columns), stride = pair_stride(depth), columns_stride = pair_stride(w.columns);
+  float* columns = room + (rows + 1) / 2 * 2 * stride;
+  auto bits = [&](int64_t v) { return reinterpret_cast<uint16_t*>(room + v * stride); };
+  for (int64_t v = 0; v < rows; ++v) {
+    room[v * stride + depth - 1] = 0;
+    copy_bits(w, start + v, 0, w.columns, bits(v));
+  }
+  if (rows % 2) std::memset(bits(rows), 0, sizeof(float) * depth);
+  for (int64_t v = 0; v < rows; v += 2)
+    kernels.interleave(bits(v), bits(v + 1), columns + v / 2 * columns_stride, w.columns);
+  return {room, stride, columns, columns_stride, int(rows), args.bias ? args.bias + start : nullptr, 1.0f};
+}
+
+// rows of hidden, one per lane, as pairs along H: [pair_depth, lanes]
+void pack_pairs(const Matrix& hidden, const std::vector<int64_t>& rows, float* to) {
+  const int64_t lanes = int64_t(rows.size());
+  std::memset(to, 0, sizeof(float) * size_t(pair_depth(hidden.columns) * lanes));
+  for (int64_t h0 = 0; h0 < hidden.columns; h0 += 32) {
+    const int64_t h1 = std::min(h0 + 32, hidden.columns);
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      if (rows[lane] < 0) continue;
+      uint16_t bits[32] = {};
+      copy_bits(hidden, rows[lane], h0, h1, bits);
+      for (int64_t h = h0; h < h1; h += 2) std::memcpy(to + h / 2 * lanes + lane, bits + (h - h0), sizeof(float));
+    }
+  }
 }
 
 // rows of hidden, one per lane: [H, lanes]
@@ -290,21 +337,25 @@ double vocab_pass(const HeadArgs& args, float mass_bound, const VocabOut& out) {
   if (n == 0) return 0;
   const Plan plan = make_plan(args, kernels.lanes, true);
   const int64_t group_count = int64_t(plan.groups.size());
+  const bool pairs = kernels.vocab_tile_bf16 && args.hidden.dtype == DType::bf16 && args.weight.dtype == DType::bf16;
+  const auto vocab_tile = pairs ? kernels.vocab_tile_bf16 : kernels.vocab_tile;
+  const auto open = pairs ? open_pairs : open_tile;
+  const auto pack_rows = pairs ? pack_pairs : pack;
   const int64_t rows_per_tile = tile_rows(kernels, h, v);
   const int64_t tiles = ceil_div(v, rows_per_tile);
   const int threads = std::max(args.threads, 1);
   Grid grid = make_grid(plan.groups, threads);
   grid.vocab_shares = int(std::min<int64_t>(grid.vocab_shares, tiles));
   const auto bounds = share_bounds(plan.groups, grid.row_shares);
-  const Head head{h, args.scale, args.softcap, args.entropy};
+  const Head head{h, pairs ? pair_depth(h) : h, args.scale, args.softcap, args.entropy};
 
   std::vector<Floats> packed(group_count);  // both panels of a group, side by side
   parallel(int(std::min<int64_t>(threads, group_count)), [&](int thread) {
     for (int64_t g = thread; g < group_count; g += std::min<int64_t>(threads, group_count)) {
       const Group& group = plan.groups[g];
-      const int64_t size = h * int64_t(group.row[0].size());
+      const int64_t size = head.depth * int64_t(group.row[0].size());
       packed[g] = Floats(size * group.panels);
-      for (int q = 0; q < group.panels; ++q) pack(args.hidden, group.row[q], packed[g].get() + q * size);
+      for (int q = 0; q < group.panels; ++q) pack_rows(args.hidden, group.row[q], packed[g].get() + q * size);
     }
   });
 
@@ -327,7 +378,7 @@ double vocab_pass(const HeadArgs& args, float mass_bound, const VocabOut& out) {
       for (int q = 0; q < group.panels && from == 0; ++q) {
         const auto& primary = group.primary[q];
         const bool expected = out.expected && std::find(primary.begin(), primary.end(), true) != primary.end();
-        const float* rows = packed[g].get() + q * h * int64_t(group.row[q].size());
+        const float* rows = packed[g].get() + q * head.depth * int64_t(group.row[q].size());
         panels.emplace_back(group, q, h, rows, expected, out.mixed, out.spread);
       }
       Unit unit{group.vectors, group.panels, {}};
@@ -335,24 +386,24 @@ double vocab_pass(const HeadArgs& args, float mass_bound, const VocabOut& out) {
       units.push_back(unit);
     }
 
-    const int64_t cells = rows_per_tile * 2 * kernels.lanes;
-    Floats room(direct(args.weight) ? 0 : rows_per_tile * h);
-    Floats blocks(cells * 6), listed(2 * rows_per_tile);
+    const int64_t cells = (rows_per_tile + 1) / 2 * 4 * kernels.lanes;
+    Floats room(pairs ? pair_room(rows_per_tile, h) : direct(args.weight) ? 0 : rows_per_tile * h);
+    Floats blocks(cells * 6), listed(2 * (rows_per_tile + 1));
     int32_t* index = reinterpret_cast<int32_t*>(listed.get());
     float* block = blocks.get();
     const Scratch scratch{{block, block + cells},
                           {block + 2 * cells, block + 3 * cells},
                           {block + 4 * cells, block + 5 * cells},
-                          {index, index + rows_per_tile}};
+                          {index, index + rows_per_tile + 1}};
     // Shares take turns along the visiting order, so that each of them meets the mass early.
     const int64_t count = ceil_div(tiles - vocab_share, grid.vocab_shares);
     const float bound = grid.vocab_shares > 1 ? mass_bound / 2 : mass_bound;  // the other half pays for `granted`
     for (int64_t t = count * from / kPhases; t < count * to / kPhases; ++t) {
       const int64_t start = (vocab_share + t * grid.vocab_shares) * stride % tiles * rows_per_tile;
-      Tile tile = open_tile(kernels, args, start, std::min(rows_per_tile, v - start), room.get());
+      Tile tile = open(kernels, args, start, std::min(rows_per_tile, v - start), room.get());
       tile.progress = float(t + 1) / float(count);
       for (const Unit& unit : units)
-        multiplied[thread] += kernels.vocab_tile(unit, tile, head, scratch, bound) * unit.vectors;
+        multiplied[thread] += vocab_tile(unit, tile, head, scratch, bound) * unit.vectors;
     }
   };
 
@@ -440,7 +491,7 @@ void weight_grad(const HeadArgs& args, const WeightGradArgs& grad) {
   const Plan plan = make_plan(args, kernels.lanes, false);
   const int64_t group_count = int64_t(plan.groups.size());
   const int lanes = 2 * kernels.lanes;
-  const Head head{h, args.scale, args.softcap, args.entropy};
+  const Head head{h, h, args.scale, args.softcap, args.entropy};
 
   int64_t panels = 0;
   for (const Group& group : plan.groups) panels += group.panels;

@@ -16,10 +16,38 @@ constexpr int kBlock = 12;
 constexpr int kBlock = 6;
 #endif
 constexpr int64_t kDepth = 256;  // of one block of H: keeps [kDepth, lanes] of the rows in the first-level cache
-constexpr int64_t kPrefetch = 8;
+
+// How a word of W and one of a row are multiplied and added to a float32 sum; how weights of columns become words.
+struct Float32 {
+  static constexpr int kColumns = 1;  // of W, in a word of the weighted sums
+  static constexpr int parts(int, const Head&) { return 1; }
+  ALRO_INLINE vf add(vf sum, vf a, vf x) { return sum + a * x; }
+  ALRO_INLINE void put(float* at, int64_t, const vf* x, int) { store(at, x[0]); }
+};
+#if defined(__AVX512BF16__)
+struct BFloat16 {
+  static constexpr int kColumns = 2;
+  // A gradient is a difference of sums: of two panels', or of `expected` and the label's column. It may be small beside
+  // them, so what the rounding of weights leaves is a second word, multiplied as well; but for a single panel without a
+  // softcap, where the weight of the largest logit is 1 and nothing is left of it.
+  static int parts(int panels, const Head& head) { return panels == 2 || head.softcap > 0 ? 2 : 1; }
+  ALRO_INLINE vf add(vf sum, vf a, vf x) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)x); }
+  ALRO_INLINE vf pair(vf low, vf high) {
+    const vi halves = (vi)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return (vf)_mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)halves);
+  }
+  ALRO_INLINE void put(float* at, int64_t next, const vf* x, int parts) {
+    const vf word = pair(x[0], x[1]);
+    store(at, word);
+    if (parts == 2) store(at + next, pair(x[0] - (vf)((vi)word << 16), x[1] - (vf)((vi)word & -65536)));
+  }
+};
+#endif
 
 // z [B, lanes] = (or +=) W [B, depth] * rows [depth, lanes]
-template <int B, int V>
+template <int B, int V, class M>
 static void logits_block(const float* w, int64_t stride, const float* rows, int64_t depth, bool add, float* z) {
   vf sum[B][V];
   ALRO_UNROLL for (int i = 0; i < B; ++i) ALRO_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = vf{};
@@ -27,8 +55,8 @@ static void logits_block(const float* w, int64_t stride, const float* rows, int6
     vf x[V];
     ALRO_UNROLL for (int j = 0; j < V; ++j) x[j] = load(rows + (k * V + j) * kLanes);
     ALRO_UNROLL for (int i = 0; i < B; ++i) {
-      vf a = splat(w[i * stride + k]);
-      ALRO_UNROLL for (int j = 0; j < V; ++j) sum[i][j] += a * x[j];
+      vf a = broadcast(w + i * stride + k);
+      ALRO_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = M::add(sum[i][j], a, x[j]);
     }
   }
   ALRO_UNROLL for (int i = 0; i < B; ++i) ALRO_UNROLL for (int j = 0; j < V; ++j) {
@@ -37,20 +65,21 @@ static void logits_block(const float* w, int64_t stride, const float* rows, int6
   }
 }
 
-// u [B, lanes] = u * decay + sum over the listed columns v of W[v, B values] * p [v, lanes]
-template <int B, int V>
+// u [B, lanes] = u * decay + sum over the listed columns v of W[v, B values] * p [v, lanes]; columns that share a word of
+// W have two words of p: the second is what rounding has left of the first
+template <int B, int V, class M>
 static void column_sum_block(const float* w, int64_t stride, const float* p, const int32_t* index, int64_t count,
                              const vf* decay, float* u) {
   vf sum[B][V];
   ALRO_UNROLL for (int i = 0; i < B; ++i) ALRO_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = vf{};
   for (int64_t k = 0; k < count; ++k) {
     const int64_t v = index[k];
-    const float* row = w + v * stride;
+    const float* row = w + v / M::kColumns * stride;
     vf x[V];
     ALRO_UNROLL for (int j = 0; j < V; ++j) x[j] = load(p + (v * V + j) * kLanes);
     ALRO_UNROLL for (int i = 0; i < B; ++i) {
-      vf a = splat(row[i]);
-      ALRO_UNROLL for (int j = 0; j < V; ++j) sum[i][j] += a * x[j];
+      vf a = broadcast(row + i);
+      ALRO_UNROLL for (int j = 0; j < V; ++j) sum[i][j] = M::add(sum[i][j], a, x[j]);
     }
   }
   // added to u last: a tile's own sum is small beside the whole and would lose its low bits to it, term by term
@@ -85,61 +114,77 @@ ALRO_INLINE void blocks(int64_t n, F f) {
   }
 }
 
-template <int V>
+template <int V, class M>
 struct LogitsBlock {
   template <int B>
   struct F {
     static void run(const float* w, int64_t stride, const float* rows, int64_t depth, bool add, float* z) {
-      logits_block<B, V>(w, stride, rows, depth, add, z);
+      logits_block<B, V, M>(w, stride, rows, depth, add, z);
     }
   };
 };
-template <int V>
+template <int V, class M>
 struct ColumnSumBlock {
   template <int B>
   struct F {
     static void run(const float* w, int64_t stride, const float* p, const int32_t* index, int64_t count,
                     const vf* decay, float* u) {
-      column_sum_block<B, V>(w, stride, p, index, count, decay, u);
+      column_sum_block<B, V, M>(w, stride, p, index, count, decay, u);
     }
   };
 };
 
-// z [tile rows, lanes], before scale, bias and softcap
-template <int V>
-static void tile_logits(const Tile& tile, int64_t hidden_size, const float* rows, float* z) {
-  for (int64_t k = 0; k == 0 || k < hidden_size; k += kDepth) {
-    const int64_t depth = hidden_size - k < kDepth ? hidden_size - k : kDepth;
+// z [tile rows, lanes] = W * rows; done(first row, number of rows) is called while these are in the nearest memory
+template <int V, class M, class F>
+ALRO_INLINE void tile_products(const Tile& tile, int64_t words, const float* rows, float* z, F done) {
+  for (int64_t k = 0; k == 0 || k < words; k += kDepth) {
+    const int64_t depth = words - k < kDepth ? words - k : kDepth;
     blocks(tile.rows, [&](int64_t v, int size) {
-      WithBlock<LogitsBlock<V>::template F>::run(size, tile.weight + v * tile.stride + k, tile.stride,
-                                                 rows + k * V * kLanes, depth, k > 0, z + v * V * kLanes);
+      WithBlock<LogitsBlock<V, M>::template F>::run(size, tile.weight + v * tile.stride + k, tile.stride,
+                                                    rows + k * V * kLanes, depth, k > 0, z + v * V * kLanes);
+      if (k + depth == words) done(v, size);
     });
   }
 }
 
 template <int V>
+static void tile_logits(const Tile& tile, int64_t words, const float* rows, float* z) {
+  tile_products<V, Float32>(tile, words, rows, z, [](int64_t, int) {});
+}
+
+template <int V, class M = Float32>
 static void add_columns(const Tile& tile, int64_t hidden_size, const float* p, const int32_t* index, int64_t count,
                         const vf* decay, float* u) {
   blocks(hidden_size, [&](int64_t h, int size) {
-    WithBlock<ColumnSumBlock<V>::template F>::run(size, tile.weight + h, tile.stride, p, index, count, decay,
-                                                  u + h * V * kLanes);
+    WithBlock<ColumnSumBlock<V, M>::template F>::run(size, tile.columns + h, tile.columns_stride, p, index, count,
+                                                     decay, u + h * V * kLanes);
   });
 }
 
-// z = softcap(scale * (z + bias)) in place; largest [V] is raised to the tile's largest logit of each lane
+// z = softcap(scale * (z + bias)) in place; largest [V] is raised to the rows' largest logit of each lane
 template <int V>
-static void finish_logits(const Tile& tile, const Head& head, float* z, vf* largest) {
+ALRO_INLINE void finish_rows(const Tile& tile, const Head& head, int64_t first, int count, float* z, vf* largest) {
+  const bool as_it_is = !tile.bias && head.scale == 1 && head.softcap <= 0;
   const vf scale = splat(head.scale), cap = splat(head.softcap), per_cap = splat(1.0f / head.softcap);
-  for (int v = 0; v < tile.rows; ++v) {
+  for (int64_t v = first; v < first + count; ++v) {
     const vf bias = splat(tile.bias ? tile.bias[v] : 0.0f);
     ALRO_UNROLL for (int j = 0; j < V; ++j) {
       float* at = z + (v * V + j) * kLanes;
-      vf x = scale * (load(at) + bias);
-      if (head.softcap > 0) x = cap * hyperbolic_tangent(x * per_cap);
+      vf x = load(at);
+      if (!as_it_is) {
+        x = scale * (x + bias);
+        if (head.softcap > 0) x = cap * hyperbolic_tangent(x * per_cap);
+        store(at, x);
+      }
       largest[j] = maximum(x, largest[j]);
-      store(at, x);
     }
   }
+}
+
+template <int V, class M>
+static void head_logits(const Tile& tile, const Head& head, const float* rows, float* z, vf* largest) {
+  tile_products<V, M>(tile, head.depth, rows, z,
+                      [&](int64_t first, int count) { finish_rows<V>(tile, head, first, count, z, largest); });
 }
 
 ALRO_INLINE vf slope_of(const Head& head, vf z) {
@@ -156,15 +201,14 @@ ALRO_INLINE void add_to(float* sum, float* rest, vf decay, vf part) {
   store(rest, wanted - (after - before));
 }
 
-template <int V>
+template <int V, int P, class M>
 static int64_t vocab_unit(const Unit& unit, const Tile& tile, const Head& head, const Scratch& scratch, float bound) {
-  const int panels = unit.panels;
+  constexpr int panels = P;
   vf highest[2][V], decay[2][V], dropped[2][V], budget[2][V];
   for (int q = 0; q < panels; ++q) {
     const Panel& panel = unit.panel[q];
-    tile_logits<V>(tile, head.hidden_size, panel.hidden, scratch.weights[q]);
     ALRO_UNROLL for (int j = 0; j < V; ++j) highest[q][j] = load(panel.highest + j * kLanes);
-    finish_logits<V>(tile, head, scratch.weights[q], highest[q]);
+    head_logits<V, M>(tile, head, panel.hidden, scratch.weights[q], highest[q]);
     ALRO_UNROLL for (int j = 0; j < V; ++j) {
       decay[q][j] = exponential(load(panel.highest + j * kLanes) - highest[q][j]);
       const vf total = load(panel.total + j * kLanes) * decay[q][j];
@@ -178,37 +222,49 @@ static int64_t vocab_unit(const Unit& unit, const Tile& tile, const Head& head, 
   int count[2] = {0, 0};
   vf fresh[2][V], moment[2][V];  // this tile's part of total and cross
   for (int q = 0; q < 2; ++q) ALRO_UNROLL for (int j = 0; j < V; ++j) fresh[q][j] = moment[q][j] = vf{};
-  for (int v = 0; v < tile.rows; ++v) {
-    vf z[2][V], p[2][V];
-    for (int q = 0; q < panels; ++q) ALRO_UNROLL for (int j = 0; j < V; ++j) {
-      z[q][j] = load(scratch.weights[q] + (v * V + j) * kLanes);
-      p[q][j] = exponential(z[q][j] - highest[q][j]);
-      fresh[q][j] += p[q][j];
-    }
+  constexpr int columns = M::kColumns;
+  const int parts = M::parts(panels, head);
+  for (int v = 0; v < tile.rows; v += columns) {
+    vf z[2][V][columns], p[2][V][columns];
+    for (int q = 0; q < panels; ++q) ALRO_UNROLL for (int j = 0; j < V; ++j)
+      ALRO_UNROLL for (int c = 0; c < columns; ++c) {
+        const bool there = columns == 1 || v + c < tile.rows;
+        z[q][j][c] = there ? load(scratch.weights[q] + ((v + c) * V + j) * kLanes) : vf{};
+        p[q][j][c] = there ? exponential(z[q][j][c] - highest[q][j]) : vf{};
+        fresh[q][j] += p[q][j][c];
+      }
     for (int q = 0; q < panels; ++q) {
       const Panel& panel = unit.panel[q];
-      if (panel.cross) {
-        float* mixed = panel.mixed ? scratch.mixed[q] : nullptr;
-        float* spread = panel.spread ? scratch.spread[q] : nullptr;
+      auto put = [&](float* to, int j, auto weight) {
+        vf x[columns];
+        ALRO_UNROLL for (int c = 0; c < columns; ++c) x[c] = weight(c);
+        M::put(to + (v * V + j) * kLanes, V * kLanes, x, parts);
+      };
+      if (panels == 2 && panel.cross) {
         ALRO_UNROLL for (int j = 0; j < V; ++j) {
-          const int64_t at = (v * V + j) * kLanes;
-          vf tilt = p[q][j] * (head.entropy ? z[q][j] - z[1 - q][j] : -z[1 - q][j]);
-          moment[q][j] += tilt;
-          if (mixed) store(mixed + at, p[q][j] * slope_of(head, z[1 - q][j]));
-          if (spread) store(spread + at, tilt * slope_of(head, z[q][j]));
+          vf tilt[columns];
+          ALRO_UNROLL for (int c = 0; c < columns; ++c) {
+            tilt[c] = p[q][j][c] * (head.entropy ? z[q][j][c] - z[1 - q][j][c] : -z[1 - q][j][c]);
+            moment[q][j] += tilt[c];
+          }
+          if (panel.mixed)
+            put(scratch.mixed[q], j, [&](int c) { return p[q][j][c] * slope_of(head, z[1 - q][j][c]); });
+          if (panel.spread)
+            put(scratch.spread[q], j, [&](int c) { return tilt[c] * slope_of(head, z[q][j][c]); });
         }
       }
       if (!panel.expected && !panel.mixed) continue;
       bool keep = false;
       vf after[V];
       ALRO_UNROLL for (int j = 0; j < V; ++j) {
-        after[j] = dropped[q][j] + p[q][j];
+        after[j] = dropped[q][j];
+        ALRO_UNROLL for (int c = 0; c < columns; ++c) after[j] += p[q][j][c];
         keep |= any_above(after[j], budget[q][j]);
-        store(scratch.weights[q] + (v * V + j) * kLanes, p[q][j] * slope_of(head, z[q][j]));
+        put(scratch.weights[q], j, [&](int c) { return p[q][j][c] * slope_of(head, z[q][j][c]); });
       }
       if (!keep) ALRO_UNROLL for (int j = 0; j < V; ++j) dropped[q][j] = after[j];
-      scratch.index[q][count[q]] = v;
-      count[q] += keep;
+      for (int part = 0; part < parts; ++part) scratch.index[q][count[q] + part] = v + part;
+      count[q] += keep ? parts : 0;
     }
   }
 
@@ -219,7 +275,7 @@ static int64_t vocab_unit(const Unit& unit, const Tile& tile, const Head& head, 
       store(panel.highest + j * kLanes, highest[q][j]);
       store(panel.dropped + j * kLanes, dropped[q][j]);
       add_to(panel.total + j * kLanes, panel.total_rest + j * kLanes, decay[q][j], fresh[q][j]);
-      if (panel.cross)
+      if (panels == 2 && panel.cross)
         add_to(panel.cross + j * kLanes, panel.cross_rest + j * kLanes, decay[q][j], moment[q][j]);
     }
     vf since[V];  // from the reference of the sums to the present highest logit
@@ -229,26 +285,36 @@ static int64_t vocab_unit(const Unit& unit, const Tile& tile, const Head& head, 
     ALRO_UNROLL for (int j = 0; j < V; ++j) store(panel.reference + j * kLanes, highest[q][j]);
     const int64_t h = head.hidden_size;
     if (panel.expected) {
-      add_columns<V>(tile, h, scratch.weights[q], scratch.index[q], count[q], since, panel.expected);
-      multiplied += count[q];
+      add_columns<V, M>(tile, h, scratch.weights[q], scratch.index[q], count[q], since, panel.expected);
+      multiplied += count[q] / parts * columns;
     }
     if (panel.mixed) {
-      add_columns<V>(tile, h, scratch.mixed[q], scratch.index[q], count[q], since, panel.mixed);
-      multiplied += count[q];
+      add_columns<V, M>(tile, h, scratch.mixed[q], scratch.index[q], count[q], since, panel.mixed);
+      multiplied += count[q] / parts * columns;
     }
-    if (panel.spread) {
-      for (int v = 0; v < tile.rows; ++v) scratch.index[q][v] = v;  // its terms are not bounded by p: nothing is dropped
-      add_columns<V>(tile, h, scratch.spread[q], scratch.index[q], tile.rows, since, panel.spread);
-      multiplied += tile.rows;
+    if (panel.spread) {  // its terms are not bounded by p: nothing is dropped
+      const int every = (tile.rows + columns - 1) / columns * columns;
+      for (int v = 0; v < every; ++v) scratch.index[q][v] = v;
+      add_columns<V, M>(tile, h, scratch.spread[q], scratch.index[q], every, since, panel.spread);
+      multiplied += every;
     }
   }
   return multiplied;
 }
 
-static int64_t vocab_tile(const Unit& unit, const Tile& tile, const Head& head, const Scratch& scratch, float bound) {
-  return unit.vectors == 2 ? vocab_unit<2>(unit, tile, head, scratch, bound)
-                           : vocab_unit<1>(unit, tile, head, scratch, bound);
+template <class M>
+static int64_t vocab_tile_of(const Unit& unit, const Tile& tile, const Head& head, const Scratch& scratch,
+                             float bound) {
+  constexpr decltype(&vocab_tile_of<M>) units[2][2] = {{vocab_unit<1, 1, M>, vocab_unit<1, 2, M>},
+                                                       {vocab_unit<2, 1, M>, vocab_unit<2, 2, M>}};
+  return units[unit.vectors - 1][unit.panels - 1](unit, tile, head, scratch, bound);
 }
+constexpr auto vocab_tile = vocab_tile_of<Float32>;
+#if defined(__AVX512BF16__)
+constexpr auto vocab_tile_bf16 = vocab_tile_of<BFloat16>;
+#else
+constexpr decltype(&vocab_tile_of<Float32>) vocab_tile_bf16 = nullptr;
+#endif
 
 // ---- gradient of a trainable head ----
 
@@ -257,8 +323,7 @@ static void grad_unit(const Unit& unit, const GradLanes* lanes, const Tile& tile
   for (int q = 0; q < unit.panels; ++q) {
     vf unused[V];
     ALRO_UNROLL for (int j = 0; j < V; ++j) unused[j] = splat(-1e30f);
-    tile_logits<V>(tile, head.hidden_size, unit.panel[q].hidden, out[q]);
-    finish_logits<V>(tile, head, out[q], unused);
+    head_logits<V, Float32>(tile, head, unit.panel[q].hidden, out[q], unused);
   }
   for (int v = 0; v < tile.rows; ++v) ALRO_UNROLL for (int j = 0; j < V; ++j) {
     const int64_t lane = j * kLanes, at = int64_t(v) * V * kLanes + lane;
@@ -329,6 +394,13 @@ static void grad_product(const float* grad, int64_t panels, int lanes, int rows,
 static void widen(const uint16_t* in, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     uint32_t bits = uint32_t(in[i]) << 16;
+    memcpy(out + i, &bits, sizeof bits);
+  }
+}
+
+static void interleave(const uint16_t* a, const uint16_t* b, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits = a[i] | uint32_t(b[i]) << 16;
     memcpy(out + i, &bits, sizeof bits);
   }
 }
