@@ -25,6 +25,7 @@ from bench.common import Contestant, interleave, realistic_head
 ROOT = Path(__file__).parents[1]
 QUICK = os.environ.get("BENCH_QUICK") == "1"
 SHAPES = [(256, 32_000, 64), (256, 32_000, 256), (896, 32_000, 256), (256, 151_936, 256), (896, 151_936, 256)]
+VECTORISED = ("avx2", "avx512", "avx512_bf16")
 OPTIONS = {"gamma": 1.0, "sigma": 1.0, "normalise": True, "divergence": "kl"}
 
 pytestmark = pytest.mark.skipif(
@@ -112,9 +113,10 @@ def test_head(hidden_size, vocab, rows, dtype):
     error = (outcome["cpp"].result.float() - wanted).abs().max() / wanted.abs().max()
     assert error < (1e-4 if dtype == torch.float32 else 2e-2)
     assert outcome["cpp"].median <= 1.05 * outcome["eager"].median
-    if dtype == torch.float32 and cpp._cpp.instruction_set() != "generic":
-        assert outcome["cpp"].median <= 1.1 * floor
-        assert outcome["cpp, peaked"].median <= 0.75 * floor
+    half = dtype == torch.bfloat16  # its products are so fast that the op's own millisecond shows
+    if cpp._cpp.instruction_set() in (("avx512_bf16",) if half else VECTORISED):
+        assert outcome["cpp"].median <= (1.2 if half else 1.1) * floor
+        assert outcome["cpp, peaked"].median <= (0.8 if half else 0.75) * floor
 
 
 PEAK = """

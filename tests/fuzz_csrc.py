@@ -347,7 +347,7 @@ def main() -> None:
     end = time.monotonic() + options.seconds
     while time.monotonic() < end:
         make = rng.choice(FUNCTIONS)
-        _cpp.select_instruction_set(rng.choice(("generic", "avx2", "avx512")))
+        _cpp.select_instruction_set(rng.choice(("generic", "avx2", "avx512", "avx512_bf16")))
         out = Guarded()
         arguments = make(rng, out)
         if rng.random() < 0.5:

@@ -11,7 +11,7 @@ from alro_fast.packing import Branch, PackedBatch, Tree, collate
 
 _cpp = pytest.importorskip("alro_fast._cpp", reason="this install has no C++ kernels")
 WIDEST = _cpp.instruction_set()
-SETS = [name for name in ("generic", "avx2", "avx512") if _cpp.select_instruction_set(name)]
+SETS = [name for name in ("generic", "avx2", "avx512", "avx512_bf16") if _cpp.select_instruction_set(name)]
 _cpp.select_instruction_set(WIDEST)
 TREES = {  # (tokens of the prefix, tokens of each branch), ...
     "one list": [(200, [30])],

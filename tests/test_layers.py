@@ -39,7 +39,7 @@ SHAPES = [(1, 1), (3, 7), (5, 16), (2, 3, 33), (4, 128), (130, 515)]
 needs_kernels = pytest.mark.skipif(cpp._cpp is None, reason="this install has no C++ kernels")
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512"])
+@pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16"])
 def _instruction_set(request):
     _cpp = pytest.importorskip("alro_fast._cpp", reason="this install has no C++ kernels")
     widest = _cpp.instruction_set()
