@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +74,12 @@ def ndcg_plot(axes: Any, results: dict) -> bool:
     """Means with their intervals, by cutoff; one mark per ranker."""
     names = rankers(results)
     cutoffs = cutoffs_of(results)
+    step = min(0.11, 0.8 / max(len(names), 1))  # the marks of a cutoff stay by themselves
     for at, name in enumerate(names):
         means = np.array([results[name][f"ndcg@{k}"] for k in cutoffs], dtype=np.float64)
         ends = np.array([results[name][f"ndcg@{k}_interval"] for k in cutoffs], dtype=np.float64)
         reach = np.nan_to_num(np.abs(ends.T - means))  # no interval: nothing to reach
-        place = np.arange(len(cutoffs)) + (at - (len(names) - 1) / 2) * 0.11
+        place = np.arange(len(cutoffs)) + (at - (len(names) - 1) / 2) * step
         axes.errorbar(
             place,
             means,
@@ -94,9 +95,13 @@ def ndcg_plot(axes: Any, results: dict) -> bool:
     return bool(names)
 
 
-def position_plot(axes: Any, predictions: list[dict]) -> bool:
-    """Score minus the list's mean score, averaged by the place a candidate was shown at: flat for a fair model."""
-    by_ranker = {name: mean_by_position(predictions, name) for name in ("untuned", "tuned")}
+def position_plot(axes: Any, data: tuple[list[dict], Sequence[str]]) -> bool:
+    """Score minus the list's mean score, averaged by the place a candidate was shown at: flat for a fair model.
+
+    data: predictions, and whose scores of them to show.
+    """
+    predictions, names = data
+    by_ranker = {name: mean_by_position(predictions, name) for name in names}
     for name, (means, errors) in by_ranker.items():
         if len(means) > 1:
             places = np.arange(1, len(means) + 1)
@@ -132,23 +137,24 @@ def order_plot(axes: Any, predictions: list[dict]) -> bool:
 
 
 def loss_plot(axes: Any, history: list[dict]) -> bool:
-    """The loss and its parts by optimiser step."""
+    """The loss and its parts by optimiser step; nothing for a single point."""
     return _curves(axes, history, PARTS)
 
 
 def validation_plot(axes: Any, history: list[dict]) -> bool:
-    """NDCG on the validation lists by optimiser step."""
+    """NDCG on the validation lists by optimiser step; nothing for a single point."""
     return _curves(axes, history, {f"eval_ndcg@{k}": f"NDCG@{k}" for k in metrics.CUTOFFS})
 
 
 def _curves(axes: Any, history: list[dict], keys: dict[str, str]) -> bool:
     for key, label in keys.items():
         points = [(entry["step"], entry[key]) for entry in history if key in entry and "step" in entry]
-        if points:
+        if len(points) > 1:
             axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3.5, label=label)
     if not axes.lines:
         return False
     axes.set_xlabel("optimiser step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, fontsize=9)
     return True
 

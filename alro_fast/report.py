@@ -52,18 +52,21 @@ def write_report(folder: str | Path, run_folder: str | Path | None = None) -> Pa
     config = _yaml(run_folder / "config.yaml")
 
     plots = Plots(folder / "plots")
+    placed, note = placed_rankers(results)
     sections = [
         headline(results),
         section(
             "Ranking quality",
             plots.draw("ndcg", "NDCG with 95 % intervals", ndcg_plot, results),
             quality_table(results),
+            generated_text(results["about"]),
         ),
         section("Within the lists that hold their target", within_table(results)),
         section("Is the difference real?", comparison_table(results)),
         section(
             "Does the place on the page matter?",
-            plots.draw("position", "Mean score by presented position", position_plot, predictions),
+            plots.draw("position", "Mean score by presented position", position_plot, (predictions, placed)),
+            note,
             order_text(results),
             plots.draw("order", "Kendall tau between presentations of one list", order_plot, predictions),
         ),
@@ -71,9 +74,10 @@ def write_report(folder: str | Path, run_folder: str | Path | None = None) -> Pa
             "Training",
             plots.draw("loss", "Training loss and its parts", loss_plot, history),
             plots.draw("validation", "NDCG on the validation lists", validation_plot, history),
+            validation_text(history),
         ),
         section("Speed and memory", speed_table(results, history)),
-        section("Twenty lists", examples(predictions)),
+        section("Twenty lists", examples(predictions, targets="ceiling" in results["about"])),
         section("How it was measured", definitions(results["about"]["conventions"])),
         section("Options of the run", definitions(config)),
     ]
@@ -188,6 +192,41 @@ def comparison_table(results: dict) -> str:
     return table(["", "metric", "difference", "95 % interval", "p"], rows) + note if rows else ""
 
 
+def generated_text(about: dict) -> str:
+    """How many generated answers were of no use, where there are some."""
+    rate = about.get("generate_invalid_rate")
+    label = html.escape(LABELS["generate"])
+    return "" if rate is None else f"<p>{label}: of {rate:.1%} of the lists an answer could not be read in full.</p>"
+
+
+def placed_rankers(results: dict) -> tuple[tuple[str, ...], str]:
+    """Whose scores are shown by place, and what to know of them.
+
+    A hybrid with the constants of the code adds 0.05 for every place in the list as given: its listwise task alone
+    tells whether the model itself looks at the place.
+    """
+    if "method hybrid (code" not in results["about"].get("conventions", {}).get("rankings", ""):
+        return ("untuned", "tuned"), ""
+    note = (
+        "The hybrid's own scores are not shown: they count the place in the list as given by definition. Unless "
+        "presentations were shuffled that is the first stage's order, so that a slope of the listwise task may be "
+        "merit as well."
+    )
+    return ("listwise",), f"<p>{html.escape(note)}</p>"
+
+
+def validation_text(history: list[dict]) -> str:
+    """The validation's figures where there was one alone, too few for a curve."""
+    measured = [entry for entry in history if any(key.startswith("eval_ndcg@") for key in entry)]
+    if len(measured) != 1:
+        return ""
+    (entry,) = measured
+    figures = ", ".join(
+        f"{key.removeprefix('eval_').upper()} {_cell(entry[key])}" for key in entry if key.startswith("eval_ndcg@")
+    )
+    return f"<p>Validation lists, measured once, after step {entry.get('step', '–')}: {html.escape(figures)}.</p>"
+
+
 def order_text(results: dict) -> str:
     """Order sensitivity in words."""
     said = [
@@ -218,26 +257,32 @@ def speed_table(results: dict, history: list[dict]) -> str:
     return table(["", ""], rows) if rows else ""
 
 
-def examples(predictions: list[dict]) -> str:
-    """A seeded draw of lists: what was ranked first before and after tuning, with the user's ratings."""
-    able = [document for document in predictions if _rankable(document)]
+def examples(predictions: list[dict], targets: bool) -> str:
+    """A seeded draw of lists: what was ranked first before and after tuning, with the user's ratings.
+
+    targets: lists are for one target each, the one rated candidate, and those that hold it are shown.
+    """
+    grades = [_grades(document, targets) for document in predictions]
+    able = [pair for pair in zip(predictions, grades, strict=True) if len(np.unique(pair[1][~np.isnan(pair[1])])) > 1]
     if not able:
         return ""
     drawn = np.random.default_rng(0).permutation(len(able))[:EXAMPLES]
-    cards = f"<div class=cards>{''.join(_card(able[at]) for at in sorted(drawn))}</div>"
-    return f"<p>Drawn at random, seed 0. The number is the user's own rating, which no model saw.</p>{cards}"
+    cards = f"<div class=cards>{''.join(_card(*able[at]) for at in sorted(drawn))}</div>"
+    whose = "of the target, the item liked next" if targets else "the user's own rating"
+    return f"<p>Drawn at random, seed 0. The number is {whose}, which no model saw.</p>{cards}"
 
 
-def _rankable(document: dict) -> bool:
-    return len({c["rating"] for c in document["candidates"] if c["rating"] is not None}) > 1
+def _grades(document: dict, targets: bool) -> np.ndarray:
+    """float64 [candidates] that NDCG is taken over; NaN: none. targets: 1 for the rated candidate, 0 for the others."""
+    ratings = np.array([np.nan if c["rating"] is None else c["rating"] for c in document["candidates"]])
+    return np.where(np.isnan(ratings), 0.0, 1.0) if targets else ratings
 
 
-def _card(document: dict) -> str:
+def _card(document: dict, grades: np.ndarray) -> str:
     candidates = document["candidates"]
-    ratings = np.array([[np.nan if c["rating"] is None else c["rating"] for c in candidates]])
     columns = []
     for name, prediction in document["rankings"].items():
-        value = metrics.ndcg(np.array([prediction["scores"]]), ratings, 3)[0]
+        value = metrics.ndcg(np.array([prediction["scores"]]), grades[None], 3)[0]
         items = "".join(
             f"<li><b>{_rating(candidates[i]['rating'])}</b> {html.escape(candidates[i]['title'])}</li>"
             for i in prediction["order"]

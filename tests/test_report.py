@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -12,14 +13,16 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from tiny import random_lists
 
 from alro_fast import report
 from alro_fast.errors import AlroFastError
 from alro_fast.orders import make_ranking, presentations
-from alro_fast.plots import Plots, mean_by_position, order_taus
-from alro_fast.report import report_line, write_report
+from alro_fast.plots import Plots, loss_plot, mean_by_position, ndcg_plot, order_taus, validation_plot
+from alro_fast.report import placed_rankers, report_line, write_report
 from alro_fast.results import evaluate_lists, write_predictions
+from alro_fast.target_metrics import evaluate_rankers, save_measurement
 
 EVIL = '<script src="http://evil.example/x.js">alert(1)</script> & "q" <img src=http://evil.example/y.png>'
 
@@ -51,7 +54,7 @@ def folder(tmp_path_factory):
     history = [
         {"step": s, "loss": 2 / s, "sft": 1 / s, "lists_per_second": 30.0, "sharing_ratio": 1.8} for s in range(1, 9)
     ]
-    history.append({"step": 8, "eval_ndcg@3": 0.6, "eval_ndcg@10": 0.8})
+    history += [{"step": step, "eval_ndcg@3": 0.1 * step, "eval_ndcg@10": 0.8} for step in (4, 8)]
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     (folder / "config.yaml").write_text("learning_rate: 0.0002\ntemplate: '<i>mine</i>'\n")
     write_report(folder)
@@ -127,6 +130,59 @@ def test_position_curve_and_order_taus():
     assert mean_by_position([single], "tuned")[0].tolist() == [-1.0, 1.0]
     assert not len(order_taus([single], "tuned"))
     assert not len(mean_by_position([single], "untuned")[0])
+
+
+def lists_with_targets(count: int) -> list:
+    """Ten candidates a list, the target rated; every fourth list was missed."""
+    return [
+        replace(one, ratings=tuple(4.5 if i == n % 10 and n % 4 else math.nan for i in range(10)))
+        for n, one in enumerate(random_lists(count, 10, items=400))
+    ]
+
+
+def test_a_report_of_a_first_stages_lists(tmp_path):
+    """Lists with their target as examples, unread answers, what the hybrid's places mean, one validation in words."""
+    lists, draw = lists_with_targets(12), np.random.default_rng(0)
+    shown = np.arange(10)[None]
+    rankings = {
+        name: [make_ranking(one, shown, draw.normal(size=(1, 10)), "mean") for one in lists]
+        for name in ("untuned", "pointwise", "listwise", "tuned")
+    }
+    scores = {name: [one.scores for one in each] for name, each in rankings.items()}
+    results = replace(
+        evaluate_rankers(lists, scores, targets=True, bootstrap=20), about={"generate_invalid_rate": 0.125}
+    )
+    hybrid = results.noting(rankings="method hybrid (code constants, pairing matching), seed 0")
+    save_measurement(tmp_path, hybrid, lists, rankings, targets=True)
+    state = {"log_history": [{"step": 7, "eval_ndcg@3": 0.4321, "eval_loss": 1.0}]}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    text = write_report(tmp_path).read_text()
+    assert text.count("<article>") == 9
+    first = results.per_list["tuned"]["ndcg@3"][1]
+    assert "<h3>List l1</h3><div class=sides><div><h4>untuned <small>NDCG@3" in text
+    assert f"<h4>tuned <small>NDCG@3 {first:.3f}" in text
+    assert "tuned, generate: of 12.5% of the lists an answer could not be read in full" in text
+    assert "measured once, after step 7: NDCG@3 0.4321." in text
+    assert "they count the place in the list as given by definition" in text
+    for other in ("retriever", "untuned"):
+        assert f"<th>tuned - {other}</th>" in text
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["ndcg.png", "position.png"]
+    paper = results.noting(rankings="method hybrid (paper constants, pairing matching), seed 0")
+    assert placed_rankers(hybrid.to_json())[0] == ("listwise",)
+    assert placed_rankers(paper.to_json()) == placed_rankers({"about": {}}) == (("untuned", "tuned"), "")
+
+
+def test_marks_of_a_cutoff_stay_together_and_steps_are_whole():
+    measured = {"ndcg@1": 0.5, "ndcg@1_interval": [0.4, 0.6], "ndcg@3": 0.5, "ndcg@3_interval": [0.4, 0.6]}
+    axes = Figure().add_subplot()
+    ndcg_plot(axes, {f"r{n}": measured for n in range(12)} | {"about": {}})
+    places = np.array([line.lines[0].get_xdata() for line in axes.containers])
+    assert places.shape == (12, 2)
+    assert np.abs(places - [0, 1]).max() < 0.4
+    axes = Figure().add_subplot()
+    assert loss_plot(axes, [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
+    assert all(tick == round(tick) for tick in axes.get_xticks())
+    assert not validation_plot(Figure().add_subplot(), [{"step": 8, "eval_ndcg@3": 0.5}])
 
 
 def test_a_folder_with_results_alone(tmp_path, capsys):

@@ -76,6 +76,7 @@ def test_the_table_and_the_file_say_who_was_counted(tmp_path):
     for row in ("retriever", "hints", "untuned", "tuned", "ceiling"):
         assert f"\n{row}" in text
     assert "tuned - retriever, NDCG@5 over all users: +0.0000" in text
+    assert "tuned - untuned, NDCG@5 over all users: " in text
     document = json.loads(found.save(tmp_path).read_text())
     assert document["about"]["ceiling"] == 0.5
     assert document["about"]["lists_with_their_target"] == 2
