@@ -204,3 +204,11 @@ def test_the_log_tells_rewards_from_likelihoods(folder, tmp_path):
     assert logged[1]["eval_pair_accuracy"] == results["movies"]["tuned"]["pair_accuracy"]
     with pytest.raises(AlroFastError, match=r"its figures are in preference_results\.json"):
         write_report(tmp_path / "out")
+
+
+def test_several_positives_of_lists_are_no_pairs(folder):
+    """The answer form alone decides, before any list is read: a second stage is refused before the first begins."""
+    argv = ["--model_name_or_path", folder / "base", "--data_dir", folder / "nowhere", "--stages", "dmpo", "--use_cpu"]
+    argv += ["true", "--preference_answer", "pairs", "--dmpo_variant", "mult", "--output_dir", folder / "lists"]
+    assert "--preference_answer pairs has a prompt per pair" in refused(argv)
+    assert "nowhere is not a prepared data folder" in refused([*argv, "--dmpo_variant", "sdpo"])
