@@ -8,6 +8,7 @@ method `first`. Prompts travel as token ids, so that nobody re-tokenises them. I
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import math
 import urllib.error
@@ -23,8 +24,8 @@ import numpy as np
 from .cli import OneLineParser, run
 from .errors import AlroFastError
 from .folders import run_options
-from .orders import MERGES, Ranking, make_ranking, presentations, slide, unlabelled
-from .rank import answer, parse_list, read_documents
+from .orders import Ranking, check_presentations, make_ranking, presentations, slide, unlabelled
+from .rank import answer, check_top_k, parse_list, read_documents
 
 if TYPE_CHECKING:
     from .data.records import RankingList
@@ -50,7 +51,10 @@ class RankingClient:
         parallel: int = 16,
         timeout: float = 60.0,
     ) -> None:
-        self.url, self.model, self.prompts = url.rstrip("/"), model, prompts
+        for name, value in (("parallel", parallel), ("timeout", timeout)):
+            if not value > 0:
+                raise AlroFastError(f"{name} is above 0; given {value}")
+        self.url, self.model, self.prompts = url.rstrip("/").removesuffix("/v1"), model, prompts
         self.api_key, self.parallel, self.timeout = api_key, parallel, timeout
 
     @classmethod
@@ -62,7 +66,18 @@ class RankingClient:
 
         if not Path(folder).is_dir():
             raise AlroFastError(f"{folder}: no such folder; expected one written by alro_fast.train")
-        if run_options(folder).get("answer", "ranking") != "ranking":
+        run = run_options(folder)
+        if run.get("objective") == "recranker":
+            raise AlroFastError(
+                f"{folder} was tuned on the three tasks of recranker, which the client does not ask; rank with "
+                "alro_fast.rank"
+            )
+        if run.get("objective") in ("dmpo", "sft_chosen") and run.get("preference_answer") != "identifiers":
+            raise AlroFastError(
+                f"{folder} was tuned on answers that are titles, and the client reads identifiers; measure it with "
+                "alro_fast.evaluate"
+            )
+        if run.get("answer", "ranking") != "ranking":
             raise AlroFastError(
                 f"{folder} was tuned to answer with grades, and the client reads identifiers; rank with alro_fast.rank"
             )
@@ -75,10 +90,7 @@ class RankingClient:
 
         Raises AlroFastError when the server cannot be reached, refuses, or leaves out an identifier.
         """
-        if shuffles < 1:
-            raise AlroFastError(f"shuffles is at least 1; given {shuffles}")
-        if merge_by not in MERGES:
-            raise AlroFastError(f"unknown merge {merge_by!r}; expected one of {', '.join(MERGES)}")
+        check_presentations(shuffles, merge_by, seed)
         source = iter(lists)
         with ThreadPoolExecutor(self.parallel) as pool:
 
@@ -118,6 +130,11 @@ class RankingClient:
     def _scores(self, entry: RankingList, prompt: Any) -> np.ndarray:
         start = [*prompt.prompt_ids, *prompt.answer_ids[: prompt.slot_offsets[0]]]
         found = read_logprobs(self._post(self.request(start, prompt.candidate_ids)))
+        if any(map(math.isnan, found.values())):
+            raise AlroFastError(
+                f"list {entry.list_id}: {self.url} gave log-probabilities that are no numbers (NaN); does the server "
+                "compute the model rightly?"
+            )
         missing = [token for token in prompt.candidate_ids if not math.isfinite(found.get(token, -math.inf))]
         if missing:
             raise AlroFastError(
@@ -137,7 +154,13 @@ class RankingClient:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 return json.load(response)
         except urllib.error.HTTPError as error:
-            raise AlroFastError(f"{self.url} answered {error.code}: {_reason(error.read())}") from None
+            raise AlroFastError(
+                f"{self.url} answered {error.code}: {_reason(error.read().decode(errors='replace'))}"
+            ) from None
+        except http.client.HTTPException as error:
+            raise AlroFastError(
+                f"{self.url} broke off its answer or speaks no HTTP ({type(error).__name__}: {_reason(str(error))})"
+            ) from None
         except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
             raise AlroFastError(f"{self.url} cannot be reached: {getattr(error, 'reason', error)}") from None
         except ValueError as error:
@@ -163,6 +186,8 @@ def read_logprobs(response: Any) -> dict[int, float]:
 def main(argv: Sequence[str]) -> None:
     """Read and check everything, ask the server, print rankings as they come."""
     options = parser().parse_args(argv)
+    check_top_k(options.top_k)
+    check_presentations(options.shuffles, options.merge, options.seed)
     documents = read_documents(options.file)
     lists = [parse_list(document, number) for number, document in enumerate(documents, start=1)]
     client = RankingClient.load(
@@ -182,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("file", nargs="?", default="-", help="JSON or JSON lines; -: standard input (default)")
     parser.add_argument("--adapter", required=True, help="folder that alro_fast.train wrote, for its prompt format")
-    parser.add_argument("--url", default="http://localhost:8000", help="the server, without /v1 (default: localhost)")
+    parser.add_argument("--url", default="http://localhost:8000", help="the server (default: http://localhost:8000)")
     parser.add_argument("--model", required=True, help="the adapter's name on the server")
     parser.add_argument("--api_key", help="sent as a bearer token")
     parser.add_argument("--parallel", type=int, default=16, help="requests in flight at once (default 16)")
@@ -193,9 +218,8 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _reason(body: bytes) -> str:
+def _reason(text: str) -> str:
     """What an error response says, on one line."""
-    text = body.decode(errors="replace")
     try:
         document = json.loads(text)
         text = document.get("message") or document["error"]["message"]

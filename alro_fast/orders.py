@@ -37,6 +37,16 @@ def presentations(entry: RankingList, shuffles: int, seed: int) -> np.ndarray:
     return np.stack([np.arange(m), *(generator.permutation(m) for _ in range(shuffles - 1))])
 
 
+def check_presentations(shuffles: int, merge_by: str, seed: int) -> None:
+    """AlroFastError for presentations that nobody can make or merge."""
+    if shuffles < 1:
+        raise AlroFastError(f"shuffles is at least 1; given {shuffles}")
+    if seed < 0:
+        raise AlroFastError(f"seed is at least 0; given {seed}")
+    if merge_by not in MERGES:
+        raise AlroFastError(f"unknown merge {merge_by!r}; expected one of {', '.join(MERGES)}")
+
+
 def generator_of(entry: RankingList, *seeds: int) -> np.random.Generator:
     """Random numbers that depend on the seeds and the list's id alone."""
     digest = hashlib.blake2b(entry.list_id.encode(), digest_size=8).digest()

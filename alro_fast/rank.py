@@ -39,8 +39,7 @@ ITEM_KEYS = ("id", "title", "category", "rating", "hint")
 def main(argv: Sequence[str]) -> None:
     """Read and check everything, load the model, print rankings as they come."""
     options = parser().parse_args(argv)
-    if options.top_k is not None and options.top_k < 1:
-        raise AlroFastError(f"--top_k is at least 1; given {options.top_k}")
+    check_top_k(options.top_k)
     documents = read_documents(options.file)
     lists = [parse_list(document, number) for number, document in enumerate(documents, start=1)]
     from .ranking import (  # torch takes seconds to import: not before the input is known to be good
@@ -90,6 +89,12 @@ def parser() -> argparse.ArgumentParser:
     add_ranking_options(parser)
     parser.add_argument("--top_k", type=int, help="print only the best K")
     return parser
+
+
+def check_top_k(top_k: int | None) -> None:
+    """AlroFastError for less than one."""
+    if top_k is not None and top_k < 1:
+        raise AlroFastError(f"--top_k is at least 1; given {top_k}")
 
 
 def add_ranking_options(parser: argparse.ArgumentParser) -> None:

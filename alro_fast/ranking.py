@@ -34,7 +34,7 @@ from .errors import AlroFastError
 from .folders import run_options
 from .fused_head import Head, head_of
 from .ops import linear_logprobs
-from .orders import MERGES, Ranking, check_finite, make_ranking, presentations, slide, unlabelled
+from .orders import Ranking, check_finite, check_presentations, make_ranking, presentations, slide, unlabelled
 from .packing import Branch, Tree, collate, plan_batches
 from .task_reading import TASK_METHODS, check_tasks, read_tasks
 
@@ -367,14 +367,11 @@ def check_options(
     known = (*METHODS, *TASK_METHODS)
     if method is not None and method not in known:
         raise AlroFastError(f"unknown method {method!r}; expected one of {', '.join(known)}")
-    for name, value in (("shuffles", shuffles), ("beams", beams)):
-        if value < 1:
-            raise AlroFastError(f"{name} is at least 1; given {value}")
-    for name, value in (("seed", seed), ("token_budget", token_budget)):
-        if value < 0:
-            raise AlroFastError(f"{name} is at least 0; given {value}")
-    if merge_by not in MERGES:
-        raise AlroFastError(f"unknown merge {merge_by!r}; expected one of {', '.join(MERGES)}")
+    check_presentations(shuffles, merge_by, seed)
+    if beams < 1:
+        raise AlroFastError(f"beams is at least 1; given {beams}")
+    if token_budget < 0:
+        raise AlroFastError(f"token_budget is at least 0; given {token_budget}")
 
 
 def check_device(name: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
@@ -46,6 +47,16 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(200, {"choices": [{"message": {"content": "A"}}]})
         if style == "html":
             return self.reply(200, "<html>")
+        if style == "breaks off":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            return self.wfile.write(b'{"choices"')
+        if style == "no HTTP":
+            return self.wfile.write(b"220 mail ready\r\n")
+        if style == "NaN":
+            top = {f"token_id:{token}": math.nan for token in body["logprob_token_ids"]}
+            return self.reply(200, {"choices": [{"logprobs": {"top_logprobs": [top]}}]})
         with self.lock, torch.no_grad(), ordinary_attention(MODEL.get_decoder()):
             logits = MODEL(torch.tensor([body["prompt"]])).logits[0, -1].double()
         if style == "processed":
@@ -85,7 +96,7 @@ def server():
 
 def test_what_is_sent(server):
     entry = random_lists(1, 4)[0]
-    list(RankingClient(server.url + "/", "tuned", PROMPTS, api_key="k").stream([entry]))
+    list(RankingClient(server.url + "/v1/", "tuned", PROMPTS, api_key="k").stream([entry]))
     ((path, headers, body),) = server.requests
     prompt = PROMPTS.ranking(entry)
     assert path == "/v1/completions"
@@ -124,6 +135,9 @@ def test_rankings_equal_those_of_the_ranker(server, style):
         ("text", "names tokens by text"),
         ("chat", "holds no log-probabilities"),
         ("html", "did not answer with JSON"),
+        ("breaks off", r"broke off its answer or speaks no HTTP \(IncompleteRead"),
+        ("no HTTP", r"broke off its answer or speaks no HTTP \(BadStatusLine: 220 mail ready\)"),
+        ("NaN", r"list l0: .* gave log-probabilities that are no numbers \(NaN\)"),
     ],
 )
 def test_a_server_that_does_not_serve(server, style, message):
@@ -140,6 +154,27 @@ def test_no_server_and_bad_options():
         list(client.stream([], shuffles=0))
     with pytest.raises(AlroFastError, match="unknown merge"):
         list(client.stream([], merge_by="vote"))
+    with pytest.raises(AlroFastError, match="seed is at least 0; given -1"):
+        list(client.stream([], seed=-1))
+    with pytest.raises(AlroFastError, match="parallel is above 0; given 0"):
+        RankingClient("http://127.0.0.1:9", "tuned", PROMPTS, parallel=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--parallel 0", "parallel is above 0; given 0"),
+        ("--seed -1", "seed is at least 0; given -1"),
+        ("--shuffles 0", "shuffles is at least 1; given 0"),
+        ("--top_k 0", "--top_k is at least 1; given 0"),
+        ("--top_k -1", "--top_k is at least 1; given -1"),
+    ],
+)
+def test_bad_options_are_one_line(tmp_path, words, said):
+    (tmp_path / "lists.json").write_text('{"candidates": [{"title": "One"}]}')
+    options = f"--adapter {make_run(tmp_path)} --url http://127.0.0.1:9 --model m {tmp_path / 'lists.json'} {words}"
+    with pytest.raises(AlroFastError, match=said):
+        client_module.main(options.split())
 
 
 def test_a_recorded_answer_is_read():
@@ -178,3 +213,12 @@ def test_the_command(server, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("answer: ratings")
     with pytest.raises(AlroFastError, match="tuned to answer with grades"):
         RankingClient.load(tmp_path, server.url, "tuned")
+    for options, said in (
+        ("objective: recranker", "tuned on the three tasks of recranker, which the client does not ask"),
+        ("objective: dmpo\npreference_answer: titles", "tuned on answers that are titles"),
+        ("objective: sft_chosen", "tuned on answers that are titles"),
+    ):
+        (tmp_path / "config.yaml").write_text(options)
+        with pytest.raises(AlroFastError, match=said) as raised:
+            RankingClient.load(tmp_path, server.url, "tuned")
+        assert "\n" not in str(raised.value)
