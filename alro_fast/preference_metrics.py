@@ -30,6 +30,10 @@ class Scored(NamedTuple):
     rejected: np.ndarray
     paired: bool = False
 
+    def valid(self) -> bool:
+        """True where every score is a finite number."""
+        return bool(np.isfinite(self.chosen).all() and np.isfinite(self.rejected).all())
+
     def wins(self) -> np.ndarray:
         """1, 1/2 or 0 for every pair: won, tied, lost."""
         chosen = self.chosen if self.paired else self.chosen[:, None]
@@ -46,8 +50,7 @@ class Scored(NamedTuple):
 
 def preference_metrics(records: Sequence[Scored], seed: int = 42) -> dict[str, float]:
     """Every metric of the table above; NaN without records."""
-    finite = [bool(np.isfinite(one.chosen).all() and np.isfinite(one.rejected).all()) for one in records]
-    records = [one for one, fine in zip(records, finite) if fine]
+    total, records = len(records), [one for one in records if one.valid()]
     if not records:
         return dict.fromkeys(("pair_accuracy", "user_auc", "hit@1", "pooled_coin_auc"), float("nan")) | {"valid": 0.0}
     by_user: dict[str, list[np.ndarray]] = {}
@@ -57,13 +60,14 @@ def preference_metrics(records: Sequence[Scored], seed: int = 42) -> dict[str, f
         "pair_accuracy": float(np.concatenate([one.wins() for one in records]).mean()),
         "user_auc": float(np.mean([np.concatenate(wins).mean() for wins in by_user.values()])),
         "hit@1": float(np.mean([one.hit() for one in records])),
-        "valid": float(np.mean(finite)),
+        "valid": len(records) / total,
         "pooled_coin_auc": pooled_coin_auc(records, seed),
     }
 
 
 def accuracy_interval(records: Sequence[Scored]) -> Interval:
-    """`user_auc` (records of equal size: pair accuracy) with its 95 % bootstrap interval over users."""
+    """`user_auc` of the valid records (pair accuracy where all have one size), with its 95 % interval over users."""
+    records = [one for one in records if one.valid()]
     values = np.array([one.wins().mean() for one in records])
     return bootstrap_interval(values, np.array([one.user_id for one in records]))
 

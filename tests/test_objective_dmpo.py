@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import byte_tokenizer, catalogue, random_lists, tiny_llama
+from tokenizers.normalizers import Lowercase
 
 from alro_fast import reference
 from alro_fast.attention import tree_hidden_states
@@ -370,6 +371,19 @@ def test_prompt_and_answer_are_the_tokenizers_own_ids():
     assert ids.branches[0].prompt_ids == tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=False
     )
+
+
+def test_answers_of_equal_tokens_are_named_once(caplog):
+    """A tokenizer that lowers letters cannot tell them apart."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+    prompts = PreferencePrompts(tokenizer)
+    prompts.encode(Preference("p0", "u", ("Next:",), (" North",), (" Echo", " echo")))
+    assert not caplog.records
+    for name in ("p1", "p2"):
+        prompts.encode(Preference(name, "u", ("Next:",), (" North",), (" Echo", " NORTH")))
+    [record] = caplog.records
+    assert record.message.startswith("p1: a chosen and a rejected answer become the same tokens")
 
 
 def test_no_text_of_a_file_becomes_a_special_token():

@@ -39,6 +39,13 @@ def test_scores_that_are_no_numbers_are_counted_as_invalid():
     assert math.isnan(preference_metrics([scored("b", [math.nan], [-2])])["hit@1"])
 
 
+def test_the_interval_is_of_the_valid_records():
+    records = [scored(str(i), [0], [1 if i % 4 else -1]) for i in range(40)]
+    broken = [scored("40", [math.nan], [0]), scored("41", [0], [-math.inf])]
+    assert accuracy_interval([*broken, *records]) == accuracy_interval(records)
+    assert all(map(math.isnan, accuracy_interval(broken)))
+
+
 def test_auc_is_that_of_scikit_learn():
     draw = np.random.default_rng(0)
     for _ in range(5):

@@ -9,6 +9,7 @@ Answers of a ranking list take one of three forms:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from .line import Line, clean, marker_pattern, shown_rating
 from .template import PromptTemplate
 from .turns import find_turns
 
+logger = logging.getLogger(__name__)
 FORMS = ("titles", "identifiers", "pairs")
 ASK_TITLE = "Which of these candidates comes first for this person? Answer with its title."
 ASK_PAIR = (
@@ -76,6 +78,7 @@ class PreferencePrompts:
         self.builder, self.form, self.max_length = builder, form, max_length
         self._encoder = Encoder(tokenizer)
         self._turns = find_turns(self._encoder, "")
+        self._told_of_ties = False
         self._literals: dict[tuple[str, ...], list[str]] = {}
         first = tokenizer("x")["input_ids"][0]
         self._start = [first] if first == tokenizer.bos_token_id else []
@@ -116,6 +119,12 @@ class PreferencePrompts:
             good = preference.chosen[i : i + 1] if preference.paired else preference.chosen
             bad = preference.rejected[i : i + 1] if preference.paired else preference.rejected
             answers = self._encoder.plain_after(anchor, [*good, *bad])
+            if not self._told_of_ties and any(ids in answers[: len(good)] for ids in answers[len(good) :]):
+                self._told_of_ties = True
+                logger.warning(
+                    f"{preference.list_id}: a chosen and a rejected answer become the same tokens, so that no model "
+                    "can prefer one of them; they count as a tie (said of the first such record)"
+                )
             for number, ids in enumerate(answers):
                 (chosen if number < len(good) else rejected).append(len(branches))
                 branches.append(AnswerIds(prompt_ids, [*ids, self._turns.end]))
