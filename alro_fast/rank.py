@@ -14,6 +14,7 @@ candidate first: {"list_id": ..., "ranking": [{"rank": 1, "id": 7, "title": "Cas
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -122,19 +123,19 @@ def add_ranking_options(parser: argparse.ArgumentParser) -> None:
 def read_documents(file: str) -> list[Any]:
     """The JSON values in a file or on standard input: one, an array of them, or one per line."""
     if file == "-":
-        text, name = sys.stdin.read(), "standard input"
+        text, name = sys.stdin.read().removeprefix("\ufeff"), "standard input"
     else:
         path = Path(file)
         if not path.is_file():
             raise AlroFastError(f"{file}: no such file; expected JSON lists to rank")
         try:
-            text, name = path.read_text(encoding="utf-8"), file
+            text, name = path.read_text(encoding="utf-8-sig"), file
         except UnicodeDecodeError:
             raise AlroFastError(f"{file} is not UTF-8 text; expected JSON lists to rank") from None
     if not text.strip():
         raise AlroFastError(f"{name} is empty; expected a JSON list to rank")
     try:
-        whole = json.loads(text)
+        whole = _json(text, name)
         documents = whole if isinstance(whole, list) else [whole]
     except json.JSONDecodeError as error:
         lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
@@ -143,7 +144,7 @@ def read_documents(file: str) -> list[Any]:
         documents = []
         for number, line in lines:
             try:
-                documents.append(json.loads(line))
+                documents.append(_json(line, f"{name}, line {number}"))
             except json.JSONDecodeError as broken:
                 raise AlroFastError(
                     f"{name}, line {number} is not JSON: {broken.msg} at column {broken.colno}"
@@ -151,6 +152,18 @@ def read_documents(file: str) -> list[Any]:
     if not documents:
         raise AlroFastError(f"{name} holds an empty array; expected at least one list to rank")
     return documents
+
+
+def _json(text: str, place: str) -> Any:
+    """A JSON value; JSONDecodeError for what is none, AlroFastError for what Python does not hold."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # whole numbers of more digits than Python converts
+        raise AlroFastError(f"{place} holds a number of thousands of digits; expected JSON lists to rank") from None
+    except RecursionError:
+        raise AlroFastError(f"{place} is nested too deeply; expected JSON lists to rank") from None
 
 
 def parse_list(document: Any, number: int) -> RankingList:
@@ -164,7 +177,7 @@ def parse_list(document: Any, number: int) -> RankingList:
     if not isinstance(candidates, list) or not candidates:
         found = "no candidates" if candidates in (None, []) else f'{_kind(candidates)} as "candidates"'
         raise AlroFastError(f'{place}: {found}; expected a non-empty array of objects with a "title"')
-    history = document.get("history", [])
+    history = [] if document.get("history") is None else document["history"]
     if not isinstance(history, list):
         raise AlroFastError(f'{place}: {_kind(history)} as "history"; expected an array of objects')
     past = [_item(entry, f"{place}, history {at}", f"past {at}") for at, entry in enumerate(history, start=1)]
@@ -202,7 +215,7 @@ def numbered(entry: RankingList, document: Any, items: dict[str, Item]) -> Ranki
     found = {}
     for part in ("history", "candidates"):
         found[part] = []
-        for at, given in enumerate(document.get(part, []), start=1):
+        for at, given in enumerate(document.get(part) or [], start=1):
             name = given.get("id")
             if str(name) not in items:
                 raise AlroFastError(
@@ -254,6 +267,8 @@ def _check_characters(document: dict[str, Any], place: str) -> None:
         raise AlroFastError(
             f"{place}: {error.object[error.start]!a} is half a character; write it whole, as UTF-8 or as both escapes"
         ) from None
+    except RecursionError:
+        raise AlroFastError(f"{place} is nested too deeply; expected texts and numbers") from None
 
 
 def _rating(entry: Any, place: str) -> float:
@@ -266,9 +281,15 @@ def _hint(entry: Any, place: str) -> float:
 
 
 def _number(value: Any, name: str, place: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise AlroFastError(f'{place}: expected a "{name}" that is a number, found {_kind(value)}')
-    return float(value)
+    number = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # a whole number beyond any float
+            number = float(value)
+    if not math.isfinite(number):
+        huge = isinstance(value, int) and not isinstance(value, bool)
+        found = "one of hundreds of digits" if huge else _kind(value)
+        raise AlroFastError(f'{place}: expected a "{name}" that is a number, found {found}')
+    return number
 
 
 def _kind(value: Any) -> str:

@@ -82,6 +82,15 @@ def test_json_lines_end_where_they_end(capsys, adapter):
     assert [sorted(entry["title"] for entry in one["ranking"]) for one in found] == [titles] * 2
 
 
+def test_a_byte_order_mark_and_a_null_history_are_taken(capsys, adapter, tmp_path):
+    document = {"candidates": HEAT["candidates"]}
+    (expected,) = ranked(capsys, adapter, document)
+    (tmp_path / "marked.json").write_text(json.dumps(document), encoding="utf-8-sig")
+    rank.main(["--adapter", str(adapter), str(tmp_path / "marked.json")])
+    assert json.loads(capsys.readouterr().out) == expected
+    assert ranked(capsys, adapter, "\ufeff" + json.dumps(document | {"history": None})) == [expected]
+
+
 def test_titles_may_repeat_and_history_may_be_empty(capsys, adapter):
     same = {"candidates": [{"title": "Twin"}, {"title": "Twin"}, {"id": 1, "title": "Twin"}], "history": []}
     (line,) = ranked(capsys, adapter, same)
@@ -197,6 +206,19 @@ MANY = [{"id": "a", "title": "One"}, {"title": "Two"}, {"id": "a", "title": "Thr
         ),
         ('{"candidates": [{"title": "A\\ud800"}]}', "list 1: '\\ud800' is half a character"),
         ('{"candidates": [{"title": "A", "id": "\\udc00"}]}', "list 1: '\\udc00' is half a character"),
+        (
+            '{"candidates": [{"title": "A", "hint": %s}]}' % ("9" * 400),
+            'candidate 1: expected a "hint" that is a number',
+        ),
+        (
+            '{"candidates": [{"title": "A"}], "history": [{"title": "B", "rating": %s}]}' % ("9" * 400),
+            'history 1: expected a "rating" that is a number, found one of hundreds of digits',
+        ),
+        ('{"candidates": [{"title": "A", "rating": true}], "history": 0}', 'list 1: a number as "history"'),
+        ('{"candidates": [{"title": "A", "hint": true}]}', "found true or false"),
+        ('{"candidates": [{"title": "A", "hint": %s}]}' % ("9" * 5000), "holds a number of thousands of digits"),
+        ('{"candidates": []}\n{"candidates": %s}' % ("9" * 5000), "line 2 holds a number of thousands of digits"),
+        ("[" * 100_000, "standard input is nested too deeply"),
         (json.dumps({"candidates": MANY}), "list 1: candidates 1 and 3 have the same id 'a'"),
     ],
 )
