@@ -12,7 +12,8 @@ from made_ratings import interactions, taste_rows
 
 from alro_fast.data.hinted import HintOptions, build_hinted
 from alro_fast.data.likes import split_likes
-from alro_fast.data.retrieval import RetrieverOptions
+from alro_fast.data.retrieval import RetrieverOptions, fit_retriever
+from alro_fast.data.sampling import cluster_users
 from alro_fast.errors import AlroFastError
 
 pytest.importorskip("implicit")
@@ -147,6 +148,14 @@ def test_every_candidate_has_a_hint_on_the_rating_scale(built):
     rated = parts(built.lists["train"])[1]
     hints, ratings = zip(*[pair for one in rated for pair in zip(one.hints, one.ratings)])
     assert np.corrcoef(hints, ratings)[0, 1] > 0.4
+
+
+def test_users_are_clustered_by_the_retrievers_embeddings(built):
+    retriever = fit_retriever(OPTIONS.retriever, SPLIT, OPTIONS.of_retriever, OPTIONS.seed)
+    users = np.flatnonzero(SPLIT.like_count >= 2)
+    expected = cluster_users(retriever.embeddings[users], seed=OPTIONS.seed)
+    np.testing.assert_array_equal(built.sample.cluster[users], expected)
+    assert len(np.unique(expected)) == 10
 
 
 def moved(rating=None, identity=False):

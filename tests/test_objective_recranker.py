@@ -149,6 +149,9 @@ def test_every_place_of_a_list_is_as_likely():
     places = Counter(tuned.ask(source, 0, epoch).orders[0].index(0) for epoch in range(3000))
     for place in range(10):
         assert abs(places[place] / 3000 - 0.1) < 4 * math.sqrt(0.09 / 3000)
+    past = Counter(tuned.ask(source, 0, epoch).past.index(0) for epoch in range(3000))
+    for place in range(6):
+        assert abs(past[place] / 3000 - 1 / 6) < 4 * math.sqrt(5 / 36 / 3000)
 
 
 def test_a_weight_of_zero_leaves_a_task_out():

@@ -87,6 +87,8 @@ def test_shuffles_average_the_presentations():
     np.testing.assert_allclose(found.scores, np.mean(rows, axis=0), atol=1e-5)
     assert np.array_equal(presentations(entry, 2, seed=3), shown[:2])
     assert not np.array_equal(presentations(entry, 2, seed=4), shown[:2])
+    other = presentations(replace(entry, list_id="another"), 4, seed=3)
+    assert not np.array_equal(other[1:], shown[1:])
 
 
 def test_greedy_and_expected_equal_plain_decoding():

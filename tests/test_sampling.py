@@ -82,6 +82,33 @@ def test_whole_sample():
     assert told["likes_per_user"]["sampled"]["mean"] > told["likes_per_user"]["all"]["mean"]
 
 
+def test_the_draws_of_a_whole_sample_follow_the_formula():
+    """10^5 draws: the pool by likes, ln(likes) and uniformly; the draws by C 0.95^(C - 1), given the pool."""
+    values = np.array([2, 4, 20, 150, 900])
+    group = np.arange(3000) % 5
+    likes = values[group]
+    sample = sample_users(likes, np.random.default_rng(0).normal(size=(3000, 2)), DRAWS)
+    n = round(0.6 * DRAWS)
+    share = np.log(values) / np.log(values).sum()
+    found = np.bincount(group, weights=sample.pool)
+    error = np.sqrt(n * (share * (1 - share) + 0.2 * 0.8))
+    assert (np.abs(found - n * (share + 0.2)) <= 3 * error).all()
+    assert not (np.abs(found - n * 0.4) <= 3 * error).all()
+
+    times, weight = sample.pool, sample.pool * 0.95 ** (sample.pool - 1.0)
+    by_times = np.bincount(times, weights=weight / weight.sum())
+    assert within_three_standard_errors(times[sample.drawn], by_times)
+    assert not within_three_standard_errors(times[sample.drawn], np.bincount(times, weights=times / times.sum()))
+
+
+def test_every_cluster_gives_its_share_of_a_whole_sample():
+    """Ten users far apart, ten clusters of one: three draws of each, whatever the dice say."""
+    for seed in range(10):
+        sample = sample_users(np.full(10, 5), np.eye(10), 50, seed=seed)
+        assert sample.pool.min() >= 3
+        assert sample.pool.sum() == 60
+
+
 def test_fewer_users_than_clusters():
     assert set(cluster_users(np.zeros((5, 2)))) == {0}
     assert sample_users(np.array([2, 2]), np.eye(2), 10).drawn.shape == (10,)

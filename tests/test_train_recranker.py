@@ -149,6 +149,8 @@ def test_evaluate_measures_every_task_and_the_generated_answers(run, capsys):
     printed = capsys.readouterr().out
     assert "rankings: method hybrid (code constants, pairing matching), seed 0" in printed
     assert "of the answers could not be read in full" in printed
+    qrels = [line.split() for line in (run / "evaluation" / "qrels.trec").read_text().splitlines()]
+    assert sorted(grade for *_, grade in qrels) == ["0"] * 108 + ["1"] * 12
     evaluate.main([*words, "--limit", "12", "--method", "hybrid", "--hybrid", "paper", "--pairing", "all"])
     printed = capsys.readouterr().out
     assert "method hybrid (paper constants, pairing all)" in printed
