@@ -221,7 +221,7 @@ def test_lists_train_in_every_form(folder, more, tmp_path):
 def test_mining_takes_the_hardest_of_the_pool(folder, tmp_path, form):
     """Every mined negative is at least as near to beating the positive as every one of its pool that was left.
 
-    The pool of 28 is shown seven at a time: there are 26 letters.
+    The pool of 28 is shown seven at a time, as training shows them.
     """
     argv = ["--data_dir", folder / "data", "--objective", "dmpo", "--negatives", "hardest", "--num_negatives", 7]
     argv += ["--preference_answer", form, "--model_name_or_path", folder / "base", "--tokens_per_batch", 4000]
