@@ -384,6 +384,8 @@ class Run:
 
     def save_config(self, folder: Path) -> None:
         resolved = {"alro_fast_version": __version__, **self.config.to_dict()}
+        if resolved["data_dir"] is not None:  # read again from other working directories
+            resolved["data_dir"] = str(Path(resolved["data_dir"]).absolute())
         (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,11 +21,12 @@ from alro_fast import evaluate, rank, train
 from alro_fast.data.lists import TARGET_SCHEMA, open_prepared, write_prepared
 from alro_fast.data.records import RankingList
 from alro_fast.errors import AlroFastError
-from alro_fast.prompts.recranker import RecRankerPrompts
+from alro_fast.prompts.recranker import Ask, RecRankerPrompts
 from alro_fast.ranking import Ranker
 
 NAN = math.nan
 ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "recranker.md"
 SCRATCH = (
     "--objective recranker --model_name_or_path scratch --use_peft false --scratch_hidden_size 64 --scratch_layers 2 "
     "--template compact --identifiers items --disable_tqdm true --save_strategy no"
@@ -77,7 +80,8 @@ def run(tmp_path_factory) -> Path:
     """A run on lists whose hints tell the truth."""
     folder = tmp_path_factory.mktemp("run")
     prepare(folder / "lists", leak=1.0)
-    train.main(f"{SCRATCH} --data_dir {folder / 'lists'} --output_dir {folder / 'run'} {STEPS}".split())
+    with contextlib.chdir(folder):  # what ranks later does so from another directory
+        train.main(f"{SCRATCH} --data_dir lists --output_dir {folder / 'run'} {STEPS}".split())
     return folder / "run"
 
 
@@ -200,6 +204,21 @@ def test_rank_takes_hints_and_methods(run, tmp_path, capsys):
     ):
         with pytest.raises(AlroFastError, match=said):
             rank.main(f"--adapter {run} {tmp_path / 'one.json'} {words}".split())
+
+
+def test_ratings_up_to_ten_need_a_template_of_their_own(tmp_path):
+    """The refusal names the way out, and the documented one works."""
+    tokenizer, (entry,) = byte_tokenizer(), make_lists(1, "train", 0, leak=0.0)
+    entry = replace(entry, ratings=tuple(map(float, range(1, 11))), history_ratings=(10.0,) * 6)
+    with pytest.raises(AlroFastError, match=r"rated 6, which is none .*; give --template a YAML file of your own"):
+        RecRankerPrompts(tokenizer, "compact").text(Ask(entry, points=[5]))
+    commands = [block for block in re.findall(r"```bash\n(.*?)```", DOCUMENT.read_text(), re.S) if "ten.yaml" in block]
+    subprocess.run(["bash", "-c", commands[0].replace("ten.yaml", str(tmp_path / "ten.yaml"))], cwd=ROOT, check=True)
+    prompts = RecRankerPrompts(tokenizer, tmp_path / "ten.yaml")
+    assert prompts.grade_values == list(range(1, 11))
+    assert (prompts.like, prompts.dislike) == (8, 4)
+    answers = [answer for _, answer in prompts.text(Ask(entry, points=range(10)))]
+    assert answers == [f" {grade}</s>" for grade in range(10)] or answers == [f"{grade}</s>" for grade in range(10)]
 
 
 def test_mistakes_before_any_work(tmp_path):

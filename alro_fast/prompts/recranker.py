@@ -215,7 +215,8 @@ class RecRankerPrompts:
                 return token
         raise AlroFastError(
             f"list {source.list_id!r} has a candidate rated {rating:g}, which is none of the grades "
-            f"{', '.join(f'{value:g}' for value in self.grade_values)} of prompt template {self.template.name!r}"
+            f"{', '.join(f'{value:g}' for value in self.grade_values)} of prompt template {self.template.name!r}; give "
+            "--template a YAML file of your own whose point.grades hold every rating of the data (docs/recranker.md)"
         )
 
     # ---- pages
