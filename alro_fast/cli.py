@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 COMMANDS = {
     "prepare": "ratings -> ranking lists",
     "first_stage": "ratings -> a retriever's lists with hints (RecRanker)",
-    "train": "tune a ranker (no arguments: the demo, on the CPU, in about a minute)",
+    "train": "tune a ranker (no arguments: the demo, on the CPU, in half a minute)",
     "evaluate": "how good its rankings are, beside the baselines",
     "rank": "order the candidates of a JSON list",
     "report": "report.html of a run or an evaluation",
