@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import byte_tokenizer, tiny_llama
+from tiny import byte_tokenizer, refused, tiny_llama
 
 from alro_fast import train
 from alro_fast.data.preferences import read_preferences
@@ -45,13 +45,6 @@ def options(folder, output, *more):
         "--disable_tqdm": True, "--save_strategy": "no",
     }  # fmt: skip
     return [str(word) for pair in words.items() for word in pair] + [str(word) for word in more]
-
-
-def refused(argv):
-    with pytest.raises(AlroFastError) as caught:
-        train.main([str(word) for word in argv])
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 PRECOMPUTE = ("--precompute_ref_log_probs", "true")

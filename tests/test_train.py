@@ -19,11 +19,10 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import byte_tokenizer, catalogue, random_lists, tiny_llama
+from tiny import byte_tokenizer, catalogue, random_lists, refused, tiny_llama
 
 from alro_fast import cli, train
 from alro_fast.data.lists import write_prepared
-from alro_fast.errors import AlroFastError
 from alro_fast.ranking import Ranker
 
 ROOT = Path(__file__).parents[1]
@@ -50,14 +49,6 @@ def options(folder, output, *more):
         "--eval_strategy": "epoch", "--use_cpu": True, "--disable_tqdm": True, "--logging_steps": 1,
     }  # fmt: skip
     return [str(word) for pair in words.items() for word in pair] + [str(word) for word in more]
-
-
-def refused(argv):
-    """The message of the one-line error that a command ends with."""
-    with pytest.raises(AlroFastError) as caught:
-        train.main([str(word) for word in argv])
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_the_run_leaves_everything_it_promises(folder):

@@ -12,7 +12,7 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_objective_dmpo import chat_tokenizer
-from tiny import byte_tokenizer, catalogue, random_lists, tiny_llama
+from tiny import byte_tokenizer, catalogue, random_lists, refused, tiny_llama
 from transformers import LlamaForCausalLM
 
 from alro_fast import evaluate, train
@@ -72,13 +72,6 @@ def scores(folder, file, **more):
     model, tokenizer = load_for_inference(folder, device="cpu", **more)
     found = score_preferences(model, PreferencePrompts(tokenizer), read_preferences(file))
     return np.concatenate([np.concatenate([one.chosen, one.rejected]) for one in found])
-
-
-def refused(argv):
-    with pytest.raises(AlroFastError) as caught:
-        train.main([str(word) for word in argv])
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_stages_leave_an_adapter_each_and_the_second_prefers(folder):

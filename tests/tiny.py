@@ -5,15 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from alro_fast import train
 from alro_fast.attention import use_tree_attention
 from alro_fast.data.records import Item, RankingList
+from alro_fast.errors import AlroFastError
 from alro_fast.prompts import PromptBuilder
+
+
+def refused(argv) -> str:
+    """The message of the one-line error that the train command ends with."""
+    with pytest.raises(AlroFastError) as caught:
+        train.main([str(word) for word in argv])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

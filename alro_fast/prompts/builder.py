@@ -16,10 +16,10 @@ from ..errors import AlroFastError
 from .encoding import Encoder
 from .identifiers import Grading, prove_answers, prove_grading
 from .page import Page
-from .template import PromptTemplate, load_template, parse_template, placeholders
+from .template import TEMPLATE_FILE, PromptTemplate, load_template, parse_template, placeholders, save_settings
 from .turns import find_turns
 
-TEMPLATE_FILE, IDENTIFIERS_FILE = "prompt_template.yaml", "identifiers.json"
+IDENTIFIERS_FILE = "identifiers.json"
 CHUNK = 1024  # lists whose new pieces are encoded together
 
 
@@ -153,11 +153,7 @@ class PromptBuilder:
 
     def save(self, directory: str | Path) -> None:
         """Write prompt_template.yaml and identifiers.json."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / TEMPLATE_FILE).write_text(self.template.source, encoding="utf-8")
-        content = json.dumps(self._record(), indent=1, ensure_ascii=False)
-        (directory / IDENTIFIERS_FILE).write_text(content + "\n", encoding="utf-8")
+        save_settings(directory, self.template.source, IDENTIFIERS_FILE, self._record())
 
     @classmethod
     def load(cls, directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> PromptBuilder:

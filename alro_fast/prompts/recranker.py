@@ -27,10 +27,10 @@ from .identifiers import LETTERS, Answers, item_labels, labels_in_context, prove
 from .line import clean, marker_pattern
 from .sentence import Sentence
 from .task_template import TaskTemplate, load_task_template, parse_task_template
-from .template import placeholders
+from .template import TEMPLATE_FILE, placeholders, save_settings
 from .turns import find_turns
 
-TEMPLATE_FILE, SETTINGS_FILE = "prompt_template.yaml", "recranker.json"
+SETTINGS_FILE = "recranker.json"
 IDENTIFIERS = ("letters", "items", "titles")
 TOP = 5  # candidates that a listwise answer names
 FEWEST_DISLIKED = 3  # fewer than these are not shown
@@ -332,11 +332,7 @@ class RecRankerPrompts:
 
     def save(self, directory: str | Path) -> None:
         """Write prompt_template.yaml and recranker.json."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / TEMPLATE_FILE).write_text(self.template.source, encoding="utf-8")
-        content = json.dumps(self._record(), indent=1, ensure_ascii=False)
-        (directory / SETTINGS_FILE).write_text(content + "\n", encoding="utf-8")
+        save_settings(directory, self.template.source, SETTINGS_FILE, self._record())
 
     @classmethod
     def load(cls, directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> RecRankerPrompts:

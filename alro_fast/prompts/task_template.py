@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import AlroFastError
-from .template import TEMPLATES, one_line, parse_grades, placeholders, read_text
+from .template import TEMPLATES, parse_grades, parse_yaml, placeholders, read_text
 
 TASK_TEMPLATES = TEMPLATES / "recranker"
 TEXTS = {  # every text of a template file -> the placeholders it must hold, in this order
@@ -85,10 +83,7 @@ def load_task_template(template: str | Path) -> TaskTemplate:
 
 def parse_task_template(source: str, *, name: str, origin: str) -> TaskTemplate:
     """Check the text of a template file; `origin` says in errors where it came from."""
-    try:
-        content = yaml.safe_load(source)
-    except yaml.YAMLError as error:
-        raise AlroFastError(f"{origin} is not a prompt template: not valid YAML ({one_line(error)})") from None
+    content = parse_yaml(source, origin)
     if not isinstance(content, dict):
         raise AlroFastError(f"{origin} is not a prompt template of the three tasks: expected keys such as point, pair")
     flat: dict[str, Any] = {}

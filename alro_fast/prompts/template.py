@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import string
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import yaml
 from ..errors import AlroFastError
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
+TEMPLATE_FILE = "prompt_template.yaml"  # of a run
 MAX_BYTES = 65536  # a template is a page of text; anything larger is some other file
 
 FIELDS = {  # every key of a template file -> the placeholders its text may hold
@@ -85,10 +87,7 @@ def load_template(template: str | Path) -> PromptTemplate:
 
 def parse_template(source: str, *, name: str, origin: str) -> PromptTemplate:
     """Check the text of a template file; `origin` says in errors where it came from."""
-    try:
-        content = yaml.safe_load(source)
-    except yaml.YAMLError as error:
-        raise AlroFastError(f"{origin} is not a prompt template: not valid YAML ({one_line(error)})") from None
+    content = parse_yaml(source, origin)
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
         raise AlroFastError(
@@ -111,6 +110,15 @@ def parse_template(source: str, *, name: str, origin: str) -> PromptTemplate:
 def placeholders(text: str) -> list[tuple[str, str | None]]:
     """`text` as (literal, placeholder after it or None) pairs; doubled braces are literal ones."""
     return [(literal, field) for literal, field, _, _ in string.Formatter().parse(text)]
+
+
+def save_settings(directory: str | Path, source: str, name: str, record: Mapping[str, Any]) -> None:
+    """Write prompt_template.yaml (`source`) and, as JSON, what else the prompts were made with, into file `name`."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / TEMPLATE_FILE).write_text(source, encoding="utf-8")
+    content = json.dumps(record, indent=1, ensure_ascii=False)
+    (directory / name).write_text(content + "\n", encoding="utf-8")
 
 
 def read_text(path: Path) -> str:
@@ -187,6 +195,14 @@ def parse_grades(grades: Any, origin: str, key: str = "ratings.grades") -> dict[
 
 def _sections() -> list[str]:
     return list(dict.fromkeys(key.split(".")[0] for key in FIELDS))
+
+
+def parse_yaml(source: str, origin: str) -> Any:
+    """What the text of a template holds; AlroFastError, naming `origin`, where it is no YAML."""
+    try:
+        return yaml.safe_load(source)
+    except yaml.YAMLError as error:
+        raise AlroFastError(f"{origin} is not a prompt template: not valid YAML ({one_line(error)})") from None
 
 
 def one_line(error: Exception) -> str:
