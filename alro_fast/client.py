@@ -23,8 +23,8 @@ import numpy as np
 
 from .cli import OneLineParser, run
 from .errors import AlroFastError
-from .folders import run_options
-from .orders import Ranking, check_presentations, make_ranking, presentations, slide, unlabelled
+from .run_folder import run_options
+from .ranking.orders import Ranking, check_presentations, make_ranking, presentations, slide, unlabelled
 from .rank import answer, check_top_k, parse_list, read_documents
 
 if TYPE_CHECKING:

@@ -23,21 +23,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import evaluate_preferences, metrics
+from .evaluation import preferences as evaluate_preferences, metrics
 from .data.lists import PreparedData, open_prepared
 from .data.records import RankingList
 from .errors import AlroFastError
-from .evaluate_preferences import answers_with_texts
-from .folders import check_writable, run_options
-from .generation import generate_and_parse
-from .orders import Ranking
+from .evaluation.preferences import answers_with_texts
+from .run_folder import check_writable, run_options
+from .ranking.generation import generate_and_parse
+from .ranking.orders import Ranking
 from .rank import add_ranking_options
-from .ranking import Ranker, check_device, check_options
+from .ranking.ranker import Ranker, check_device, check_options
 from .report import report_line
-from .results import baseline_scores, evaluate_lists
-from .target_metrics import evaluate_rankers, has_targets, save_measurement
-from .task_generation import generate_tasks
-from .task_reading import TASK_METHODS, check_tasks
+from .evaluation.results import baseline_scores, evaluate_lists
+from .evaluation.targets import evaluate_rankers, has_targets, save_measurement
+from .ranking.task_generation import generate_tasks
+from .ranking.tasks import TASK_METHODS, check_tasks
 
 __all__ = ["baseline_scores", "evaluate_lists", "main"]
 WRITTEN = {  # what an evaluation leaves, and a later one may replace

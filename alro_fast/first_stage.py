@@ -14,22 +14,14 @@ from typing import Any
 import numpy as np
 
 from .cli import OneLineParser, run
-from .data.hinted import EVAL_RULE, HINT_RULE, TRAIN_RULE, Hinted, HintOptions, build_hinted, sample_figures
-from .data.likes import LIKE_SPLIT_RULE
+from .data.first_stage.build import EVAL_RULE, HINT_RULE, TRAIN_RULE, Hinted, HintOptions, build_hinted, sample_figures
+from .data.first_stage.likes import LIKE_SPLIT_RULE
 from .data.lists import seen_frame, write_prepared
-from .data.retrieval import DEFAULTS, RETRIEVERS, RetrieverOptions, need_libraries
+from .data.first_stage.retrieval import DEFAULTS, RETRIEVERS, RetrieverOptions, need_libraries
 from .data.windows import TIE_RULE
 from .errors import AlroFastError
-from .plots import Plots
-from .prepare import (
-    Stages,
-    add_file_options,
-    check_output,
-    origin,
-    rating_values,
-    read_files,
-    recorded_file_options,
-)
+from .evaluation.plots import Plots
+from .prepare import Stages, add_file_options, check_output, origin, rating_values, read_files, recorded_file_options
 
 
 def main(argv: Sequence[str]) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from .cli import OneLineParser, run
-from .data.download import LICENCES, cache_folder, download
-from .data.interactions import DATASETS, TABLES, Interactions, read_interactions
+from .data.sources.download import LICENCES, cache_folder, download
+from .data.sources.interactions import DATASETS, TABLES, Interactions, read_interactions
 from .data.lists import check_output_folder, read_manifest, seen_frame, write_prepared
-from .data.readers import NO_TIME, Columns
+from .data.sources.readers import NO_TIME, Columns
 from .data.windows import ORDER_RULE, SPLIT_RULE, TIE_RULE, ListOptions, build_lists
 from .errors import AlroFastError
 

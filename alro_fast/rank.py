@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 from .cli import OneLineParser, run
 from .data.records import Item, RankingList
 from .errors import AlroFastError
-from .folders import run_options
+from .run_folder import run_options
 
 if TYPE_CHECKING:
-    from .orders import Ranking
+    from .ranking.orders import Ranking
 
 LIST_KEYS = ("list_id", "user", "user_id", "history", "candidates")
 ITEM_KEYS = ("id", "title", "category", "rating", "hint")
@@ -43,12 +43,8 @@ def main(argv: Sequence[str]) -> None:
     check_top_k(options.top_k)
     documents = read_documents(options.file)
     lists = [parse_list(document, number) for number, document in enumerate(documents, start=1)]
-    from .ranking import (  # torch takes seconds to import: not before the input is known to be good
-        Ranker,
-        check_device,
-        check_options,
-    )
-    from .task_reading import check_tasks
+    from .ranking.ranker import Ranker, check_device, check_options  # torch takes seconds to import: not before the input is known to be good
+    from .ranking.tasks import check_tasks
 
     check_options(options.method, options.shuffles, options.merge, options.beams, options.seed, options.token_budget)
     check_tasks(options.hybrid or "code", options.pairing)

@@ -16,19 +16,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from . import metrics
+from .evaluation import metrics
 from .cli import OneLineParser, run
 from .errors import AlroFastError
-from .plots import (
-    Plots,
-    loss_plot,
-    ndcg_plot,
-    order_plot,
-    position_plot,
-    rankers,
-    validation_plot,
-)  # fmt: skip
-from .results import LABELS
+from .evaluation.plots import Plots, loss_plot, ndcg_plot, order_plot, position_plot, rankers, validation_plot  # fmt: skip
+from .evaluation.results import LABELS
 
 EXAMPLES = 20
 

@@ -25,25 +25,25 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from . import __version__
-from .checkpoints import check_same_data, check_same_options, find_checkpoint, newest_checkpoint
-from .config import Config, parse
-from .data.interactions import TABLES
+from .training.checkpoints import check_same_data, check_same_options, find_checkpoint, newest_checkpoint
+from .training.config import Config, parse
+from .data.sources.interactions import TABLES
 from .data.lists import PreparedData, open_prepared
 from .data.records import RankingList
 from .errors import AlroFastError
-from .folders import check_writable
-from .fused_head import head_of
-from .memory import keep_freed_memory
-from .model import add_lora, base_path, load_base, load_tokenizer, make_scratch, resolve_dtype
+from .run_folder import check_writable
+from .modeling.lm_head import head_of
+from .modeling.memory import keep_freed_memory
+from .modeling.loading import add_lora, base_path, load_base, load_tokenizer, make_scratch, resolve_dtype
 from .objectives.base import Objective, build_objective
-from .orders import Ranking
+from .ranking.orders import Ranking
 from .prompts import PromptBuilder, add_item_tokens
-from .ranking import Ranker
+from .ranking.ranker import Ranker
 from .report import report_line
-from .results import baseline_scores
-from .stages import finished, merge_adapter, stack_adapters, stage_arguments, write_merged_base
-from .target_metrics import evaluate_rankers, has_targets, save_measurement
-from .trainer import NonFiniteLoss, RankerTrainer, TreeDataset
+from .evaluation.results import baseline_scores
+from .training.stages import finished, merge_adapter, stack_adapters, stage_arguments, write_merged_base
+from .evaluation.targets import evaluate_rankers, has_targets, save_measurement
+from .training.trainer import NonFiniteLoss, RankerTrainer, TreeDataset
 
 logger = logging.getLogger(__name__)
 
@@ -114,12 +114,12 @@ def run_for(config: Config) -> Run:
 def kind_of(config: Config) -> type[Run]:
     """The kind of run that a configuration asks for."""
     if config.objective.objective == "recranker":
-        from .train_recranker import RecRankerRun
+        from .training.run_recranker import RecRankerRun
 
         return RecRankerRun
     if config.data.preferences is None and config.objective.objective not in ("dmpo", "sft_chosen"):
         return Run
-    from .train_preferences import PreferenceRun
+    from .training.run_preferences import PreferenceRun
 
     return PreferenceRun
 
@@ -356,7 +356,7 @@ class Run:
         """On CUDA: the head's kernels, before the first step rather than in it."""
         if self.training.device.type != "cuda" or self.config.objective.backend not in ("auto", "triton"):
             return
-        from .backends import triton
+        from .ops.backends import triton
 
         head = head_of(self.model)
         if triton.unavailable(self.training.device, head.weight.dtype) is None:

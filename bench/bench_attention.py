@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from alro_fast.attention import tree_attention
-from alro_fast.attention_bodies import dense_attention
-from alro_fast.packing import Branch, PackedBatch, Tree, collate
+from alro_fast.modeling.attention import tree_attention
+from alro_fast.modeling.attention_bodies import dense_attention
+from alro_fast.modeling.packing import Branch, PackedBatch, Tree, collate
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)

@@ -18,8 +18,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from alro_fast import linear_logprobs, ops, reference
-from alro_fast.backends import cpp
+from alro_fast import linear_logprobs, ops
+from alro_fast.losses import reference
+from alro_fast.ops.backends import cpp
 from bench.common import Contestant, interleave, realistic_head
 
 ROOT = Path(__file__).parents[1]

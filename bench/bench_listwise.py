@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from alro_fast import ops, reference
-from alro_fast.backends import eager
+from alro_fast import ops
+from alro_fast.losses import reference
+from alro_fast.ops.backends import eager
 from bench.common import CUDA, DEVICE, Absent, Contestant, interleave, record
 
 SIZES = [(64, 10), (64, 25), (512, 10), (64, 100)] if CUDA else [(32, 10), (32, 25)]
@@ -43,7 +44,7 @@ def our_loss(backend: str, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def reference_loss(tensors: dict[str, Tensor]) -> Tensor:
-    """By the definition in `alro_fast.reference`, one list after the other."""
+    """By the definition in `alro_fast.losses.reference`, one list after the other."""
     scores, ratings = tensors["logits"].log_softmax(dim=2), tensors["ratings"]
     mask = torch.ones_like(ratings, dtype=torch.bool)
     loss, _ = reference.soft_lambda(scores, ratings, mask, ranks=tensors["ranks"], gamma=1.0, sigma=1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
-from alro_fast.data.interactions import Interactions
+from alro_fast.data.sources.interactions import Interactions
 
 
 def interactions(rows, items: int, users: int | None = None) -> Interactions:

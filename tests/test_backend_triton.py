@@ -9,10 +9,10 @@ from kernel_strategies import examples, heads
 from random_lists import random_lists
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alro_fast import losses
-from alro_fast.backends import eager
+from alro_fast.losses import alro as losses
+from alro_fast.ops.backends import eager
 
-backend = pytest.importorskip("alro_fast.backends.triton")
+backend = pytest.importorskip("alro_fast.ops.backends.triton")
 
 
 def run(case: Head, **options) -> eager.VocabPass:

@@ -12,8 +12,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from alro_fast.checkpoints import find_checkpoint, newest_checkpoint
-from alro_fast.config import parse
+from alro_fast.training.checkpoints import find_checkpoint, newest_checkpoint
+from alro_fast.training.config import parse
 from alro_fast.errors import AlroFastError
 
 

@@ -15,10 +15,10 @@ from tiny import byte_tokenizer, make_run, random_lists, tiny_llama
 
 from alro_fast import client as client_module
 from alro_fast.client import RankingClient, read_logprobs
-from alro_fast.decoding import ordinary_attention
+from alro_fast.ranking.decoding import ordinary_attention
 from alro_fast.errors import AlroFastError
 from alro_fast.prompts import PromptBuilder
-from alro_fast.ranking import Ranker
+from alro_fast.ranking.ranker import Ranker
 
 TOKENIZER = byte_tokenizer()
 PROMPTS = PromptBuilder(TOKENIZER, "movies")

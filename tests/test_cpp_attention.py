@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alro_fast.attention_bodies import dense_attention
-from alro_fast.backends import cpp_attention
-from alro_fast.packing import Branch, PackedBatch, Tree, collate
+from alro_fast.modeling.attention_bodies import dense_attention
+from alro_fast.modeling import cpp_attention
+from alro_fast.modeling.packing import Branch, PackedBatch, Tree, collate
 
 _cpp = pytest.importorskip("alro_fast._cpp", reason="this install has no C++ kernels")
 WIDEST = _cpp.instruction_set()

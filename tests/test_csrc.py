@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alro_fast import ops
-from alro_fast.backends import cpp, eager
+from alro_fast.ops.backends import cpp, eager
 
 _cpp = pytest.importorskip("alro_fast._cpp", reason="this install has no C++ kernels")
 WIDEST = _cpp.instruction_set()

@@ -46,7 +46,7 @@ def test_every_option_that_the_pages_name_exists(command):
     module = words[words.index("-m") + 1] if "-m" in words else f"alro_fast.{words[1]}"
     flags = [word for word in words if word.startswith("--")]
     if module == "alro_fast.train":
-        from alro_fast.config import ARGUMENTS
+        from alro_fast.training.config import ARGUMENTS
 
         known = {f"--{name}" for part in ARGUMENTS for name in part.__dataclass_fields__} | {"--config"}
     else:

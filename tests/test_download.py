@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from alro_fast.data import download as module
-from alro_fast.data.download import ARCHIVES, LICENCES, Archive, cache_folder, download, fetch, unpack
-from alro_fast.data.interactions import MOVIELENS
+from alro_fast.data.sources import download as module
+from alro_fast.data.sources.download import ARCHIVES, LICENCES, Archive, cache_folder, download, fetch, unpack
+from alro_fast.data.sources.interactions import MOVIELENS
 from alro_fast.errors import AlroFastError
 
 RATINGS = b"1\t2\t3\t4\n" * 40_000

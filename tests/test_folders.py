@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from alro_fast.errors import AlroFastError
-from alro_fast.folders import adapter_config, check_writable, run_options
+from alro_fast.run_folder import adapter_config, check_writable, run_options
 
 
 def test_folders_that_can_be_written_are_left_as_they_are(tmp_path):

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from alro_fast.errors import AlroFastError
-from alro_fast.fused_head import check_head, fused_head, head_of
+from alro_fast.modeling.lm_head import check_head, fused_head, head_of
 
 SIZES = {
     "vocab_size": 97,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alro_fast.errors import AlroFastError
-from alro_fast.hybrid import HYBRIDS, constants_of, pairs_of, places_of, utilities, win_shares
+from alro_fast.ranking.hybrid import HYBRIDS, constants_of, pairs_of, places_of, utilities, win_shares
 
 
 def test_the_papers_figure():

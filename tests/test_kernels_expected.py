@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE, Head, head
 from kernel_strategies import examples, heads
 
-from alro_fast.backends import triton as backend
+from alro_fast.ops.backends import triton as backend
 
 pytest.importorskip("alro_fast.kernels.expected")
 from alro_fast.kernels import expected, vocab_stats

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE
 from kernel_strategies import examples
 
-from alro_fast.backends import eager
+from alro_fast.ops.backends import eager
 
 kernel = pytest.importorskip("alro_fast.kernels.listwise")
 

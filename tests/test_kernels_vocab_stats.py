@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE, Head, head
 from kernel_strategies import examples, heads
 
-from alro_fast.backends import triton as backend
+from alro_fast.ops.backends import triton as backend
 
 configs = pytest.importorskip("alro_fast.kernels.configs")
 from alro_fast.kernels import vocab_stats  # noqa: E402

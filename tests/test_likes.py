@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from made_ratings import interactions, taste_rows
 
-from alro_fast.data.likes import split_likes
+from alro_fast.data.first_stage.likes import split_likes
 from alro_fast.errors import AlroFastError
 
 #        item: rating, in time order

@@ -12,18 +12,10 @@ import pytest
 
 from alro_fast import __version__
 from alro_fast.data import lists as module
-from alro_fast.data.lists import (
-    FILES,
-    HINTED_SCHEMA,
-    LIST_SCHEMA,
-    TARGET_SCHEMA,
-    check_output_folder,
-    open_prepared,
-    write_prepared,
-)
+from alro_fast.data.lists import (FILES, HINTED_SCHEMA, LIST_SCHEMA, TARGET_SCHEMA, check_output_folder, open_prepared, write_prepared)
 from alro_fast.data.records import Item, RankingList
 from alro_fast.errors import AlroFastError
-from alro_fast.orders import unlabelled
+from alro_fast.ranking.orders import unlabelled
 
 NAN = float("nan")
 ITEMS = [Item(i, f"id-{i}", f"Film {i} <é>, The", "Drama" if i % 2 else "") for i in range(6)]

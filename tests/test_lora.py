@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llama
 from torch import nn
 
-from alro_fast.lora import LoRALinear, fuse_lora
+from alro_fast.modeling.lora import LoRALinear, fuse_lora
 
 
 def pair(bias=False, dtype=torch.float64, **options):

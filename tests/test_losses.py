@@ -9,9 +9,10 @@ import torch
 from random_lists import random_lists
 
 import alro_fast
-from alro_fast import losses, ops, reference
+from alro_fast.losses import alro as losses, reference
+from alro_fast import ops
 from alro_fast.errors import AlroFastError
-from alro_fast.losses import ALROCounts, ALROLoss, RankingLists, alro_counts, alro_loss, alro_loss_from_logits
+from alro_fast.losses.alro import ALROCounts, ALROLoss, RankingLists, alro_counts, alro_loss, alro_loss_from_logits
 
 ROWS, H, V = 34, 16, 61
 SIZES, TWIN = [5, 5, 4, 4, 1, 1, 3, 0], [-1, 0, -1, 2, -1, 4, -1, -1]
@@ -241,7 +242,7 @@ def test_compiles_without_a_graph_break():
 
 def test_one_joint_pass_serves_both_orders(monkeypatch):
     """Every term, whole-vocabulary divergence included, in one call of `vocab_pass` over all rows."""
-    from alro_fast.backends import eager
+    from alro_fast.ops.backends import eager
 
     seen = []
     original = eager.vocab_pass

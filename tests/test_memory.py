@@ -31,7 +31,7 @@ def test_a_later_step_needs_no_new_pages():
 
 
 def test_elsewhere_nothing_is_done(monkeypatch):
-    from alro_fast import memory
+    from alro_fast.modeling import memory
 
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(memory.ctypes, "CDLL", None)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from peers import ranx_scores
 from scipy import stats
 
-from alro_fast import metrics
+from alro_fast.evaluation import metrics
 from alro_fast.errors import AlroFastError
 
 RATINGS = np.array([[5.0, 3.0, 4.0, 1.0, 2.0]])

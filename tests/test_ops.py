@@ -14,7 +14,8 @@ import torch
 from random_lists import random_lists
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alro_fast import ops, reference
+from alro_fast import ops
+from alro_fast.losses import reference
 from alro_fast.errors import AlroFastError
 
 F64 = torch.float64
@@ -430,7 +431,7 @@ def test_listwise_of_128_candidates(backend):
 @pytest.mark.parametrize("form", ["ranking", "ratings"])
 def test_lists_longer_than_the_kernel_takes(form, monkeypatch, caplog):
     """Left to eager by "auto", and refused by a backend asked for by name."""
-    triton = pytest.importorskip("alro_fast.backends.triton")
+    triton = pytest.importorskip("alro_fast.ops.backends.triton")
     lists, logits = listwise_case(form, [130], [-1])
     values = None if lists.grades is None else lists.grades.values
     arguments = (logits, lists.ratings, lists.ranks, torch.tensor([130]), lists.twin, values)
@@ -703,8 +704,8 @@ def test_float64_is_served_by_eager_alone_and_automatically():
 @pytest.fixture
 def stand_in(monkeypatch):
     """A backend module named cpp that records its calls; `reason` makes it unavailable."""
-    module = types.ModuleType("alro_fast.backends.cpp")
-    eager = importlib.import_module("alro_fast.backends.eager")
+    module = types.ModuleType("alro_fast.ops.backends.cpp")
+    eager = importlib.import_module("alro_fast.ops.backends.eager")
     module.calls, module.reason = [], None
     module.unavailable = lambda device, dtype: module.reason
     for name in ("vocab_pass", "weight_grad", "listwise"):
@@ -714,7 +715,7 @@ def stand_in(monkeypatch):
             return getattr(eager, _name)(*args, **kwargs)
 
         setattr(module, name, forward)
-    monkeypatch.setitem(sys.modules, "alro_fast.backends.cpp", module)
+    monkeypatch.setitem(sys.modules, "alro_fast.ops.backends.cpp", module)
     ops._resolve.cache_clear()
     yield module
     ops._resolve.cache_clear()
@@ -768,7 +769,7 @@ def test_a_backend_that_cannot_serve_is_refused_by_name_and_skipped_by_auto(stan
 
 
 def test_a_backend_that_is_not_there(monkeypatch):
-    monkeypatch.setitem(sys.modules, "alro_fast.backends.triton", None)  # import raises ImportError
+    monkeypatch.setitem(sys.modules, "alro_fast.ops.backends.triton", None)  # import raises ImportError
     ops._resolve.cache_clear()
     hidden, weight, _ = make_head(3, 32, 101)
     with pytest.raises(AlroFastError, match=r"backend 'triton' cannot serve .* not installed"):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alro_fast.errors import AlroFastError
-from alro_fast.packing import Branch, Tree, collate, pack, plan_batches
+from alro_fast.modeling.packing import Branch, Tree, collate, pack, plan_batches
 
 
 def tree(*branches, name=None):

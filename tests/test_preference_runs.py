@@ -16,8 +16,8 @@ from tiny import byte_tokenizer, refused, tiny_llama
 from alro_fast import train
 from alro_fast.data.preferences import read_preferences
 from alro_fast.errors import AlroFastError
-from alro_fast.evaluate_preferences import score_preferences
-from alro_fast.model import load_for_inference
+from alro_fast.evaluation.preferences import score_preferences
+from alro_fast.modeling.loading import load_for_inference
 from alro_fast.prompts.preference import PreferencePrompts
 from alro_fast.report import write_report
 

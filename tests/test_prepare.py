@@ -14,7 +14,7 @@ import pytest
 
 from alro_fast import prepare
 from alro_fast.cli import run
-from alro_fast.data.download import download as real_download
+from alro_fast.data.sources.download import download as real_download
 from alro_fast.data.lists import FILES, open_prepared
 from alro_fast.errors import AlroFastError
 

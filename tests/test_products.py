@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from alro_fast import products
-from alro_fast.products import product
+from alro_fast.modeling import products
+from alro_fast.modeling.products import product
 
 
 @pytest.fixture(params=[False, True], ids=["mm", "onednn"])

@@ -19,7 +19,7 @@ from alro_fast.data.lists import write_prepared
 from alro_fast.data.records import RankingList
 from alro_fast.errors import AlroFastError
 from alro_fast.prompts import PromptBuilder, add_item_tokens
-from alro_fast.ranking import Ranker
+from alro_fast.ranking.ranker import Ranker
 
 HEAT = {
     "history": [{"title": "Heat", "category": "Crime", "rating": 4.5}, {"title": "Ran", "rating": 3}],

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from made_ratings import interactions, taste_rows
 
-from alro_fast.data import rating_model
-from alro_fast.data.likes import split_likes
-from alro_fast.data.rating_model import FoldedModels, fit_ratings
+from alro_fast.data.first_stage import rating_model
+from alro_fast.data.first_stage.likes import split_likes
+from alro_fast.data.first_stage.rating_model import FoldedModels, fit_ratings
 
 SPLIT = split_likes(interactions(taste_rows(), 60), 4.0, 0)
 
@@ -38,7 +38,7 @@ def test_the_unknown_fall_back_on_what_is_known():
 
 
 def test_out_of_fold_beats_the_mean_on_real_ratings(shared_data):
-    from alro_fast.data.interactions import read_interactions
+    from alro_fast.data.sources.interactions import read_interactions
 
     real = split_likes(read_interactions("ml-latest-small", shared_data / "ml-latest-small"), 4.0, 0)
     kept = real.user < 100

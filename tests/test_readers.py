@@ -10,9 +10,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from alro_fast.data import readers
-from alro_fast.data.interactions import locate, read_interactions
-from alro_fast.data.readers import ML100K_GENRES, Columns
+from alro_fast.data.sources import readers
+from alro_fast.data.sources.interactions import locate, read_interactions
+from alro_fast.data.sources.readers import ML100K_GENRES, Columns
 from alro_fast.errors import AlroFastError
 
 

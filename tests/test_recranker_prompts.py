@@ -12,8 +12,8 @@ from tiny import byte_tokenizer, random_lists
 from alro_fast.data.records import Item, RankingList
 from alro_fast.errors import AlroFastError
 from alro_fast.prompts import add_item_tokens
-from alro_fast.prompts.recranker import IDENTIFIERS, Ask, RecRankerPrompts
-from alro_fast.prompts.task_template import load_task_template, parse_task_template, ready_task_templates
+from alro_fast.prompts.recranker.prompts import IDENTIFIERS, Ask, RecRankerPrompts
+from alro_fast.prompts.recranker.task_template import load_task_template, parse_task_template, ready_task_templates
 
 NAN = math.nan
 TOKENIZER = byte_tokenizer()

@@ -10,15 +10,15 @@ import pytest
 import torch
 from tiny import byte_tokenizer, random_lists, tiny_llama
 
-from alro_fast import ranking
+from alro_fast.ranking import ranker as ranking
 from alro_fast.errors import AlroFastError
-from alro_fast.hybrid import HYBRIDS, pairs_of, utilities, win_shares
-from alro_fast.orders import generator_of, presentations
+from alro_fast.ranking.hybrid import HYBRIDS, pairs_of, utilities, win_shares
+from alro_fast.ranking.orders import generator_of, presentations
 from alro_fast.prompts import PromptBuilder
-from alro_fast.prompts.recranker import Ask, RecRankerPrompts
-from alro_fast.ranking import Ranker
-from alro_fast.task_generation import generate_tasks
-from alro_fast.task_reading import TASK_METHODS, read_tasks
+from alro_fast.prompts.recranker.prompts import Ask, RecRankerPrompts
+from alro_fast.ranking.ranker import Ranker
+from alro_fast.ranking.task_generation import generate_tasks
+from alro_fast.ranking.tasks import TASK_METHODS, read_tasks
 
 TOKENIZER = byte_tokenizer()
 MODEL = tiny_llama(len(TOKENIZER))
@@ -176,7 +176,7 @@ def test_generated_answers_are_parsed_as_the_release_does(monkeypatch):
     texts = ["9", "I say 7.", "?", "0", "8", "8"]  # 5, 4, middle of the scale, 0.5, 4.5, 4.5 stars
     texts += [" Yes", " No", " Yes", " Yes", " what", " No"]  # first wins; undecided; half and half with first winning
     texts.append(" B A Z B F")
-    monkeypatch.setattr("alro_fast.task_generation.write_answers", lambda ranker, asked, size: texts)
+    monkeypatch.setattr("alro_fast.ranking.task_generation.write_answers", lambda ranker, asked, size: texts)
     found = generate_tasks(RANKER, [entry], hybrid="code")
     wins = win_shares(6, pairs, [1.0, 0.5, 0.75])
     places = [1, 0, np.nan, np.nan, np.nan, 2]

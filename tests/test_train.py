@@ -23,7 +23,7 @@ from tiny import byte_tokenizer, catalogue, random_lists, refused, tiny_llama
 
 from alro_fast import cli, train
 from alro_fast.data.lists import write_prepared
-from alro_fast.ranking import Ranker
+from alro_fast.ranking.ranker import Ranker
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,12 +20,12 @@ from alro_fast.data.lists import write_prepared
 from alro_fast.data.negatives import positive
 from alro_fast.data.preferences import read_preferences
 from alro_fast.errors import AlroFastError
-from alro_fast.evaluate_preferences import score_preferences
-from alro_fast.model import load_for_inference
+from alro_fast.evaluation.preferences import score_preferences
+from alro_fast.modeling.loading import load_for_inference
 from alro_fast.prompts.preference import PreferencePrompts
-from alro_fast.ranking import Ranker
-from alro_fast.stages import stack_adapters
-from alro_fast.train_preferences import PreferenceRun
+from alro_fast.ranking.ranker import Ranker
+from alro_fast.training.stages import stack_adapters
+from alro_fast.training.run_preferences import PreferenceRun
 
 
 @pytest.fixture(scope="module")

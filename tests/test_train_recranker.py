@@ -21,8 +21,8 @@ from alro_fast import evaluate, rank, train
 from alro_fast.data.lists import TARGET_SCHEMA, open_prepared, write_prepared
 from alro_fast.data.records import RankingList
 from alro_fast.errors import AlroFastError
-from alro_fast.prompts.recranker import Ask, RecRankerPrompts
-from alro_fast.ranking import Ranker
+from alro_fast.prompts.recranker.prompts import Ask, RecRankerPrompts
+from alro_fast.ranking.ranker import Ranker
 
 NAN = math.nan
 ROOT = Path(__file__).parents[1]

@@ -8,14 +8,14 @@ import pytest
 import torch
 from tiny import byte_tokenizer, random_lists, tiny_llama
 
-from alro_fast import reference
-from alro_fast.attention import tree_hidden_states
-from alro_fast.config import ObjectiveArguments, RankerTrainingArguments
+from alro_fast.losses import reference
+from alro_fast.modeling.attention import tree_hidden_states
+from alro_fast.training.config import ObjectiveArguments, RankerTrainingArguments
 from alro_fast.errors import AlroFastError
-from alro_fast.fused_head import head_of
+from alro_fast.modeling.lm_head import head_of
 from alro_fast.objectives.base import LossTerm, build_objective
 from alro_fast.prompts import PromptBuilder
-from alro_fast.trainer import NonFiniteLoss, PlannedBatches, RankerTrainer, TreeDataset, build_batch
+from alro_fast.training.trainer import NonFiniteLoss, PlannedBatches, RankerTrainer, TreeDataset, build_batch
 
 TOKENIZER = byte_tokenizer()
 PROMPTS = PromptBuilder(TOKENIZER, "movies")

@@ -7,15 +7,16 @@ import torch
 from kernel_cases import head
 from random_lists import random_lists
 
-from alro_fast import losses, ops, reference
-from alro_fast.backends import eager
+from alro_fast.losses import alro as losses, reference
+from alro_fast import ops
+from alro_fast.ops.backends import eager
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 if torch.cuda.is_available():
-    from alro_fast.backends import triton as backend
+    from alro_fast.ops.backends import triton as backend
     from alro_fast.kernels import listwise as listwise_kernel
 
 HALF = torch.bfloat16

@@ -25,7 +25,7 @@ import polars as pl
 
 from .. import __version__
 from ..errors import AlroFastError
-from ..folders import check_writable
+from ..run_folder import check_writable
 from .records import LARGEST_RATING, Item, RankingList
 
 SPLITS = ("train", "valid", "test")

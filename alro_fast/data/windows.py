@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 
 from ..errors import AlroFastError
-from .interactions import Interactions
+from .sources.interactions import Interactions
 from .lists import LIST_SCHEMA, SPLITS, train_statistics
 
 TIE_RULE = (

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from ..data.records import RankingList
 from ..errors import AlroFastError
-from ..packing import PackedBatch, Tree
+from ..modeling.packing import PackedBatch, Tree
 
 if TYPE_CHECKING:
-    from ..config import ObjectiveArguments
+    from ..training.config import ObjectiveArguments
     from ..data.preferences import Preference
-    from ..fused_head import Head
+    from ..modeling.lm_head import Head
     from ..prompts import PromptBuilder
     from ..prompts.preference import PreferencePrompts
-    from ..prompts.recranker import RecRankerPrompts
+    from ..prompts.recranker.prompts import RecRankerPrompts
 
 REGISTRY = {  # --objective -> module:class
     "sft": "sft:SFTObjective",

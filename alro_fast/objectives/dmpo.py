@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from ..data.preferences import Preference
 from ..data.records import RankingList
 from ..errors import AlroFastError
-from ..fused_head import Head, head_of
+from ..modeling.lm_head import Head, head_of
 from ..ops import linear_logprobs
-from ..packing import Branch, PackedBatch, Tree
-from ..preference import dmpo_loss
+from ..modeling.packing import Branch, PackedBatch, Tree
+from ..losses.preference import dmpo_loss
 from .base import Batch, Example, LossTerm
 
 if TYPE_CHECKING:
-    from ..config import ObjectiveArguments
+    from ..training.config import ObjectiveArguments
     from ..data.negatives import Negatives
     from ..prompts.preference import PreferenceIds, PreferencePrompts
-    from ..references import ReferenceTable
+    from ..training.reference_logprobs import ReferenceTable
 
 
 class ChosenObjective:

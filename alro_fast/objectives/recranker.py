@@ -19,14 +19,14 @@ from torch import Tensor
 from ..data.records import RankingList
 from ..errors import AlroFastError
 from ..ops import linear_logprobs
-from ..packing import Branch, PackedBatch, Tree
-from ..prompts.recranker import Ask, Question, RecRankerPrompts, TaskPrompts
+from ..modeling.packing import Branch, PackedBatch, Tree
+from ..prompts.recranker.prompts import Ask, Question, RecRankerPrompts, TaskPrompts
 from .base import Example, LossTerm
 
 if TYPE_CHECKING:
-    from ..config import ObjectiveArguments
-    from ..fused_head import Head
-    from ..prompts.recranker import Listing
+    from ..training.config import ObjectiveArguments
+    from ..modeling.lm_head import Head
+    from ..prompts.recranker.prompts import Listing
 
 TASKS = ("pointwise", "pairwise", "listwise")
 

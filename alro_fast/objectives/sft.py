@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..data.records import RankingList
 from ..ops import linear_logprobs
-from ..packing import Branch, PackedBatch, Tree
+from ..modeling.packing import Branch, PackedBatch, Tree
 from .base import Example, LossTerm
 
 if TYPE_CHECKING:
-    from ..config import ObjectiveArguments
-    from ..fused_head import Head
+    from ..training.config import ObjectiveArguments
+    from ..modeling.lm_head import Head
     from ..prompts import PromptBuilder, RankingPrompt, RatingPrompt
 
 

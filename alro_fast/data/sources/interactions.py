@@ -1,0 +1,327 @@
+"""Raw ratings of any supported data set as checked, encoded columns: `read_interactions`."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from ...errors import AlroFastError
+from .readers import (AMAZON_COLUMNS, Columns, RawData, polars_errors, read_amazon, read_ml_1m, read_ml_100k, read_movielens_csv, read_table)
+
+MOVIELENS = {  # name -> ratings file, item file, official counts of ratings, users and movies
+    "ml-100k": ("u.data", "u.item", (100_000, 943, 1_682)),
+    "ml-1m": ("ratings.dat", "movies.dat", (1_000_209, 6_040, 3_883)),
+    "ml-latest-small": ("ratings.csv", "movies.csv", (100_836, 610, 9_742)),
+    "ml-20m": ("ratings.csv", "movies.csv", (20_000_263, 138_493, 27_278)),
+    "ml-25m": ("ratings.csv", "movies.csv", (25_000_095, 162_541, 62_423)),
+    "ml-32m": ("ratings.csv", "movies.csv", (32_000_204, 200_948, 87_585)),
+}
+TABLES = ("csv", "parquet")
+DATASETS = (*MOVIELENS, *AMAZON_COLUMNS, *TABLES)
+
+
+@dataclass(frozen=True, slots=True)
+class Interactions:
+    """Ratings in file order, one row per (user, item).
+
+    user, item: uint32 codes; rating: float32, finite, >= 0; time: int64 >= 0 in `time_unit`.
+    user_ids: string per user code; items: item_id, title, category per item code (title and category never null).
+    """
+
+    user: np.ndarray
+    item: np.ndarray
+    rating: np.ndarray
+    time: np.ndarray
+    user_ids: pl.Series
+    items: pl.DataFrame
+    sources: tuple[dict, ...]  # name, bytes, sha256 of every file read
+    time_unit: str
+    counts: dict[str, int]  # what reading found and dropped
+
+
+def read_interactions(
+    dataset: str,
+    raw_dir: str | Path | None = None,
+    *,
+    ratings_file: str | Path | None = None,
+    items_file: str | Path | None = None,
+    columns: Columns | None = None,
+    separator: str | None = None,
+    duplicates: str = "error",
+    untitled: str = "keep",
+    allow_altered: bool = False,
+    notice: Callable[[str], None] = print,
+) -> Interactions:
+    """Read, check and encode a data set.
+
+    dataset: one of DATASETS. raw_dir: folder of its files (Movielens, Amazon); ratings_file, items_file: single files
+    (csv, parquet; they override the names looked for in raw_dir elsewhere).
+    duplicates: "error" or "drop" for rows equal in (user, item, time); dropping keeps the last row of the file.
+    A user's later ratings of an item already rated are always dropped and counted: a list that showed an item the
+    history has rated would give its label away.
+    untitled: "keep" items without a title under their id, or "drop" them with their ratings.
+    allow_altered: accept a MovieLens folder whose counts differ from the published ones.
+    Raises AlroFastError with one line for whatever is missing, malformed or not of this data set.
+    """
+    _need(dataset in DATASETS, f"unknown dataset {dataset!r}; expected one of {', '.join(DATASETS)}")
+    _need(duplicates in {"error", "drop"}, f"duplicates={duplicates!r}; expected 'error' or 'drop'")
+    _need(untitled in {"keep", "drop"}, f"untitled={untitled!r}; expected 'keep' or 'drop'")
+    _need(separator is None or len(separator.encode()) == 1, f"separator {separator!r} is not one ASCII character")
+    columns = columns or Columns()
+    ratings, items = locate(dataset, raw_dir, ratings_file, items_file)
+    with tempfile.TemporaryDirectory(prefix="alro_fast-") as work:
+        raw = _read(dataset, ratings, items, columns, separator, Path(work))
+        table, user_ids, item_ids, counts = _encode(raw, ratings)
+    counts["items"] = raw.items.height
+    if dataset in MOVIELENS:
+        _check_counts(dataset, (counts["ratings"], counts["users"], counts["items"]), allow_altered, notice)
+    table = _one_rating_per_item(table, ratings, user_ids, item_ids, duplicates, counts, notice)
+    catalogue, recode = _catalogue(raw, item_ids, untitled)
+    table = table.with_columns(item=recode[table["item"].to_numpy()])
+    if untitled == "drop":
+        table, user_ids = _drop_untitled(table, user_ids, counts)
+        _need(table.height, f"no item of {ratings.name} has a title; pass --untitled keep, or a file that has titles")
+    counts["items"] = catalogue.height
+    counts["untitled_items"] = int(catalogue["title"].is_null().sum())
+    if counts["untitled_items"]:
+        notice(f"{counts['untitled_items']:,} items have no title: shown by their id (--untitled drop leaves them out)")
+    return Interactions(
+        user=table["user"].to_numpy(),
+        item=table["item"].cast(pl.UInt32).to_numpy(),
+        rating=table["rating"].to_numpy(),
+        time=table["time"].to_numpy(),
+        user_ids=user_ids,
+        items=catalogue.with_columns(
+            pl.col("title").fill_null(pl.col("item_id")), pl.col("category").str.strip_chars().fill_null("")
+        ),
+        sources=tuple({"name": f.name, "bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in raw.files),
+        time_unit=raw.time_unit,
+        counts=counts,
+    )
+
+
+def locate(
+    dataset: str,
+    raw_dir: str | Path | None,
+    ratings_file: str | Path | None = None,
+    items_file: str | Path | None = None,
+) -> tuple[Path, Path | None]:
+    """Paths of the ratings and the item file; AlroFastError if one is missing or several could be meant."""
+    given = [Path(f) if f else None for f in (ratings_file, items_file)]
+    for flag, path in zip(("--ratings_file", "--items_file"), given):
+        _need(path is None or path.is_file(), f"{flag} {path} is not a file")
+    if dataset in TABLES:
+        _need(given[0] is not None, f"dataset {dataset!r} needs --ratings_file PATH")
+        wrong = dataset == "parquet" and given[0].suffix != ".parquet"
+        _need(
+            not wrong and (dataset == "parquet" or given[0].suffix != ".parquet"),
+            f"--ratings_file {given[0].name} does not look like {dataset}; pass --dataset csv or parquet to match it",
+        )
+        return given[0], given[1]
+    if all(given):
+        return given[0], given[1]
+    _need(raw_dir is not None, f"dataset {dataset!r} needs --raw_dir, the folder of its files")
+    folder = Path(raw_dir)
+    _need(folder.is_dir(), f"--raw_dir {folder} is not a folder")
+    if dataset in AMAZON_COLUMNS:
+        names = sorted(
+            p.name for p in folder.iterdir() if p.name.endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz"))
+        )
+        found = [[n for n in names if n.startswith("meta_") == is_meta] for is_meta in (False, True)]
+        for what, flag, some, path in zip(("review", "metadata (meta_*)"), ("ratings", "items"), found, given):
+            _need(
+                path or len(some) == 1,
+                f"--raw_dir {folder} holds {len(some)} {what} files of JSON lines "
+                f"({', '.join(some) or 'none'}); one is expected: choose with --{flag}_file PATH",
+            )
+        return given[0] or folder / found[0][0], given[1] or folder / found[1][0]
+    names = MOVIELENS[dataset][:2]
+    if not (folder / names[0]).is_file() and (folder / dataset / names[0]).is_file():
+        folder = folder / dataset
+    missing = [n for n, path in zip(names, given) if not path and not (folder / n).is_file()]
+    held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+    _need(not missing, f"--raw_dir {folder} lacks {' and '.join(missing)} of {dataset} (it holds: {held})")
+    return given[0] or folder / names[0], given[1] or folder / names[1]
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _need(condition: object, message: str) -> None:
+    if not condition:
+        raise AlroFastError(message)
+
+
+def _read(
+    dataset: str, ratings: Path, items: Path | None, columns: Columns, separator: str | None, workdir: Path
+) -> RawData:
+    if dataset in TABLES:
+        return read_table(ratings, items, columns, separator, workdir)
+    if dataset in AMAZON_COLUMNS:
+        return read_amazon(dataset, ratings, items, columns, workdir)
+    if dataset == "ml-100k":
+        return read_ml_100k(ratings, items)
+    if dataset == "ml-1m":
+        return read_ml_1m(ratings, items)
+    return read_movielens_csv(ratings, items, columns)
+
+
+def _encode(raw: RawData, path: Path) -> tuple[pl.DataFrame, pl.Series, pl.Series, dict[str, int]]:
+    """Check every cell, then turn ids into codes in the order of the sorted ids; two streaming passes over the file."""
+    schema = raw.ratings.collect_schema()
+    user, item = (pl.col(name).cast(pl.String) for name in ("user", "item"))
+    rating, time = _as_number(pl.col("rating"), schema["rating"]), _as_time(pl.col("time"), schema["time"])
+    faults = {
+        "has no user": _blank(user),
+        "has no item": _blank(item),
+        "has a rating that is not a number": rating.is_null(),
+        "has a rating that is NaN or infinite": ~rating.is_finite(),
+        "has a negative rating": rating < 0,
+        "has a timestamp that is not a whole number": time.is_null(),
+        "has a negative timestamp": time < 0,
+    }
+    with polars_errors(path):
+        summary, users, items = pl.collect_all(
+            [
+                raw.ratings.select(pl.len(), *(f.fill_null(False).sum().alias(k) for k, f in faults.items())),
+                raw.ratings.select(user.unique()),
+                raw.ratings.select(item.unique()),
+            ],
+            engine="streaming",
+        )
+        count = summary["len"].item()
+        _need(count, f"{path.name} holds no ratings")
+        for fault, expression in faults.items():
+            if bad := summary[fault].item():
+                _raise_fault(raw.ratings, path, fault, expression, bad)
+        users, items = sorted_ids(users.to_series()), sorted_ids(items.to_series())
+        table = raw.ratings.select(
+            user.cast(pl.Enum(users)).to_physical().cast(pl.UInt32),
+            item.cast(pl.Enum(items)).to_physical().cast(pl.UInt32),
+            rating.cast(pl.Float32),
+            time,
+        ).collect(engine="streaming")
+    counts = {"ratings": count, "users": len(users), "rated_items": len(items)}
+    return table, users.alias("user_id"), items.alias("item_id"), counts
+
+
+def _raise_fault(ratings: pl.LazyFrame, path: Path, fault: str, expression: pl.Expr, bad: int) -> None:
+    first = ratings.with_row_index("row").filter(expression.fill_null(False)).head(1).collect().row(0, named=True)
+    cells = ", ".join(f"{name} {first[name]!r}" for name in ("user", "item", "rating", "time"))
+    more = f" ({bad:,} such rows)" if bad > 1 else ""
+    raise AlroFastError(f"{path.name} row {first['row'] + 1} {fault}: {cells}{more}; mend or remove it")
+
+
+def _blank(column: pl.Expr) -> pl.Expr:
+    return column.is_null() | (column.str.strip_chars() == "")
+
+
+def _as_number(column: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+    if dtype == pl.Boolean:
+        return pl.lit(None, pl.Float64)
+    return (column.str.strip_chars() if dtype == pl.String else column).cast(pl.Float64, strict=False)
+
+
+def _as_time(column: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+    if dtype in (pl.Date, pl.Datetime):
+        return column.dt.epoch("us")
+    if dtype.is_integer():
+        return column.cast(pl.Int64, strict=False)
+    number = _as_number(column, dtype)
+    whole = pl.when(number == number.floor()).then(number).cast(pl.Int64, strict=False)
+    if dtype != pl.String:
+        return whole
+    return pl.coalesce(column.str.strip_chars().cast(pl.Int64, strict=False), whole)
+
+
+def sorted_ids(ids: pl.Series) -> pl.Series:
+    """By number where all ids are plain integers, else as text: an order that depends on nothing else."""
+    numbers = ids.cast(pl.Int64, strict=False)
+    plain = numbers.null_count() == 0 and (numbers.cast(pl.String) == ids).all()
+    return ids.gather(numbers.arg_sort()) if plain else ids.sort()
+
+
+def _check_counts(
+    dataset: str, found: tuple[int, int, int], allow_altered: bool, notice: Callable[[str], None]
+) -> None:
+    official = MOVIELENS[dataset][2]
+    if found == official:
+        return
+    words = "{:,} ratings, {:,} users, {:,} movies"
+    message = f"these are not the files of {dataset} as published: {words.format(*found)} instead of " + words.format(
+        *official
+    )
+    _need(allow_altered, f"{message}; fetch them again, or pass --allow_altered")
+    notice(message)
+
+
+def _one_rating_per_item(
+    table: pl.DataFrame,
+    path: Path,
+    user_ids: pl.Series,
+    item_ids: pl.Series,
+    duplicates: str,
+    counts: dict[str, int],
+    notice: Callable[[str], None],
+) -> pl.DataFrame:
+    counts["duplicates_dropped"] = counts["later_ratings_dropped"] = 0
+    pairs = table["user"].to_numpy().astype(np.uint64) * np.uint64(len(item_ids)) + table["item"].to_numpy()
+    pairs.sort()
+    if not (pairs[1:] == pairs[:-1]).any():
+        return table
+    same = ["user", "item", "time"]
+    doubled = table.filter(pl.struct(same).is_duplicated())
+    if doubled.height:
+        first = doubled.row(0, named=True)
+        who = f"user {user_ids[first['user']]!r}, item {item_ids[first['item']]!r}, time {first['time']}"
+        _need(
+            duplicates == "drop",
+            f"{path.name}: {doubled.height:,} rows repeat (user, item, time), the first for {who}; remove "
+            "them, or pass --duplicates drop to keep the last of each",
+        )
+        rows = table.height
+        table = table.unique(subset=same, keep="last", maintain_order=True)
+        counts["duplicates_dropped"] = rows - table.height
+        notice(f"{rows - table.height:,} duplicate rows dropped")
+    rows = table.height
+    table = table.with_row_index("row").sort("time", maintain_order=True)
+    table = table.unique(subset=["user", "item"], keep="first", maintain_order=True).sort("row").drop("row")
+    counts["later_ratings_dropped"] = rows - table.height
+    if rows - table.height:
+        notice(f"{rows - table.height:,} later ratings of an item already rated dropped (the first one counts)")
+    return table
+
+
+def _catalogue(raw: RawData, item_ids: pl.Series, untitled: str) -> tuple[pl.DataFrame, np.ndarray]:
+    """Items in sorted order of their ids, and for each code of `item_ids` its row there (-1: left out)."""
+    described = raw.items.with_columns(pl.when(pl.col("title").str.strip_chars() != "").then(pl.col("title")))
+    described = described.unique(subset="item_id", keep="first", maintain_order=True)
+    rated = item_ids.to_frame()
+    if raw.rated_items_only:
+        described = described.join(rated, on="item_id", how="semi")
+    ids = sorted_ids(pl.concat([described["item_id"], item_ids]).unique())
+    catalogue = ids.to_frame().join(described, on="item_id", how="left", maintain_order="left")
+    if untitled == "drop":
+        catalogue = catalogue.filter(pl.col("title").is_not_null())
+    rows = rated.join(catalogue.with_row_index("row"), on="item_id", how="left", maintain_order="left")["row"]
+    return catalogue, rows.cast(pl.Int64).fill_null(-1).to_numpy()
+
+
+def _drop_untitled(table: pl.DataFrame, user_ids: pl.Series, counts: dict[str, int]) -> tuple[pl.DataFrame, pl.Series]:
+    """Rows whose item code is -1 go, and users who had no other."""
+    kept = table.filter(pl.col("item") >= 0)
+    counts["ratings_of_untitled_items_dropped"] = table.height - kept.height
+    remaining = kept["user"].unique().sort()
+    code = np.zeros(len(user_ids), dtype=np.uint32)
+    code[remaining.to_numpy()] = np.arange(len(remaining), dtype=np.uint32)
+    counts["users_without_titled_items_dropped"] = len(user_ids) - len(remaining)
+    return kept.with_columns(user=code[kept["user"].to_numpy()]), user_ids.gather(remaining)

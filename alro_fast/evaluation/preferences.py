@@ -1,0 +1,150 @@
+"""Preference metrics of a model: `python -m alro_fast.evaluate --adapter DIR --preferences FILE [FILE ...]`.
+
+The files need not be those of the training data set: give another domain's for a cross-domain measurement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..data.negatives import Negatives
+from ..data.preferences import Preference, read_preferences
+from ..data.records import RankingList
+from ..errors import AlroFastError
+from ..run_folder import run_options
+from ..objectives.dmpo import branches_of
+from ..modeling.packing import Tree
+from .preference_metrics import Scored, accuracy_interval, preference_metrics
+from ..prompts import PromptBuilder
+from ..prompts.preference import PreferencePrompts
+from ..training.reference_logprobs import answer_logprobs
+
+COLUMNS = ("pair_accuracy", "user_auc", "hit@1", "valid", "pooled_coin_auc")
+
+
+def score_preferences(
+    model: nn.Module,
+    prompts: PreferencePrompts,
+    sources: Sequence[Preference | RankingList],
+    token_budget: int = 8192,
+    backend: str = "auto",
+) -> list[Scored]:
+    """Summed log-probabilities of every record's answers under `model` as it stands.
+
+    A ranking list is taken as a contest (`data.negatives`): its positive against the other candidates.
+    """
+    encoded = [prompts.encode(source) for source in sources]
+    trees = [Tree(branches_of(ids), name=source.list_id) for source, ids in zip(sources, encoded)]
+    return [
+        Scored(source.user_id, sums[ids.chosen], sums[ids.rejected], ids.paired)
+        for source, ids, sums in zip(sources, encoded, answer_logprobs(model, trees, token_budget, backend))
+    ]
+
+
+def measure(records: dict[str, list[Scored]]) -> dict[str, dict[str, Any]]:
+    """Ranker -> metrics, with the bootstrap interval of the users' mean accuracy."""
+    found = {}
+    for name, scored in records.items():
+        _, low, high = accuracy_interval(scored)
+        found[name] = preference_metrics(scored) | {"interval": [low, high], "records": len(scored)}
+    return found
+
+
+def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Data set -> ranker -> metrics, as lines to print."""
+    width = max(len(f"{data}, {name}") for data, rows in results.items() for name in rows) + 2
+    lines = [" " * width + "".join(f"{name:>17}" for name in COLUMNS) + "   95 % (users)"]
+    for data, rows in results.items():
+        for name, row in rows.items():
+            figures = "".join(f"{row[column]:>17.4f}" for column in COLUMNS)
+            low, high = row["interval"]
+            lines.append(f"{f'{data}, {name}':<{width}}{figures}   [{low:.3f}, {high:.3f}] of {row['records']:,}")
+    return "\n".join(lines)
+
+
+def main(options: Any) -> None:
+    """Score every file (or the lists) with and without the adapter, print the table, write preference_results.json."""
+    from ..modeling.loading import load_for_inference
+
+    config = run_options(options.adapter)
+    sources: dict[str, Sequence[Preference | RankingList]]
+    sources = {Path(file).stem: read_preferences(file)[: options.limit] for file in options.preferences or ()}
+    if len(sources) < len(options.preferences or ()):
+        raise AlroFastError("two --preferences files have one name; rename one, results are kept by it")
+    if options.lists:
+        name, contests = contests_of(options.lists, options.split, config)
+        sources[name] = contests[: options.limit]
+    model, tokenizer = load_for_inference(
+        options.adapter,
+        device=options.device,
+        base_model=options.base_model,
+        trust_remote_code=options.trust_remote_code,
+    )
+    builder = PromptBuilder.load(options.adapter, tokenizer) if options.lists else None
+    form = config.get("preference_answer", "titles")
+    prompts = PreferencePrompts(tokenizer, builder, form=form, max_length=config.get("max_length"))
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    started, answers = time.perf_counter(), 0
+    for name, people in sources.items():
+        scored = {}
+        for ranker in ("untuned", "tuned"):
+            if ranker == "untuned" and not hasattr(model, "disable_adapter"):
+                continue
+            with model.disable_adapter() if ranker == "untuned" else contextlib.nullcontext():
+                scored[ranker] = score_preferences(model, prompts, people, options.token_budget)
+            answers += sum(len(one.chosen) + len(one.rejected) for one in scored[ranker])
+        results[name] = measure(scored)
+    seconds = time.perf_counter() - started
+    print(table(results))
+    print(f"{answers:,} answers in {seconds:.1f} s")
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    save(folder, results)
+    print(f"preference_results.json is in {folder}")
+
+
+def answers_with_texts(config: dict[str, Any]) -> bool:
+    """True for a run on preferences whose answers are titles: nothing that identifiers could be read from."""
+    tuned = config.get("objective") in ("dmpo", "sft_chosen")
+    return tuned and (config.get("preferences") is not None or config.get("preference_answer") != "identifiers")
+
+
+def contests_of(folder: str, split: str, config: dict[str, Any]) -> tuple[str, list[RankingList]]:
+    """The data set's name, and a positive with its negatives out of every list of a split, drawn as in training.
+
+    Negatives of a run on the hardest are drawn uniformly: no model has a say in what it is measured on.
+    """
+    from ..data.lists import open_prepared
+
+    prepared = open_prepared(folder)
+    by = config.get("negatives", "uniform")
+    negatives = Negatives.of(
+        prepared, count=config.get("num_negatives", 5), by="uniform" if by == "hardest" else by,
+        source=config.get("negatives_from", "catalogue"), seed=config.get("seed", 42),
+    )  # fmt: skip
+    contests = [negatives.contest(one, 0) for one in prepared.lists(split) if negatives.usable(one)]
+    if not contests:
+        raise AlroFastError(f"{folder} holds no {split} lists with anything to prefer; choose another --split")
+    return prepared.manifest.get("dataset", Path(folder).name), contests
+
+
+def save(folder: Path, results: dict[str, Any]) -> None:
+    """Write preference_results.json; a metric that is no number becomes null."""
+    text = json.dumps(_plain(results), indent=2, allow_nan=False)
+    (folder / "preference_results.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,189 @@
+"""Rankings of lists with one target each: a first stage's candidates, and the one item the user took next.
+
+RecRanker's protocol (Luo et al., arXiv 2312.16018): HR@k and NDCG@k of the target among a retriever's best candidates,
+over all users, a user whose target was not retrieved counting 0. Beside it the same within the lists that hold their
+target, which is what a ranker can change; the retriever's own order; and the ceiling, the share of such lists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..evaluation import metrics
+from .results import LABELS, Results, Scores, evaluate_lists, plain, row_of, write_predictions, write_trec
+
+if TYPE_CHECKING:
+    from ..data.lists import PreparedData
+    from ..data.records import RankingList
+    from ..ranking.orders import Ranking
+
+SHOWN = tuple(f"{name}@{k}" for k in (3, 5) for name in ("hr", "ndcg"))
+CUTOFFS = (1, 3, 5, 10)
+
+
+def has_targets(prepared: PreparedData, split: str) -> bool:
+    """Whether the lists of a split are a first stage's, each for one held-out target, found or missed."""
+    return split != "train" and "targets.parquet" in prepared.manifest.get("files", {})
+
+
+@dataclass(frozen=True)
+class TargetResults(Results):
+    """Metrics per list; 0 for a list without its target. `found`: bool [lists], the list holds its target."""
+
+    found: np.ndarray | None = None
+
+    @property
+    def ceiling(self) -> float:
+        """Share of lists that hold their target: what a perfect ranker reaches."""
+        return float(self.found.mean())
+
+    def within(self, ranker: str, metric: str) -> float:
+        """Mean over the lists that hold their target; NaN when none does."""
+        return float(self.per_list[ranker][metric][self.found].mean()) if self.found.any() else math.nan
+
+    def table(self) -> str:
+        """A row per ranker: HR and NDCG over all users with intervals, then within the lists that hold the target."""
+        held = int(self.found.sum())
+        lines = [
+            f"{self.split}: {self.lists} users, of whom {held} have their target among the candidates",
+            "",
+            f"{'':<16}{'all users':^{22 * len(SHOWN)}}{'lists with their target':^{9 * len(SHOWN)}}",
+            f"{'':<16}"
+            + "".join(name.upper().center(22) for name in SHOWN)
+            + "".join(name.upper().rjust(9) for name in SHOWN),
+        ]
+        for ranker in self.per_list:
+            row = f"{LABELS.get(ranker, ranker):<16}"
+            for name in SHOWN:
+                mean, low, high = self.interval(ranker, name)
+                row += (f"{mean:.4f} [{low:.3f}, {high:.3f}]" if self.bootstrap else f"{mean:.4f}").center(22)
+            lines.append(row + "".join(_cell(self.within(ranker, name)) for name in SHOWN))
+        lines += [
+            f"{'ceiling':<16}"
+            + "".join(f"{self.ceiling:.4f}".center(22) for _ in SHOWN)
+            + _cell(1.0 if held else math.nan) * len(SHOWN)
+        ]
+        lines.append("")
+        for other in ("retriever", "untuned"):
+            if {"tuned", other} <= self.per_list.keys():
+                change = self.compare("tuned", other, "ndcg@5")
+                lines.append(
+                    f"tuned - {other}, NDCG@5 over all users: {change.difference:+.4f} [{change.low:+.4f}, "
+                    f"{change.high:+.4f}], p = {change.p_value:.2g} (paired over users, sign flips)"
+                )
+        lines += [f"{name}: {convention}" for name, convention in self.conventions.items()]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """As Results, with `within_hr@3` and so on per ranker, and the ceiling in `about`."""
+        document = super().to_json()
+        for ranker in self.per_list:
+            document[ranker] |= {f"within_{name}": plain(self.within(ranker, name)) for name in self.per_list[ranker]}
+        document["about"] |= {"lists_with_their_target": int(self.found.sum()), "ceiling": self.ceiling}
+        return document
+
+
+def evaluate_rankers(
+    lists: Sequence[RankingList],
+    scores: Mapping[str, Scores],
+    *,
+    targets: bool,
+    prepared: PreparedData | None = None,
+    split: str = "test",
+    gain: str = "exp2",
+    bootstrap: int = 1000,
+) -> Results:
+    """With `targets` (has_targets): `evaluate_targets`, with the first stage's own orders; else `evaluate_lists`."""
+    if targets:
+        scores = first_stage_scores(lists) | dict(scores)
+        return evaluate_targets(lists, scores, prepared=prepared, split=split, bootstrap=bootstrap)
+    return evaluate_lists(lists, scores, prepared=prepared, split=split, gain=gain, bootstrap=bootstrap)
+
+
+def save_measurement(
+    folder: Path,
+    results: Results,
+    lists: Sequence[RankingList],
+    rankings: Mapping[str, Sequence[Ranking]],
+    *,
+    targets: bool,
+) -> Results:
+    """Write results.json, predictions.jsonl and the TREC files of `tuned`; the results, which say what the latter hold.
+
+    TREC files of lists with targets: 1 for the target and 0 for the others; a list without its target has no lines.
+    """
+    write_predictions(folder / "predictions.jsonl", lists, rankings)
+    graded = as_grades(lists) if targets else lists
+    factor = write_trec(folder, graded, [ranking.scores for ranking in rankings["tuned"]], tag="alro_fast")
+    if factor is None:
+        held = "no run.trec and qrels.trec, which hold whole numbers: ratings have over three decimals"
+    elif targets:
+        held = "lists that hold their target alone, 1 for it and 0 for every other candidate"
+    else:
+        scale = "ratings" if factor == 1 else f"ratings x {factor}, as qrels.trec holds whole numbers,"
+        held = f"{scale} of the rated candidates of lists that have something to rank"
+    results = results.noting(trec=held)
+    results.save(folder)
+    return results
+
+
+def _cell(value: float) -> str:
+    return "-".rjust(9) if math.isnan(value) else f"{value:>9.4f}"
+
+
+def as_grades(lists: Sequence[RankingList]) -> list[RankingList]:
+    """Lists of one target each with 1 for the target and 0 for every other candidate, unrated no longer."""
+    return [replace(one, ratings=tuple(0.0 if math.isnan(rating) else 1.0 for rating in one.ratings)) for one in lists]
+
+
+def evaluate_targets(
+    lists: Sequence[RankingList],
+    scores: Mapping[str, Scores],
+    *,
+    prepared: PreparedData | None = None,
+    split: str = "test",
+    bootstrap: int = 1000,
+) -> TargetResults:
+    """Measure every ranker's scores (per list and candidate, higher is better) on lists with one target each.
+
+    Ties count as their mean over all orders of the tied.
+    """
+    relevant = metrics.pad([one.ratings for one in as_grades(lists)])
+    found = np.nanmax(relevant, axis=1, initial=0.0) > 0
+    per_list = {}
+    for name in sorted(scores, key=row_of):
+        padded = metrics.pad(scores[name])
+        per_list[name] = {}
+        for k in CUTOFFS:
+            hits = metrics.hit_rate(padded, relevant, k, relevant=1.0)
+            gains = metrics.ndcg(padded, relevant, k, "linear")
+            per_list[name] |= {f"hr@{k}": np.where(found, hits, 0.0), f"ndcg@{k}": np.where(found, gains, 0.0)}
+        per_list[name]["mrr"] = np.where(found, metrics.reciprocal_rank(padded, relevant, relevant=1.0), 0.0)
+    conventions = {
+        "target": "the one rated candidate; every other candidate counts as not relevant",
+        "all users": "a user whose target is not among the candidates counts 0; ndcg: 1 / log2(1 + place)",
+        "ties in scores": metrics.CONVENTIONS["ties in scores"],
+        "interval": metrics.CONVENTIONS["interval"],
+    }
+    if prepared is not None:
+        conventions["equal timestamps in the data"] = str(prepared.manifest.get("tie_rule", "not recorded"))
+    return TargetResults(
+        split=split, lists=len(lists), all_equal=0, cutoffs=CUTOFFS,
+        users=np.array([entry.user_id for entry in lists]), per_list=per_list, seconds={}, conventions=conventions,
+        bootstrap=bootstrap, found=found,
+    )  # fmt: skip
+
+
+def first_stage_scores(lists: Sequence[RankingList]) -> dict[str, Scores]:
+    """The first stage as a ranker. retriever: the order in which candidates are stored. hints: by predicted rating,
+    unknown ones last; only where every list has hints."""
+    scores: dict[str, Scores] = {"retriever": [-np.arange(len(entry.candidates), dtype=np.float64) for entry in lists]}
+    if lists and all(entry.hints for entry in lists):
+        scores["hints"] = [np.nan_to_num(np.asarray(entry.hints), nan=-1e9) for entry in lists]
+    return scores

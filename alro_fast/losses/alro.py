@@ -1,0 +1,522 @@
+"""The ALRO loss: cross-entropy + alpha * soft lambda + beta * permutation, from hidden states and the LM head.
+
+    out = alro_loss(hidden, model.lm_head.weight, labels, lists, alpha=1.0, beta=1.0, gamma=1.0, sigma=1.0)
+    out.loss.backward()
+
+One joint pass over the head serves every term and both orders. Formulas: docs/methods.md 1.1-1.5; definition in plain
+PyTorch: `alro_fast.losses.reference`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops.checks import check_device, check_floats, check_head, check_index, check_ranks, check_values, values_are_free
+from ..data.records import LARGEST_RATING
+from ..errors import AlroFastError
+from ..ops import HeadStats
+
+SCORES = ("logprob", "prob", "logit")
+SPACES = ("candidates", "vocab")
+DIVERGENCES = ("kl", "ce", "symmetric")
+
+
+class Grades(NamedTuple):
+    """The `ratings` answer form: one grade token per candidate, read as the expectation of `values`."""
+
+    token_ids: Tensor  # [C] int64, distinct
+    values: Tensor  # [C] float, the grade each token stands for
+
+
+class RankingLists(NamedTuple):
+    """L ranking lists of at most M candidates; axis i is in item space: one item in a list and in its twin.
+
+    A list of n candidates fills the first n entries of its rows; the rest are pads.
+    """
+
+    slot_rows: Tensor  # [L, M] int64: row of `hidden` that predicts slot k (ratings form: candidate i's grade); -1 pads
+    candidate_ids: Tensor  # [L, M] int64: identifier token of candidate i in list l's own prompt; -1 pads
+    ratings: Tensor  # [L, M] float >= 0: graded relevance of candidate i; NaN = ungraded
+    ranks: Tensor  # [L, M] int64: target slot of candidate i, 1 = best
+    twin: Tensor  # [L] int64: the list this one is a re-ordering of; -1: none
+    grades: Grades | None = None  # None: the `ranking` form
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> RankingLists:
+        move = functools.partial(torch.Tensor.to, device=device, non_blocking=non_blocking)
+        grades = None if self.grades is None else Grades(*map(move, self.grades))
+        return RankingLists(*map(move, self[:5]), grades)
+
+
+class ALROLossOutput(NamedTuple):
+    """Scalars, differentiable; `expected_rank` is a constant."""
+
+    loss: Tensor  # sft + alpha * soft_lambda + beta * permutation
+    sft: Tensor  # mean over rows with a label of -log p(label)
+    soft_lambda: Tensor  # mean over lists, both orders
+    permutation: Tensor  # mean over lists with a twin
+    expected_rank: Tensor  # [L, M] expected slot of candidate i, lower is better (ratings form: its expected grade)
+
+
+class ALROCounts(NamedTuple):
+    """What the three means divide by; give those of the whole batch when it is split over steps or processes."""
+
+    rows: Tensor | float  # with a label
+    lists: Tensor | float  # with a candidate
+    twins: Tensor | float  # with a twin
+
+
+def alro_counts(labels: Tensor, lists: RankingLists, ignore_index: int = -100) -> ALROCounts:
+    """The denominators `alro_loss` uses by default, as tensors, without synchronisation; they add up over batches."""
+    lists_with_candidates = (lists.slot_rows >= 0).any(dim=1).sum()
+    return ALROCounts((labels != ignore_index).sum(), lists_with_candidates, (lists.twin >= 0).sum())
+
+
+def alro_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    lists: RankingLists,
+    *,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    sigma: float,
+    score: str = "logprob",
+    score_space: str = "candidates",
+    psl: str = "kl",
+    psl_space: str = "candidates",
+    psl_detach: bool = True,
+    psl_mask_emitted: bool = False,
+    ignore_index: int = -100,
+    counts: ALROCounts | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    mass_bound: float | None = None,
+    backend: str = "auto",
+) -> ALROLossOutput:
+    """ALRO loss of L lists, both orders in one call.
+
+    hidden [N, H]: the answer rows of all lists and both orders; weight [V, H], bias [V]; labels [N]: next token of each
+    row, `ignore_index` for none. Every scalar is float32 (float64 for float64 input).
+
+    gamma: sharpness of the soft-argmax (1 suits log-probs, about 10 probabilities); sigma: slope of the pairwise loss.
+    score, score_space: what the soft-argmax reads, the "logprob", "prob" or "logit" of an identifier, normalised over
+    the list's "candidates" or the whole "vocab". psl: "kl", "ce" or "symmetric" divergence of the twin's original (P)
+    and the list (Q), over the "candidates" or, items paired by their identifiers, the whole "vocab"; psl_detach: no
+    gradient through P; psl_mask_emitted: leave out the candidates the target has placed before the slot.
+    counts: denominators of the means, see `ALROCounts`. mass_bound, backend: see `ops.linear_logprobs`.
+    Raises AlroFastError naming the argument; values of index tensors on CUDA are checked by `check_lists` only.
+    """
+    hidden = check_head(hidden, weight, bias)
+    check_device("labels", labels, hidden)
+    check_lists(labels, lists, len(hidden), weight.shape[0], ignore_index)
+    read = functools.partial(
+        ops.head, hidden, weight, bias, softcap=softcap, scale=scale, mass_bound=mass_bound, backend=backend
+    )
+    return _compose(
+        read,
+        labels,
+        lists,
+        _Options(alpha, beta, gamma, sigma, score, score_space, psl, psl_space, psl_detach, psl_mask_emitted),
+        ignore_index,
+        counts,
+        backend,
+    )
+
+
+def alro_loss_from_logits(
+    logits: Tensor,
+    labels: Tensor,
+    lists: RankingLists,
+    *,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    sigma: float,
+    score: str = "logprob",
+    score_space: str = "candidates",
+    psl: str = "kl",
+    psl_space: str = "candidates",
+    psl_detach: bool = True,
+    psl_mask_emitted: bool = False,
+    ignore_index: int = -100,
+    counts: ALROCounts | None = None,
+    backend: str = "auto",
+) -> ALROLossOutput:
+    """`alro_loss` where the logits [N, V] of the answer rows exist already; they are used as they are."""
+    if logits.dim() != 2 or not logits.is_floating_point():
+        raise AlroFastError(f"logits has shape {tuple(logits.shape)} and dtype {logits.dtype}; expected floats [N, V]")
+    check_device("labels", labels, logits, "logits")
+    check_lists(labels, lists, *logits.shape, ignore_index)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return _compose(
+        functools.partial(_stats_from_logits, wide),
+        labels,
+        lists,
+        _Options(alpha, beta, gamma, sigma, score, score_space, psl, psl_space, psl_detach, psl_mask_emitted),
+        ignore_index,
+        counts,
+        backend,
+    )
+
+
+class ALROLoss(nn.Module):
+    """`alro_loss` with its hyper-parameters held; no parameters of its own.
+
+    `ALROLoss(alpha=1.0, beta=1.0)(hidden, weight, labels, lists)`; options are the keyword arguments of `alro_loss`.
+    """
+
+    def __init__(
+        self, *, alpha: float = 1.0, beta: float = 1.0, gamma: float = 1.0, sigma: float = 1.0, **options
+    ) -> None:
+        super().__init__()
+        known = set(alro_loss.__kwdefaults__) - {"bias", "counts"}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise AlroFastError(f"ALROLoss got {unknown}; expected options among {sorted(known)}")
+        self.options = {"alpha": alpha, "beta": beta, "gamma": gamma, "sigma": sigma, **options}
+        _Options(**{name: value for name, value in self.options.items() if name in _Options.__annotations__})
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        lists: RankingLists,
+        *,
+        bias: Tensor | None = None,
+        counts: ALROCounts | None = None,
+    ) -> ALROLossOutput:
+        return alro_loss(hidden, weight, labels, lists, bias=bias, counts=counts, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def check_lists(
+    labels: Tensor,
+    lists: RankingLists,
+    row_count: int,
+    vocab_size: int,
+    ignore_index: int = -100,
+    *,
+    force: bool = False,
+) -> None:
+    """Raises AlroFastError naming the argument when labels or lists do not fit `row_count` rows and the vocabulary.
+
+    Shapes and dtypes always; values only on the CPU outside torch.compile, or with `force`, which synchronises: check a
+    batch before it moves to CUDA.
+    """
+    shape = lists.slot_rows.shape
+    if len(shape) != 2:
+        raise AlroFastError(f"slot_rows has shape {tuple(shape)}; expected [L, M]")
+    wanted = {
+        "labels": (row_count,),
+        "slot_rows": shape,
+        "candidate_ids": shape,
+        "ratings": shape,
+        "ranks": shape,
+        "twin": shape[:1],
+    }
+    for name, expected in wanted.items():
+        tensor = labels if name == "labels" else getattr(lists, name)
+        if tensor.shape != expected:
+            raise AlroFastError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(expected)}")
+        if name == "ratings":
+            check_floats(name, tensor, labels, "labels")
+        else:
+            check_index(name, tensor, labels, "labels")
+    if lists.grades is not None:
+        _check_grades(lists.grades, labels)
+    if force and labels.device.type != "cpu":
+        labels, lists = labels.cpu(), lists.to("cpu")
+    if values_are_free(labels):
+        _check_list_values(labels, lists, row_count, vocab_size, ignore_index)
+
+
+def _check_grades(grades: Grades, labels: Tensor) -> None:
+    token_ids, values = grades
+    if token_ids.dim() != 1 or token_ids.shape != values.shape or len(values) == 0:
+        raise AlroFastError(
+            f"grades has token_ids {tuple(token_ids.shape)} and values {tuple(values.shape)}; "
+            "expected [C] both, a value for each of at least one token"
+        )
+    check_index("grades.token_ids", token_ids, labels, "labels")
+    check_floats("grades.values", values, labels, "labels")
+
+
+def _check_list_values(labels: Tensor, lists: RankingLists, row_count: int, vocab_size: int, ignore_index: int) -> None:
+    in_vocab = f"in 0 .. {vocab_size - 1}"
+    slot_rows, candidate_ids, ratings, ranks, twin, grades = lists
+    known = (labels == ignore_index) | ((labels >= 0) & (labels < vocab_size))
+    check_values("labels", labels, known, f"{in_vocab}, or {ignore_index}")
+    check_values("slot_rows", slot_rows, slot_rows < row_count, f"below the {row_count} rows of hidden, -1 on pads")
+    check_values("slot_rows", slot_rows, slot_rows >= -1, "at least -1, the pad")
+    used = slot_rows >= 0
+    if (used[:, 1:] & ~used[:, :-1]).any():
+        raise AlroFastError("slot_rows has a slot after a pad; expected each list's slots first, then its pads")
+    sizes = used.sum(dim=1)
+    if grades is None:
+        check_values("candidate_ids", candidate_ids, candidate_ids < vocab_size, f"{in_vocab}, -1 on pads")
+        check_values(
+            "candidate_ids", candidate_ids, (candidate_ids >= 0) == used, "on slots and -1 on the pads of slot_rows"
+        )
+        _check_distinct("candidate_ids", candidate_ids)
+    else:
+        check_values(
+            "grades.token_ids",
+            grades.token_ids,
+            (grades.token_ids >= 0) & (grades.token_ids < vocab_size),
+            in_vocab,
+        )
+        _check_distinct("grades.token_ids", grades.token_ids[None])
+        check_values("grades.values", grades.values, grades.values.isfinite(), "finite")
+    bounded = (ratings >= 0) & (ratings <= LARGEST_RATING) | ratings.isnan()
+    check_values("ratings", ratings, ~used | bounded, f"in 0 .. {LARGEST_RATING:g} (gains are 2^rating - 1), or NaN")
+    check_ranks(ranks, sizes)
+    check_values("twin", twin, (twin >= -1) & (twin < len(twin)), f"in -1 .. {len(twin) - 1}")
+    of = twin.clamp(min=0)
+    has_twin = twin >= 0
+    if (has_twin & (twin[of] >= 0)).any():
+        place = int((has_twin & (twin[of] >= 0)).nonzero()[0, 0])
+        raise AlroFastError(f"twin[{place}] is {int(twin[place])}, itself a twin; expected the original list or -1")
+    same = (ratings == ratings[of]) | (ratings.isnan() & ratings[of].isnan()) | ~used
+    wrong = has_twin & ((sizes != sizes[of]) | ~same.all(dim=1))
+    if wrong.any():
+        place = int(wrong.nonzero()[0, 0])
+        raise AlroFastError(
+            f"twin[{place}] is {int(twin[place])}, whose size or ratings differ; expected one axis of items in both"
+        )
+
+
+def _check_shared_tokens(lists: RankingLists) -> None:
+    """The whole-vocabulary divergence pairs tokens by item, so a list and its twin must use the same ones."""
+    own = lists.candidate_ids.sort(dim=1).values
+    wrong = (lists.twin >= 0) & (own != own[lists.twin.clamp(min=0)]).any(dim=1)
+    if wrong.any():
+        place = int(wrong.nonzero()[0, 0])
+        raise AlroFastError(
+            f"candidate_ids of list {place} and of its twin {int(lists.twin[place])} are different sets of tokens; "
+            "psl_space='vocab' needs the same set, in any order"
+        )
+
+
+def _check_distinct(name: str, ids: Tensor) -> None:
+    ordered = ids.sort(dim=1).values
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if repeated.any():
+        place, column = repeated.nonzero()[0].tolist()
+        raise AlroFastError(
+            f"{name} holds token {int(ordered[place, column])} twice in list {place}; expected distinct tokens"
+        )
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Hyper-parameters of one call, checked."""
+
+    alpha: float
+    beta: float
+    gamma: float
+    sigma: float
+    score: str = "logprob"
+    score_space: str = "candidates"
+    psl: str = "kl"
+    psl_space: str = "candidates"
+    psl_detach: bool = True
+    psl_mask_emitted: bool = False
+
+    def __post_init__(self) -> None:
+        choices = {"score": SCORES, "score_space": SPACES, "psl": DIVERGENCES, "psl_space": SPACES}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise AlroFastError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
+        if self.psl_mask_emitted and self.psl_space == "vocab":
+            raise AlroFastError("psl_mask_emitted needs psl_space='candidates'; got psl_space='vocab'")
+
+    @property
+    def default_score(self) -> bool:
+        return (self.score, self.score_space) == ("logprob", "candidates")
+
+
+def _compose(
+    read: Callable[..., HeadStats],
+    labels: Tensor,
+    lists: RankingLists,
+    options: _Options,
+    ignore_index: int,
+    counts: ALROCounts | None,
+    backend: str,
+) -> ALROLossOutput:
+    slot_rows, candidate_ids, ratings, ranks, twin, grades = lists
+    if grades is not None and not options.default_score:
+        raise AlroFastError(
+            f"score={options.score!r}, score_space={options.score_space!r} with grades; "
+            "the ratings form reads the expected grade, leave both at their defaults"
+        )
+    sizes = (slot_rows >= 0).sum(dim=1)
+    ids = candidate_ids if grades is None else grades.token_ids.expand(len(slot_rows), -1)
+    targets = torch.where(labels == ignore_index, -1, labels.long())[:, None]
+
+    if options.psl_space == "vocab" and grades is None and values_are_free(candidate_ids):
+        _check_shared_tokens(lists)
+    pairs = _TwinPairs(lists, options.psl, options.psl_detach) if options.psl_space == "vocab" else None
+    if pairs is None:
+        stats = read(targets=targets, rows=slot_rows.long(), ids=ids.long())
+    else:
+        stats = read(targets=targets, **pairs.request(ids))
+    candidate_logits = stats.group_logits[: len(slot_rows)]
+
+    listwise = functools.partial(
+        ops.listwise,
+        ratings=ratings,
+        ranks=ranks,
+        sizes=sizes,
+        gamma=options.gamma,
+        sigma=options.sigma,
+        backend=backend,
+    )
+    compare = {}
+    if pairs is None:
+        compare = {"divergence": options.psl, "detach": options.psl_detach, "mask_emitted": options.psl_mask_emitted}
+    values = None if grades is None else grades.values
+    terms = listwise(candidate_logits, twin=twin, values=values, **compare)
+    permutation = terms.permutation
+    if not options.default_score:
+        terms = listwise(_scores(candidate_logits, stats.lse, slot_rows, options), normalise=False)
+    if pairs is not None:
+        permutation = pairs.divergence(stats)
+
+    if counts is None:
+        counts = ALROCounts(*(count.clamp(min=1) for count in alro_counts(labels, lists, ignore_index)))
+    logprobs = torch.where(targets >= 0, stats.target_logits - stats.lse[:, None], 0.0)
+    sft = -logprobs.sum() / counts.rows
+    soft_lambda = terms.soft_lambda.sum() / counts.lists
+    permutation = permutation.sum() / counts.twins
+    loss = sft + options.alpha * soft_lambda + options.beta * permutation
+    return ALROLossOutput(loss, sft, soft_lambda, permutation, terms.expected)
+
+
+def _scores(logits: Tensor, lse: Tensor, slot_rows: Tensor, options: _Options) -> Tensor:
+    """y [L, M slots, M candidates] of docs/methods.md 1.2 from the candidates' logits."""
+    if options.score == "logit":
+        return logits
+    if options.score_space == "vocab":
+        normaliser = lse[slot_rows.clamp(min=0)]
+    else:
+        normaliser = logits.masked_fill((slot_rows < 0)[:, None, :], torch.finfo(logits.dtype).min).logsumexp(dim=2)
+    log_p = torch.where(slot_rows[:, :, None] >= 0, logits - normaliser[:, :, None], 0.0)
+    return log_p if options.score == "logprob" else log_p.exp()
+
+
+class _TwinPairs:
+    """The permutation term over the whole vocabulary: rows a of the original, rows b of the re-ordered list.
+
+    Items are paired by their identifiers: E_a[z_b] is taken over all tokens as they are, then the candidates' share is
+    moved to the counterpart's column (`ops.relabel_correction`). That needs, besides every list's own candidate logits,
+    the logits of the twin's identifiers at b and, for the symmetric form, of b's identifiers at a.
+    """
+
+    def __init__(self, lists: RankingLists, divergence: str, detach: bool) -> None:
+        slot_rows, _, _, _, twin, grades = lists
+        self.lists, self.kind, self.detach = lists, divergence, detach
+        self.of = twin.long().clamp(min=0)
+        size = (slot_rows >= 0).sum(dim=1, keepdim=True)
+        slot = torch.arange(slot_rows.shape[1], device=slot_rows.device)
+        compared = slot < (size if grades is not None else size - 1)
+        compared = compared & (twin >= 0)[:, None]
+        self.b = torch.where(compared, slot_rows.long(), -1)
+        self.a = torch.where(compared, slot_rows.long()[self.of], -1)
+        self.compared = compared
+
+    def request(self, ids: Tensor) -> dict[str, Tensor | bool]:
+        """Arguments of `ops.head`."""
+        rows, ids = self.lists.slot_rows.long(), ids.long()
+        all_rows, all_ids = [rows], [ids]
+        if self.lists.grades is None:
+            all_rows.append(self.b)
+            all_ids.append(ids[self.of])
+            if self.kind == "symmetric":
+                all_rows.append(self.a)
+                all_ids.append(ids)
+        first, second = self.a.flatten(), self.b.flatten()
+        teacher = torch.full_like(first, self.detach, dtype=torch.bool)
+        detach_first, detach_second = teacher, torch.zeros_like(teacher)
+        if self.kind == "symmetric":
+            first, second = torch.cat([first, second]), torch.cat([second, first])
+            detach_first, detach_second = torch.cat([teacher, detach_second]), torch.cat([detach_second, teacher])
+        return {
+            "rows": torch.cat(all_rows),
+            "ids": torch.cat(all_ids),
+            "first": first,
+            "second": second,
+            "entropy": self.kind != "ce",
+            # a plain True tells the pass that no gradient reaches the first rows
+            "detach_first": True if self.detach and self.kind != "symmetric" else detach_first,
+            "detach_second": detach_second,
+        }
+
+    def divergence(self, stats: HeadStats) -> Tensor:
+        """[L], 0 where a list has no twin."""
+        length, width = self.a.shape
+        cross = stats.cross.view(2 if self.kind == "symmetric" else 1, length, width)
+        lse_a, lse_b = stats.lse[self.a.clamp(min=0)], stats.lse[self.b.clamp(min=0)]
+        own = stats.group_logits[:length]
+        z_a = own[self.of]
+        if self.detach:
+            lse_a, z_a = lse_a.detach(), z_a.detach()
+        forward = cross[0] + lse_b - (lse_a if self.kind != "ce" else 0)
+        if self.lists.grades is None:
+            valid = self.compared[:, :, None] & (self.lists.candidate_ids >= 0)[:, None, :]
+            at_b = stats.group_logits[length : 2 * length]
+            forward = forward + ops.relabel_correction(z_a, lse_a[:, :, None], own, at_b, valid)
+        if self.kind != "symmetric":
+            return self._mean(forward)
+        backward = cross[1] + lse_a - lse_b
+        if self.lists.grades is None:
+            at_a = stats.group_logits[2 * length :]
+            if self.detach:
+                at_a = at_a.detach()
+            backward = backward + ops.relabel_correction(own, lse_b[:, :, None], z_a, at_a, valid)
+        return self._mean(forward + backward) / 2
+
+    def _mean(self, value: Tensor) -> Tensor:
+        return torch.where(self.compared, value, 0.0).sum(dim=1) / self.compared.sum(dim=1).clamp(min=1)
+
+
+def _stats_from_logits(
+    logits: Tensor,
+    *,
+    targets: Tensor,
+    rows: Tensor,
+    ids: Tensor,
+    first: Tensor | None = None,
+    second: Tensor | None = None,
+    entropy: bool = True,
+    detach_first: Tensor | bool = False,
+    detach_second: Tensor | bool = False,
+) -> HeadStats:
+    """`ops.head` where the logits [N, V] exist."""
+    lse = logits.logsumexp(dim=1)
+    target_logits = torch.where(targets >= 0, logits.gather(1, targets.clamp(min=0)), 0.0)
+    pads = (rows < 0)[:, :, None] | (ids < 0)[:, None, :]
+    group_logits = logits[rows.clamp(min=0)[:, :, None], ids.clamp(min=0)[:, None, :]].masked_fill(pads, 0.0)
+    if first is None:
+        return HeadStats(lse, target_logits, group_logits, lse.new_empty(0))
+    z_a, z_b = logits[first.clamp(min=0)], logits[second.clamp(min=0)]
+    z_a = torch.where(_column(detach_first, z_a), z_a.detach(), z_a)
+    z_b = torch.where(_column(detach_second, z_b), z_b.detach(), z_b)
+    cross = (torch.softmax(z_a, dim=1) * ((z_a if entropy else 0) - z_b)).sum(dim=1)
+    return HeadStats(lse, target_logits, group_logits, cross.masked_fill(first < 0, 0.0))
+
+
+def _column(flag: Tensor | bool, like: Tensor) -> Tensor:
+    return torch.as_tensor(flag, device=like.device).expand(len(like))[:, None]

@@ -1,0 +1,374 @@
+"""The sums of tree attention, three ways in torch; float32 on the CPU has its own kernels (`backends.cpp_attention`).
+
+- *cascade* (CPU, where those kernels do not serve): the prefix and the first branch in one causal call; every other
+  branch twice, against the prefix (no mask) and against itself (causal), the two merged by their log-sum-exps. With O
+  and L the merged output and log-sum-exp, P_ij = exp(s_ij - L_i) and D_i = dO_i . O_i hold for both parts, so each
+  part's backward runs on (O, L) and the gradients add up. No mask is read and no score of a pair that may not see each
+  other is computed.
+- *varlen* (CUDA, half precision): keys and values gathered by one index, one FlashAttention call for all branches of
+  all trees, len_q <= len_k, causal and aligned at the end.
+- *dense* (anything else: sliding windows and soft-capping on the CPU, float32 on CUDA): one masked SDPA call per tree.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .packing import Segments, TreeSpan, Varlen
+
+logger = logging.getLogger("alro_fast.modeling.attention")
+
+
+# --- dense: the definition -------------------------------------------------------------------------------------------
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Segments,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    answers: bool = False,
+) -> Tensor:
+    """One masked call per tree over plain differentiable operations.
+
+    Args:
+        query: [1, heads, T, D], or with `answers` [1, heads, N, D]: the answer rows alone.
+        key, value: [1, kv_heads, T, D].
+
+    Returns:
+        [1, T or N, heads, D].
+    """
+    masks = _masks(layout, window, query, answers)
+    padding = layout.num_rows - layout.num_tokens
+    rows = [*(span.end - span.start for span in layout.spans), padding]
+    queries = query.split([*layout.answer_counts, 0] if answers else rows, dim=2)
+    calls = zip(queries, key.split(rows, dim=2), value.split(rows, dim=2), masks)  # no mask for the padding: no call
+    outputs = [_dense_call(*call, scale, softcap) for call in calls]
+    outputs.append(queries[-1].new_zeros(*queries[-1].shape[:-1], value.shape[-1]))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _dense_call(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if softcap is None:
+        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap)) + mask
+    return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
+
+
+def _masks(layout: Segments, window: int | None, like: Tensor, answers: bool) -> list[Tensor]:
+    """Per tree an additive mask [queries, rows]: 0 where the query may see the row's key, else -inf."""
+    where = (window, like.dtype, like.device, answers)
+    if where not in layout.cache:
+        masks = []
+        rows = layout.answer_rows.cpu().split(layout.answer_counts) if answers else [None] * len(layout.spans)
+        for span, own in zip(layout.spans, rows):
+            visible = _visible(span, window, slice(None) if own is None else own - span.start)
+            mask = torch.zeros(visible.shape, dtype=like.dtype).masked_fill_(~visible, -torch.inf)
+            masks.append(mask.to(like.device))
+        layout.cache[where] = masks
+    return layout.cache[where]
+
+
+def _visible(span: TreeSpan, window: int | None, rows: Tensor | slice) -> Tensor:
+    branches = torch.arange(len(span.lengths)).repeat_interleave(torch.tensor(span.lengths))
+    owner = torch.cat([torch.full((span.prefix,), -1), branches])
+    position = torch.cat([torch.arange(span.prefix), *(span.prefix + torch.arange(length) for length in span.lengths)])
+    distance = position[rows, None] - position[None, :]
+    visible = ((owner[None, :] == -1) | (owner[rows, None] == owner[None, :])) & (distance >= 0)
+    return visible if window is None else visible & (distance < window)
+
+
+# --- cascade: the CPU ------------------------------------------------------------------------------------------------
+
+# Query rows of a causal call: torch's CPU kernel skips no key of a block of 512, smaller calls waste fewer.
+CHUNK = 192
+
+# Both take fewer key than query heads as they are (torch >= 2.9).
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+class _Rows(NamedTuple):
+    """Rows `low:high` of each of `count` runs of `length` rows, the first run at row `start` of the stream."""
+
+    start: int
+    count: int
+    length: int
+    low: int
+    high: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """[1, heads, T, D] -> the view [count, heads, high - low, D]."""
+        if self.count == 1:
+            return tensor[:, :, self.start + self.low : self.start + self.high]
+        runs = tensor[0, :, self.start : self.start + self.count * self.length].unflatten(1, (self.count, self.length))
+        return runs[:, :, self.low : self.high].transpose(0, 1)
+
+
+class _Call(NamedTuple):
+    """One kernel call: which queries on which keys, in which order."""
+
+    queries: _Rows
+    keys: _Rows
+    causal: bool
+    mask: Tensor | None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """The output of `queries` over `keys` alone, and its log-sum-exp with a last axis of 1."""
+        out, lse = _flash(
+            self.queries.of(query),
+            self.keys.of(key),
+            self.keys.of(value),
+            is_causal=self.causal,
+            attn_mask=self.mask,
+            scale=scale,
+        )
+        return out, lse.unsqueeze(-1)
+
+    def backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What this call adds to the gradients of its queries, keys and values; out, lse: over all keys of a query."""
+        return _flash_backward(
+            self.queries.of(grad),
+            self.queries.of(query),
+            self.keys.of(key),
+            self.keys.of(value),
+            self.queries.of(out),
+            self.queries.of(lse).squeeze(-1),
+            0.0,
+            self.causal,
+            attn_mask=self.mask,
+            scale=scale,
+        )
+
+
+def _calls(layout: Segments, dtype: torch.dtype) -> tuple[list[_Call], list[_Call]]:
+    """The calls that write a row's output first, and the calls that are merged into what a row already has."""
+    where = ("cascade", dtype)
+    if where not in layout.cache:
+        corner = torch.full((CHUNK, layout.longest), -torch.inf, dtype=dtype).triu(layout.longest - CHUNK + 1)
+        first, second = [], []
+        for span in layout.spans:
+            row = span.start
+            for count, length in _runs((span.prefix + span.lengths[0], *span.lengths[1:])):
+                first += _causal_calls(row, count, length, corner)
+                row += count * length
+            head, rows = span.prefix + span.lengths[0], span.end - span.start
+            if span.prefix and rows > head:
+                prefix = _Rows(span.start, 1, span.prefix, 0, span.prefix)
+                second.append(_Call(_Rows(span.start, 1, rows, head, rows), prefix, False, None))
+        layout.cache[where] = first, second
+    return layout.cache[where]
+
+
+def _causal_calls(start: int, count: int, length: int, corner: Tensor) -> Iterator[_Call]:
+    """Each of `count` runs attends to itself: chunk by chunk, to the keys up to the chunk's end."""
+    chunks = -(-length // CHUNK)
+    edges = [length * chunk // chunks for chunk in range(chunks + 1)]
+    for low, high in itertools.pairwise(edges):
+        queries, keys = _Rows(start, count, length, low, high), _Rows(start, count, length, 0, high)
+        mask = corner[CHUNK - (high - low) :, corner.shape[1] - high :] if low else None
+        yield _Call(queries, keys, not low, mask)
+
+
+def _runs(lengths: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Neighbours of equal length as (how many, length), empty ones left out."""
+    for length, run in itertools.groupby(lengths):
+        if length:
+            yield len(list(run)), length
+
+
+def cascade_attention(query: Tensor, key: Tensor, value: Tensor, layout: Segments, scale: float) -> Tensor:
+    """[1, heads or kv_heads, T, D] on the CPU -> [1, T, heads, D]; all rows, no window, no soft-capping."""
+    return _Cascade.apply(query, key, value, layout, scale)
+
+
+class _Cascade(torch.autograd.Function):
+    """Attention of a packed stream without scores of pairs that may not see each other; see the module's docstring."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Segments, scale: float) -> Tensor:
+        first, second = _calls(layout, query.dtype)
+        _, heads, rows, width = query.shape
+        out = query.new_zeros(1, rows, heads, width).transpose(1, 2)
+        lse = query.new_zeros(1, rows, heads, 1, dtype=torch.promote_types(query.dtype, torch.float32)).transpose(1, 2)
+        for call in first:
+            part, part_lse = call.forward(query, key, value, scale)
+            call.queries.of(out).copy_(part)
+            call.queries.of(lse).copy_(part_lse)
+        for call in second:
+            part, part_lse = call.forward(query, key, value, scale)
+            own, own_lse = call.queries.of(out), call.queries.of(lse)
+            share = torch.sigmoid(part_lse - own_lse)  # of the part's keys in the softmax over both
+            own.lerp_(part, share.to(part.dtype))
+            own_lse.copy_(torch.logaddexp(own_lse, part_lse))
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.layout, ctx.scale = layout, scale
+        return out.transpose(1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        grad_query, grad_key, grad_value = (torch.zeros_like(tensor) for tensor in (query, key, value))
+        for call in itertools.chain(*_calls(ctx.layout, query.dtype)):
+            parts = call.backward(grad.transpose(1, 2), query, key, value, out, lse, ctx.scale)
+            call.queries.of(grad_query).add_(parts[0])
+            call.keys.of(grad_key).add_(parts[1])
+            call.keys.of(grad_value).add_(parts[2])
+        return grad_query, grad_key, grad_value, None, None
+
+
+# --- varlen: CUDA ----------------------------------------------------------------------------------------------------
+
+# backend(query [Tq, heads, D], key, value [Tk, kv_heads, D], sequences, scale, window, softcap) -> [Tq, heads, D]
+VarlenBackend = Callable[[Tensor, Tensor, Tensor, Varlen, float, int | None, float | None], Tensor]
+
+
+def varlen_attention(
+    backend: VarlenBackend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequences: Varlen,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """All branches of all trees in one call of a variable-length kernel.
+
+    A sequence has the last len_q positions of a branch as queries and the branch up to there as keys; aligned at the
+    end, causal (and windowed) order is that of the branch alone.
+
+    Args:
+        query: [1, heads, Tq, D]; key, value: [1, kv_heads, T, D], the rows `sequences.kv_index` counts.
+
+    Returns:
+        [1, Tq, heads, D].
+    """
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if sequences.kv_index is not None:
+        key, value = _Gather.apply(key, sequences.kv_index), _Gather.apply(value, sequences.kv_index)
+    return backend(query, key, value, sequences, scale, window, softcap).unsqueeze(0)
+
+
+class _Gather(torch.autograd.Function):
+    """rows.index_select(0, index) whose backward adds in float32: a prefix row's gradient is a sum over branches."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.num_rows = rows.shape[0]
+        return rows.index_select(0, index)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = grad.new_zeros(ctx.num_rows, *grad.shape[1:], dtype=wide)
+        return total.index_add_(0, index, grad.to(wide)).to(grad.dtype), None
+
+
+def flash_serves(query: Tensor) -> bool:
+    """Whether FlashAttention has a kernel for this dtype, width and device (Ampere or later)."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    width = query.shape[-1]
+    return half and width % 8 == 0 and width <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+@functools.cache
+def varlen_backend(softcap: bool, device: torch.device) -> VarlenBackend | None:
+    """The variable-length kernel for a device, chosen and logged once; None: there is none for soft-capped scores."""
+    if not softcap:
+        from torch.nn.attention.varlen import varlen_attn
+
+        name = _activate_newest_flash(device)
+        logger.info("tree attention: torch.nn.attention.varlen (%s)", name)
+        return torch_varlen(varlen_attn)
+    if importlib.util.find_spec("flash_attn") is not None:
+        from flash_attn import flash_attn_varlen_func
+
+        logger.info("tree attention: the flash-attn package (soft-capped scores)")
+        return flash_attn_varlen(flash_attn_varlen_func)
+    logger.info("tree attention: dense SDPA per tree (soft-capped scores need the flash-attn package for more)")
+    return None
+
+
+def torch_varlen(varlen_attn: Callable[..., Tensor]) -> VarlenBackend:
+    """`torch.nn.attention.varlen.varlen_attn`, whose spelling changed: `enable_gqa` came after torch 2.11.
+
+    Without the flag the kernel takes fewer key heads as they are; with it the flag has to be set.
+    """
+    extra = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+    def run(query, key, value, sequences, scale, window, softcap):
+        assert softcap is None
+        return varlen_attn(
+            query,
+            key,
+            value,
+            sequences.cu_seqlens_q,
+            sequences.cu_seqlens_k,
+            sequences.max_seqlen_q,
+            sequences.max_seqlen_k,
+            scale=scale,
+            window_size=(-1 if window is None else window - 1, 0),
+            **extra,
+        )
+
+    return run
+
+
+def flash_attn_varlen(flash_attn_varlen_func: Callable[..., Tensor]) -> VarlenBackend:
+    """`flash_attn_varlen_func` of the flash-attn package (2.6 and later: soft-capping)."""
+
+    def run(query, key, value, sequences, scale, window, softcap):
+        return flash_attn_varlen_func(
+            query,
+            key,
+            value,
+            sequences.cu_seqlens_q,
+            sequences.cu_seqlens_k,
+            sequences.max_seqlen_q,
+            sequences.max_seqlen_k,
+            softmax_scale=scale,
+            causal=True,
+            window_size=(-1 if window is None else window - 1, 0),
+            softcap=softcap or 0.0,
+        )
+
+    return run
+
+
+def _activate_newest_flash(device: torch.device) -> str:
+    """Let torch's FlashAttention dispatch to FA3 (Hopper) or FA4 (Blackwell) where its package is installed."""
+    from torch.nn import attention
+
+    if current := attention.current_flash_attention_impl():
+        return current
+    major, _ = torch.cuda.get_device_capability(device)
+    name, package = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute")}.get(major, (None, ""))
+    if name is None or importlib.util.find_spec(package.split(".")[0]) is None:
+        return "FlashAttention-2"
+    try:
+        attention.activate_flash_attention_impl(name)
+    except (ImportError, RuntimeError, ValueError) as error:
+        logger.info("tree attention: %s is not usable here (%s)", name, error)
+        return "FlashAttention-2"
+    return name

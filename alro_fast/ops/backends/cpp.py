@@ -1,0 +1,256 @@
+"""The CPU backend: the vectorised kernels of csrc/ (module `alro_fast._cpp`), float32 and bfloat16.
+
+Functions, shapes and formulas are those of `alro_fast.ops.backends.eager`. Each call uses `torch.get_num_threads()` threads
+that end with it (nothing to lose in a fork) and gives equal bits for an equal number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+from .eager import Listwise, VocabPass
+
+try:
+    from ... import _cpp
+except ImportError as error:
+    _cpp, _import_error = None, error
+
+log = logging.getLogger(__name__)
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot serve tensors of this device and dtype, in a few words; None: it can."""
+    if device.type != "cpu":
+        return "it runs on the CPU only"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return "it takes float32 and bfloat16"
+    if _cpp is None:
+        _say_once_not_built()
+        return f"its kernels are not installed ({_import_error})"
+    return None
+
+
+def vocab_pass(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    first: Tensor | None,
+    second: Tensor | None,
+    *,
+    entropy: bool,
+    want_expected: bool,
+    want_spread: bool,
+    mass_bound: float,
+) -> VocabPass:
+    """`eager.vocab_pass`; columns of W are left out of `expected` and `mixed` as far as `mass_bound` allows."""
+    (n, h), pairs = hidden.shape, first is not None
+
+    def new(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float32)
+
+    lse = new(n)
+    expected = new(n, h) if want_expected else None
+    cross = new(len(first)) if pairs else None
+    mixed = new(len(first), h) if pairs and want_expected and softcap is not None else None
+    spread = new(len(first), h) if pairs and want_spread else None
+    _cpp.vocab_pass(
+        *_head(hidden, weight, bias, softcap, scale),
+        *_pairs(first, second),
+        entropy,
+        mass_bound,
+        lse,
+        expected,
+        cross,
+        mixed,
+        spread,
+        torch.get_num_threads(),
+    )
+    return VocabPass(lse, expected, cross, mixed, spread)
+
+
+def weight_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    first: Tensor | None,
+    second: Tensor | None,
+    lse: Tensor,
+    cross: Tensor | None,
+    grad_lse: Tensor,
+    grad_first: Tensor | None,
+    grad_second: Tensor | None,
+    *,
+    entropy: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`eager.weight_grad`."""
+    d_weight = torch.empty(weight.shape, dtype=torch.float32) if want_weight else None
+    d_bias = torch.empty(len(weight), dtype=torch.float32) if want_bias else None
+    _cpp.weight_grad(
+        *_head(hidden, weight, bias, softcap, scale),
+        *_pairs(first, second),
+        entropy,
+        _plain(lse),
+        _plain(grad_lse),
+        _plain(cross),
+        _plain(grad_first),
+        _plain(grad_second),
+        d_weight,
+        d_bias,
+        torch.get_num_threads(),
+    )
+    return d_weight, d_bias
+
+
+def gather_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float, rows: Tensor, ids: Tensor
+) -> Tensor:
+    """`eager.gather_logits`."""
+    logits = torch.empty(*rows.shape, ids.shape[1], dtype=torch.float32)
+    head = _head(hidden, weight, bias, softcap, scale)
+    _cpp.gather_logits(*head, _plain(rows), _plain(ids), logits, torch.get_num_threads())
+    return logits
+
+
+def gather_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    softcap: float | None,
+    scale: float,
+    rows: Tensor,
+    ids: Tensor,
+    logits: Tensor,
+    grad: Tensor,
+    d_hidden: Tensor | None,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+) -> None:
+    """`eager.gather_backward`; the outputs are contiguous float32."""
+    hidden, weight, _, cap, scale = _head(hidden, weight, None, softcap, scale)
+    _cpp.gather_backward(
+        hidden,
+        weight,
+        cap,
+        scale,
+        _plain(rows),
+        _plain(ids),
+        _plain(logits),
+        _plain(grad),
+        d_hidden,
+        d_weight,
+        d_bias,
+        torch.get_num_threads(),
+    )
+
+
+def listwise(
+    logits: Tensor,
+    ratings: Tensor,
+    ranks: Tensor,
+    sizes: Tensor,
+    twin: Tensor,
+    values: Tensor | None,
+    *,
+    gamma: float,
+    sigma: float,
+    normalise: bool,
+    divergence: str,
+    detach: bool,
+    mask_emitted: bool,
+) -> Listwise:
+    """`eager.listwise`, every list visited once; ranks of a list's candidates must lie in 1 .. M."""
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32)
+
+    lists, width = ratings.shape
+    terms = Listwise(
+        new(lists),
+        new(lists),
+        new(lists, width),
+        new(*logits.shape),
+        new(*logits.shape),
+        None if detach or divergence == "none" else new(*logits.shape),
+    )
+    _cpp.listwise(
+        _plain(logits),
+        _plain(ratings),
+        _plain(ranks),
+        _plain(sizes),
+        _plain(twin),
+        _plain(values),
+        gamma,
+        sigma,
+        normalise,
+        divergence,
+        mask_emitted,
+        *terms,
+        torch.get_num_threads(),
+    )
+    return terms
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """x [T, H], weight [H] of its dtype -> x s (weight + offset), s [T] float32 = 1 / sqrt(mean(x^2) + eps)."""
+    y, scale = x.new_empty(x.shape), torch.empty(len(x), dtype=torch.float32)
+    _cpp.rms_norm(x, _plain(weight)[None], eps, offset, y, scale, torch.get_num_threads())
+    return y, scale
+
+
+def rms_norm_backward(
+    x: Tensor, weight: Tensor, offset: float, scale: Tensor, grad: Tensor, want_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """scale: from `rms_norm`; grad [T, H] -> gradients of x, in its dtype, and of weight, float32."""
+    d_x = x.new_empty(x.shape)
+    d_weight = torch.empty(len(weight), dtype=torch.float32) if want_weight else None
+    _cpp.rms_norm_backward(x, _plain(weight)[None], offset, scale, grad, d_x, d_weight, torch.get_num_threads())
+    return d_x, d_weight
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """gate, up [T, I] -> activation(gate) * up; activation: silu, gelu_tanh."""
+    y = gate.new_empty(gate.shape)
+    _cpp.gated(gate, up, activation, y, torch.get_num_threads())
+    return y
+
+
+def gated_backward(gate: Tensor, up: Tensor, activation: str, grad: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
+    """Writes the gradients of gate and up."""
+    _cpp.gated_backward(gate, up, activation, grad, d_gate, d_up, torch.get_num_threads())
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, transpose: bool) -> Tensor:
+    """x [B, heads, T, D]; cos, sin [B, T, D] -> x cos + rotate_half(x) sin, or the transpose of that map; lies as
+    [B, T, heads, D]."""
+    y = x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+    _cpp.rotary(x, cos, sin, transpose, y, torch.get_num_threads())
+    return y
+
+
+def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> tuple:
+    bias = None if bias is None else bias.detach().float().contiguous()
+    return hidden.detach(), weight.detach(), bias, 0.0 if softcap is None else softcap, scale
+
+
+def _pairs(first: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return _plain(first), _plain(second)
+
+
+def _plain(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().contiguous()
+
+
+@functools.cache
+def _say_once_not_built() -> None:
+    log.warning(
+        "the C++ kernels of alro_fast are not installed here: the slower eager backend is used (%s)", _import_error
+    )

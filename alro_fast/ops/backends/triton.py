@@ -1,0 +1,496 @@
+"""The backend for CUDA (and ROCm) devices: Triton kernels and library GEMMs; functions and contracts as in `eager`.
+
+Two engines serve `vocab_pass`; `kernels/configs.py` says which, per architecture, hidden size and rows:
+
+    tiled  a tile of 2k-8k vocabulary columns at a time: library GEMM -> row kernel -> GEMM into U, all in one buffer
+           that stays in L2. 2 products with the vocabulary per row with U, 1 without. With mass_bound > 0 the second
+           product takes only the sub-tiles of 128 columns that matter.
+    fused  statistics in one kernel, no logits stored, then U from the tiles that matter, logits recomputed:
+           1 + 2 f products for a kept share f. Serves statistics without U for few rows.
+
+Skipping measures a tile's mass against the log-sum-exp seen so far, so tiles before the heavy ones look heavier than
+they are. From 256 rows on, `_floor` first finds heavy columns from a few rows and bounds every row's log-sum-exp from
+below; the logits of those rows are kept for the main pass, so they are computed once. Peaked rows (99.99 % of the mass
+in 1 % of the tiles) then take at most 1.2 products each. Fewer rows are not worth a reading of the vocabulary more:
+they take 1 to 2 products, the more the later the heavy tiles lie.
+
+Nothing here synchronises with the device. With TRITON_INTERPRET=1 set before Triton is imported everything runs on the
+CPU, which is how the tests check it. `count_gemm_work` counts products with the vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Iterable, Iterator
+
+import torch
+import triton
+from torch import Tensor
+
+from ...kernels import configs, expected, gather, row_kernel, vocab_stats
+from ...kernels import listwise as listwise_kernel
+from .eager import Listwise, VocabPass
+
+log = logging.getLogger(__name__)
+
+LONGEST_LIST = listwise_kernel.MAX_SIZE  # what `listwise` serves: candidates, and grades
+HOT_COLUMNS = 512  # heavy columns that bound a row's log-sum-exp from below
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot serve tensors of this device and dtype, in a few words; None: it can."""
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"its kernels compute float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
+    if device.type == "cpu":
+        return None if triton.knobs.runtime.interpret else "Triton runs on the CPU only with TRITON_INTERPRET=1"
+    if device.type != "cuda":
+        return f"Triton has no kernels for {device.type}"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None if _architecture(device) is not None else "its kernels need compute capability 8.0 or later"
+
+
+def vocab_pass(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    first: Tensor | None,
+    second: Tensor | None,
+    *,
+    entropy: bool,
+    want_expected: bool,
+    want_spread: bool,
+    mass_bound: float,
+    engine: str | None = None,
+    config: configs.HeadConfig | None = None,
+) -> VocabPass:
+    """`eager.vocab_pass`; `engine` ("tiled" or "fused") and `config` override the table, for tests and benchmarks."""
+    config = config or _config(hidden)
+    pairs = first is not None
+    want_mixed = pairs and want_expected and softcap is not None
+    want_spread = pairs and want_spread
+    if engine is None:
+        engine = "fused" if not want_expected and not want_spread and len(hidden) <= config.stats_rows else "tiled"
+    if engine == "fused" and not want_mixed and not want_spread:
+        return _fused(hidden, weight, bias, softcap, scale, first, second, entropy, want_expected, mass_bound, config)
+    return _tiled(
+        hidden, weight, bias, softcap, scale, first, second, entropy, want_expected, want_mixed, want_spread,
+        mass_bound, config,
+    )  # fmt: skip
+
+
+def weight_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    first: Tensor | None,
+    second: Tensor | None,
+    lse: Tensor,
+    cross: Tensor | None,
+    grad_lse: Tensor,
+    grad_first: Tensor | None,
+    grad_second: Tensor | None,
+    *,
+    entropy: bool,
+    want_weight: bool,
+    want_bias: bool,
+    config: configs.HeadConfig | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`eager.weight_grad`: logits recomputed tile by tile, their gradients in the dtype of `hidden`."""
+    rows, size_h = hidden.shape
+    size_v = weight.shape[0]
+    config = config or _config(hidden)
+    d_weight = hidden.new_zeros(size_v, size_h, dtype=torch.float32) if want_weight else None
+    d_bias = hidden.new_zeros(size_v, dtype=torch.float32) if want_bias else None
+    if rows == 0:
+        return d_weight, d_bias
+    grad_lse = grad_lse.contiguous()
+    by_first = by_second = None
+    if first is not None:
+        by_first = row_kernel.pair_table(first, second, rows)
+        by_second = row_kernel.pair_table(second, first, rows)
+        grad_first, grad_second = grad_first.contiguous(), grad_second.contiguous()
+    factor = _gradient_factor(hidden.dtype, scale, grad_lse, grad_first, grad_second)
+    columns = min(config.columns, row_kernel.GRAD_COLUMNS)
+    products, grad = _tile_buffers(hidden, columns, shared=first is None)
+    for start, stop in _tiles(size_v, columns):
+        width = stop - start
+        _product(hidden, weight[start:stop].T, products[:, :width])
+        row_kernel.differentiate(
+            products[:, :width], grad[:, :width], bias, softcap, scale, start, lse, grad_lse, factor,
+            by_first=by_first, by_second=by_second, cross=cross, grad_first=grad_first, grad_second=grad_second,
+            entropy=entropy,
+        )  # fmt: skip
+        if d_weight is not None:
+            _product(grad[:, :width].T, hidden, d_weight[start:stop])
+        if d_bias is not None:
+            torch.sum(grad[:, :width], dim=0, dtype=torch.float32, out=d_bias[start:stop])
+    undo = scale / factor
+    return tuple(None if total is None else total.mul_(undo) for total in (d_weight, d_bias))
+
+
+def gather_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float, rows: Tensor, ids: Tensor
+) -> Tensor:
+    """`eager.gather_logits`."""
+    return gather.gather_logits(hidden, weight, bias, softcap, scale, rows, ids)
+
+
+def gather_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    softcap: float | None,
+    scale: float,
+    rows: Tensor,
+    ids: Tensor,
+    logits: Tensor,
+    grad: Tensor,
+    d_hidden: Tensor | None,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+) -> None:
+    """`eager.gather_backward`."""
+    gather.gather_backward(hidden, weight, softcap, scale, rows, ids, logits, grad, d_hidden, d_weight, d_bias)
+
+
+def listwise(
+    logits: Tensor,
+    ratings: Tensor,
+    ranks: Tensor,
+    sizes: Tensor,
+    twin: Tensor,
+    values: Tensor | None,
+    *,
+    gamma: float,
+    sigma: float,
+    normalise: bool,
+    divergence: str,
+    detach: bool,
+    mask_emitted: bool,
+) -> Listwise:
+    """`eager.listwise` in one launch; at most 128 candidates per list and 128 grades."""
+    return Listwise(
+        *listwise_kernel.listwise(
+            logits, ratings, ranks, sizes, twin, values, gamma=gamma, sigma=sigma, normalise=normalise,
+            divergence=divergence, detach=detach, mask_emitted=mask_emitted,
+        )
+    )  # fmt: skip
+
+
+def warmup(
+    hidden_size: int,
+    vocab_size: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    rows: Iterable[int] = (64, 128, 256, 512, 1024, 2048),
+    candidates: Iterable[int] = (10, 20),
+    softcap: float | None = None,
+    bias: bool = False,
+    trainable: bool = False,
+    device: str | torch.device = "cuda",
+) -> float:
+    """Compiles the kernels a training run will need, with a progress line each; returns the seconds it took.
+
+    rows, candidates (per list): one number for each range of them, as the table and powers of two divide them; numbers
+    in between are compiled with them. trainable: the gradient of the head too. Left to their first use: an undetached
+    teacher over the vocabulary, the `ratings` form, divergences other than "kl".
+    Memory: one weight of [min(vocab_size, two tiles), hidden_size] and hidden states of max(rows).
+    """
+    began = time.perf_counter()
+    rows = list(rows)
+    width = 2 * row_kernel.MAX_COLUMNS + vocab_size % row_kernel.MAX_COLUMNS
+    weight = torch.zeros(min(vocab_size, width), hidden_size, dtype=dtype, device=device)
+    bias = weight.new_zeros(len(weight)) if bias else None
+    with torch.cuda.device_of(weight):
+        for done, count in enumerate(rows):
+            log.info("warmup %d/%d: kernels for %d rows of %d", done + 1, len(rows), count, hidden_size)
+            _warm_head(weight, bias, softcap, count, trainable)
+        for size in candidates:
+            _warm_lists(weight, bias, softcap, size, trainable)
+        if weight.is_cuda:
+            torch.cuda.synchronize()
+    log.info("warmup: %d shapes in %.1f s", len(rows), time.perf_counter() - began)
+    return time.perf_counter() - began
+
+
+def _warm_head(weight: Tensor, bias: Tensor | None, softcap: float | None, rows: int, trainable: bool) -> None:
+    hidden = weight.new_zeros(rows, weight.shape[1])
+    zeros = hidden.new_zeros(rows, dtype=torch.float32)
+    index = torch.arange(rows // 2, device=weight.device)
+    for first, second in ((None, None), (index, index + rows // 2)):
+        for want_expected, mass_bound in ((False, 0.0), (True, 0.0), (True, 2.0**-12)):
+            vocab_pass(
+                hidden, weight, bias, softcap, 1.0, first, second, entropy=True, want_expected=want_expected,
+                want_spread=False, mass_bound=mass_bound,
+            )  # fmt: skip
+        if trainable:
+            of_pairs = (None,) * 3 if first is None else (torch.zeros_like(first, dtype=torch.float32),) * 3
+            cross, grad_first, grad_second = of_pairs
+            weight_grad(
+                hidden, weight, bias, softcap, 1.0, first, second, zeros, cross, zeros, grad_first, grad_second,
+                entropy=True, want_weight=True, want_bias=bias is not None,
+            )  # fmt: skip
+
+
+def _warm_lists(weight: Tensor, bias: Tensor | None, softcap: float | None, size: int, trainable: bool) -> None:
+    """The logits of labels (one of a row) and of a list's candidates, forward and backward, and the list's terms."""
+    hidden = weight.new_zeros(size, weight.shape[1])
+    d_hidden, d_weight, d_bias = (
+        torch.zeros_like(tensor, dtype=torch.float32) if tensor is not None else None
+        for tensor in (hidden, weight if trainable else None, bias if trainable else None)
+    )
+    slots = torch.arange(size, device=weight.device)
+    for rows, ids in ((slots[:, None], slots[:, None]), (slots[None], slots[None])):
+        ids = ids % len(weight)
+        logits = gather_logits(hidden, weight, bias, softcap, 1.0, rows, ids)
+        gather_backward(hidden, weight, softcap, 1.0, rows, ids, logits, logits, d_hidden, d_weight, d_bias)
+    listwise(
+        logits, torch.zeros_like(logits[0]), slots[None] + 1, slots.new_full((1,), size), slots.new_zeros(1), None,
+        gamma=1.0, sigma=1.0, normalise=True, divergence="kl", detach=True, mask_emitted=False,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Engines.
+
+
+def _fused(hidden, weight, bias, softcap, scale, first, second, entropy, want_expected, mass_bound, config):
+    rows = len(hidden)
+    pair_count = 0 if first is None else len(first)
+    stats = vocab_stats.vocab_stats(
+        hidden, weight, bias, softcap, scale, first, second, entropy=entropy, tile_stats=want_expected,
+        single=config.single, paired=config.paired,
+    )  # fmt: skip
+    _count("logits", rows if pair_count == 0 else (rows, first, second), weight.shape[0])
+    embedding = None
+    if want_expected:
+        embedding, kept = expected.expected(
+            hidden, weight, bias, softcap, scale, stats.lse, stats.row_max, stats.tile_lse, mass_bound, config.expected
+        )
+        for kind in ("logits again", "embedding"):
+            _count_kept(kind, kept, rows, weight.shape[0], config.expected)
+    return VocabPass(stats.lse, embedding, stats.cross, None, None)
+
+
+def _tiled(
+    hidden, weight, bias, softcap, scale, first, second, entropy, want_expected, want_mixed, want_spread, mass_bound,
+    config,
+):  # fmt: skip
+    rows, size_h = hidden.shape
+    size_v = weight.shape[0]
+    pair_count = None if first is None else len(first)
+    pairs = None if first is None or rows == 0 else row_kernel.pair_table(first, second, rows)
+    skipping = want_expected and mass_bound > 0 and rows > 0
+    running = row_kernel.new_running(
+        rows, size_h, pair_count, hidden.device, expected=want_expected, tile_stats=skipping, mixed=want_mixed,
+        spread=want_spread,
+    )  # fmt: skip
+    columns = min(config.columns, triton.next_power_of_2(size_v))
+    products, p = _tile_buffers(hidden, columns, shared=pairs is None)
+    mixed_out, spread_out = (
+        hidden.new_zeros(pair_count, columns) if wanted else None for wanted in (want_mixed, want_spread)
+    )
+    sub = config.expected.block_v
+    probe = floor = tile_lse = selection = None
+    if skipping:
+        tile_lse = running.row_max.new_empty(rows, triton.cdiv(columns, sub))
+        selection = expected.new_selection(rows, tile_lse.shape[1], config.expected.block_m, hidden.device)
+        if 0 < config.probe_rows < rows:
+            probe, floor = _floor(hidden, weight, bias, softcap, scale, config.probe_rows, columns)
+
+    known = 0 if probe is None else len(probe)
+    for start, stop in _tiles(size_v, columns) if rows else ():
+        width = stop - start
+        tile, w = products[:, :width], weight[start:stop]
+        if probe is not None:
+            tile[:known] = probe[:, start:stop]
+        _product(hidden[known:], w.T, tile[known:])
+        _count("logits", rows - known, width)
+        parts = triton.cdiv(width, sub)
+        row_kernel.advance(
+            tile, p[:, :width] if want_expected else None, running, bias, softcap, scale, start, pairs=pairs,
+            entropy=entropy, tile_lse=tile_lse[:, :parts] if skipping else None, sub=sub,
+            mixed_out=mixed_out, spread_out=spread_out,
+        )  # fmt: skip
+        if skipping:
+            expected.select(
+                selection, tile_lse[:, :parts], running.row_lse, floor, mass_bound, block_m=config.expected.block_m,
+                first_tile=start // sub, all_tiles=triton.cdiv(size_v, sub),
+            )  # fmt: skip
+            expected.accumulate(p[:, :width], w, selection, running.sums, config.expected, packed=False)
+            _count_kept("embedding", selection.kept_count, rows, width, config.expected)
+        elif want_expected:
+            _add_product(p[:, :width], w, running.sums)
+            _count("embedding", rows, width)
+        for out, sums in ((mixed_out, running.mixed), (spread_out, running.spread)):
+            if out is not None:
+                _add_product(out[:, :width], w, sums)
+                _count("pairs", pair_count, width)
+
+    factor = scale / running.row_sum
+    if want_expected:
+        running.sums.mul_(factor[:, None])
+    if pairs is not None:
+        row = first.clamp(min=0)
+        running.cross.div_(running.row_sum[row])
+        for sums in (running.mixed, running.spread):
+            if sums is not None:
+                sums.mul_(factor[row][:, None])
+    return VocabPass(
+        running.row_max + running.row_sum.log(), running.sums, running.cross, running.mixed, running.spread
+    )
+
+
+def _floor(hidden, weight, bias, softcap, scale, probe_rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """All products of the first rows [R, V], and a lower bound of every row's log-sum-exp [N] from heavy columns."""
+    size_v = weight.shape[0]
+    probe = hidden.new_empty(probe_rows, size_v, dtype=torch.float32)
+    for start, stop in _tiles(size_v, columns):
+        _product(hidden[:probe_rows], weight[start:stop].T, probe[:, start:stop])
+    _count("logits", probe_rows, size_v)
+    heavy = torch.softmax(_to_logits(probe, bias, softcap, scale), dim=1).amax(dim=0)
+    hot = heavy.topk(min(HOT_COLUMNS, max(size_v // 256, 1))).indices
+    few = hidden.new_empty(len(hidden), len(hot), dtype=torch.float32)
+    _product(hidden, weight[hot].T, few)
+    _count("heavy columns", len(hidden), len(hot))
+    few = _to_logits(few, None if bias is None else bias[hot], softcap, scale)
+    return probe, torch.logsumexp(few, dim=1)
+
+
+def _to_logits(products: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
+    z = products * scale if bias is None else (products + bias.float()) * scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def _gradient_factor(dtype: torch.dtype, scale: float, *grads: Tensor | None) -> Tensor:
+    """What to multiply a tile's gradients by before rounding: a power of two that makes the largest upstream one about
+    1 in float16, whose range per-token means would leave; the scale of the logits alone in other dtypes."""
+    if dtype != torch.float16:
+        return torch.full((), scale, dtype=torch.float32, device=grads[0].device)
+    top = torch.stack([grad.abs().amax() for grad in grads if grad is not None and grad.numel()]).amax()
+    return torch.exp2(-torch.floor(torch.log2(top.clamp(min=1e-30))))
+
+
+def _tile_buffers(hidden: Tensor, columns: int, *, shared: bool) -> tuple[Tensor, Tensor]:
+    """products [N, T] float32 and, in hidden's dtype, [N, T] over the same bytes (shared) or beside them."""
+    products = hidden.new_empty(len(hidden), columns, dtype=torch.float32)
+    if shared:
+        return products, products.view(hidden.dtype)[:, :columns]
+    return products, hidden.new_empty(len(hidden), columns)
+
+
+def _tiles(size_v: int, columns: int) -> list[tuple[int, int]]:
+    return [(start, min(start + columns, size_v)) for start in range(0, size_v, columns)]
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b in float32, whatever the dtype of a and b."""
+    if a.dtype == torch.float32:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a.float(), b.float(), out=out)
+
+
+def _add_product(a: Tensor, b: Tensor, total: Tensor) -> None:
+    """total += a @ b in float32, whatever the dtype of a and b."""
+    if a.dtype == torch.float32:
+        torch.addmm(total, a, b, out=total)
+    elif _addmm_widens(a.dtype, a.device):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        product = torch.empty_like(total)
+        _product(a, b, product)
+        total.add_(product)
+
+
+@functools.cache
+def _addmm_widens(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether addmm adds products of half-precision matrices to a float32 one; older torch wants one dtype."""
+    a, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except RuntimeError as reason:
+        log.info("addmm of %s into float32 on %s: a product, then a sum (%s)", dtype, device, str(reason)[:120])
+        return False
+    return True
+
+
+def _config(hidden: Tensor) -> configs.HeadConfig:
+    return configs.head_config(_architecture(hidden.device), hidden.shape[1], len(hidden), hidden.element_size())
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str | None:
+    """The table's name for a device; None: too old."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0]
+    return None if major < 8 else {8: "sm80", 9: "sm90"}.get(major, "sm100")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting products with the vocabulary.
+
+
+class GemmWork:
+    """Products between rows and vocabulary columns, by kind; 1 unit per row = one product with the whole vocabulary."""
+
+    def __init__(self) -> None:
+        self._products: dict[str, list] = {}
+
+    def products(self) -> dict[str, int]:
+        """Row x column products per kind; reads counters from the device."""
+        return {kind: sum(int(part) for part in parts) for kind, parts in self._products.items()}
+
+    def units(self, rows: int, vocab_size: int) -> float:
+        """Products with the whole vocabulary per row."""
+        return sum(self.products().values()) / (rows * vocab_size)
+
+
+_work: GemmWork | None = None
+
+
+@contextlib.contextmanager
+def count_gemm_work() -> Iterator[GemmWork]:
+    """Counts the vocabulary products of this backend's calls inside the block."""
+    global _work
+    outer, _work = _work, GemmWork()
+    try:
+        yield _work
+    finally:
+        _work = outer
+
+
+def _count(kind: str, rows, columns: int) -> None:
+    if _work is None:
+        return
+    if isinstance(rows, tuple):  # paired statistics: rows of every pair, and the rows in none
+        count, first, second = rows
+        held = (first >= 0) & (second >= 0)
+        alone = torch.ones(count, dtype=torch.bool, device=first.device)
+        alone[first[held]] = False
+        alone[second[held]] = False
+        rows = alone.sum() + 2 * held.sum()
+    _work._products.setdefault(kind, []).append(rows * columns)
+
+
+def _count_kept(kind: str, kept_count: Tensor, rows: int, columns: int, config) -> None:
+    """Whole kept tiles, clipped at the edges of rows and vocabulary by their share of it."""
+    if _work is None:
+        return
+    block_rows = torch.full_like(kept_count, config.block_m)
+    block_rows[-1] = rows - (len(kept_count) - 1) * config.block_m
+    tiles = triton.cdiv(columns, config.block_v)
+    share = (kept_count * block_rows).sum().double() / tiles
+    _work._products.setdefault(kind, []).append(share * columns)

@@ -1,0 +1,426 @@
+"""From a tuned model to ordered lists. Orders come from identifier (or grade) logits, never from parsed text, so every
+ranking is a full permutation of its candidates.
+
+| method | reads | forwards |
+| --- | --- | --- |
+| first | log-probabilities of the identifiers at the first slot | 1, presentations share the history |
+| expected | `ratings` answers: the expected grade of each candidate (docs/methods.md 1.5) | 1 |
+| | `ranking` answers: the expected slot of each candidate along the greedy answer (soft-argmax) | m steps |
+| greedy | the best identifier left, slot after slot | m steps, KV cache |
+| beam | the likeliest order among `beams` partial ones | m steps, KV cache |
+| pointwise, pairwise, listwise, hybrid | RecRanker's tasks (`task_reading`, `hybrid`) | 1 |
+
+Scores are float64, higher is better: log-probability, grade, minus the expected slot, (greedy, beam) minus the slot,
+or (hybrid) utility.
+Several presentations of a list (`shuffles`) are merged by the mean of their scores, or by Borda or Kemeny counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..modeling.attention import tree_hidden_states
+from .decoding import decode, token_logits
+from ..errors import AlroFastError
+from ..run_folder import run_options
+from ..modeling.lm_head import Head, head_of
+from ..ops import linear_logprobs
+from .orders import Ranking, check_finite, check_presentations, make_ranking, presentations, slide, unlabelled
+from ..modeling.packing import Branch, Tree, collate, plan_batches
+from .tasks import TASK_METHODS, check_tasks, read_tasks
+
+if TYPE_CHECKING:
+    from ..data.records import RankingList
+    from ..prompts import PromptBuilder
+    from ..prompts.recranker.prompts import RecRankerPrompts
+
+METHODS = ("first", "expected", "greedy", "beam")
+Reader = Callable[[list["RankingList"], list[np.ndarray]], list[np.ndarray]]
+CHUNK = 256  # lists whose prompts are held and packed together; rankings come out after each
+
+
+class Ranker:
+    """A causal LM, its tokenizer and its prompt format, ranking lists.
+
+    token_budget: tokens of one forward pass (a longer list still gets one of its own). 0: every list alone, so that a
+    ranking is bitwise the same whatever lists come with it; otherwise the company changes scores by rounding only.
+    gamma: sharpness of the soft-argmax of `expected` (as trained).
+    answer: ranking, ratings, or tasks: the three of RecRanker, whose `prompts` are RecRankerPrompts. hybrid: which
+    constants combine them, of hybrid.HYBRIDS.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        prompts: PromptBuilder | RecRankerPrompts,
+        *,
+        answer: str = "ranking",
+        gamma: float = 1.0,
+        hybrid: str = "code",
+        token_budget: int = 8192,
+    ) -> None:
+        if answer not in ("ranking", "ratings", "tasks"):
+            raise AlroFastError(f"unknown answer form {answer!r}; expected 'ranking', 'ratings' or 'tasks'")
+        self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
+        self.answer, self.gamma, self.hybrid, self.token_budget = answer, gamma, hybrid, token_budget
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        base_model: str | None = None,
+        trust_remote_code: bool = False,
+        token_budget: int = 8192,
+    ) -> Ranker:
+        """The ranker that a training run left in `folder`; `base_model` replaces the base recorded there."""
+        from ..modeling.loading import load_for_inference
+        from ..prompts import PromptBuilder
+        from ..prompts.recranker.prompts import RecRankerPrompts
+
+        folder = Path(folder)
+        config = run_options(folder)
+        model, tokenizer = load_for_inference(
+            folder, device=device, dtype=dtype, base_model=base_model, trust_remote_code=trust_remote_code
+        )
+        if not config:
+            raise AlroFastError(
+                f"{folder}: no config.yaml, which says what answers the model was tuned to give; "
+                "copy it from the run's folder"
+            )
+        tasks = config.get("objective") == "recranker"
+        prompts = (RecRankerPrompts if tasks else PromptBuilder).load(folder, tokenizer)
+        if config.get("objective") in ("dmpo", "sft_chosen") and config.get("preference_answer") != "identifiers":
+            raise AlroFastError(
+                f"{folder} was tuned on answers that are titles, not identifiers, which a ranking is read from; "
+                "measure it with alro_fast.evaluate, or tune with --preference_answer identifiers"
+            )
+        return cls(
+            model,
+            tokenizer,
+            prompts,
+            answer="tasks" if tasks else config.get("answer", "ranking"),
+            hybrid=config.get("hybrid") or "code",
+            gamma=config.get("gamma") or 1.0,
+            token_budget=token_budget,
+        )
+
+    @property
+    def default_method(self) -> str:
+        """What `stream` reads when it is not told."""
+        return {"ranking": "first", "ratings": "expected", "tasks": "hybrid"}[self.answer]
+
+    def described(
+        self,
+        *,
+        method: str | None = None,
+        shuffles: int = 1,
+        merge_by: str = "mean",
+        beams: int = 4,
+        seed: int = 0,
+        hybrid: str | None = None,
+        pairing: str = "matching",
+    ) -> str:
+        """What `stream` does with these options, for whoever reads its rankings."""
+        method = method or self.default_method
+        if method == "hybrid":
+            method += f" ({hybrid or self.hybrid} constants, pairing {pairing})"
+        elif method == "pairwise":
+            method += f" (pairing {pairing})"
+        elif method == "beam":
+            method += f" ({beams} beams)"
+        presented = f", {shuffles} presentations merged by {merge_by}" if shuffles > 1 else ""
+        return f"method {method}{presented}, seed {seed}"
+
+    def rank(self, lists: Sequence[RankingList], **options: Any) -> list[Ranking]:
+        """All of `stream(lists, ...)`."""
+        return list(self.stream(lists, **options))
+
+    def scores(self, lists: Sequence[RankingList], **options: Any) -> list[np.ndarray]:
+        """Per list, float64 [m]: a score per candidate in the list's own order, higher is better."""
+        return [ranking.scores for ranking in self.stream(lists, **options)]
+
+    def stream(
+        self,
+        lists: Sequence[RankingList] | Iterator[RankingList],
+        *,
+        method: str | None = None,
+        shuffles: int = 1,
+        merge_by: str = "mean",
+        beams: int = 4,
+        seed: int = 0,
+        hybrid: str | None = None,
+        pairing: str = "matching",
+    ) -> Iterator[Ranking]:
+        """Rankings in the order of `lists`, as they come.
+
+        method: see the module; default: `first`, or `expected` for `ratings` answers. shuffles: presentations of each
+        list, the stored one first; the others depend on (seed, list_id) alone. More candidates than identifiers are
+        ranked by windows that slide from the end of the list to its start (RecRanker's grades and pairs need none).
+        hybrid: constants in place of the ranker's own; pairing: which candidates are compared, of hybrid.PAIRINGS.
+        Raises AlroFastError for an unknown method, an empty list or one that names a candidate twice.
+        """
+        hybrid = hybrid or self.hybrid
+        check_options(method, shuffles, merge_by, beams, seed, self.token_budget)
+        check_tasks(hybrid, pairing)
+        method = self._method(method)
+        source = iter(lists)
+        while chunk := list(islice(source, CHUNK)):
+            with self._inference():
+                read = self._reader(method, beams, hybrid, pairing, seed)
+                rankings = self._rank([unlabelled(entry) for entry in chunk], read, shuffles, merge_by, seed)
+            yield from rankings
+
+    @contextlib.contextmanager
+    def untuned(self) -> Iterator[Ranker]:
+        """The same ranker with its adapter off; AlroFastError when the weights themselves were tuned."""
+        if not hasattr(self.model, "disable_adapter"):
+            raise AlroFastError("the model has no adapter to switch off; load its base model to rank untuned")
+        with self.model.disable_adapter():
+            yield self
+
+    # ---- one chunk of lists
+
+    def _rank(self, lists: list[RankingList], read: Reader, shuffles: int, merge_by: str, seed: int) -> list[Ranking]:
+        capacity = self.prompts.max_candidates
+        fits = [self.answer == "tasks" or len(entry.candidates) <= capacity for entry in lists]  # tasks: read_tasks
+
+        def direct(entries: list[RankingList]) -> list[Ranking]:
+            presented = [presentations(entry, shuffles, seed) for entry in entries]
+            return [
+                make_ranking(entry, shown, scores, merge_by)
+                for entry, shown, scores in zip(entries, presented, read(entries, presented), strict=True)
+            ]
+
+        short = iter(direct([entry for entry, fit in zip(lists, fits, strict=True) if fit]))
+        long = iter(slide([entry for entry, fit in zip(lists, fits, strict=True) if not fit], capacity, direct))
+        return [next(short if fit else long) for fit in fits]
+
+    def _reader(self, method: str, beams: int, hybrid: str, pairing: str, seed: int) -> Reader:
+        """How the scores of a method are read: lists, and orders [B, m] of each -> scores [B, m] of each."""
+        if method in TASK_METHODS:
+            return functools.partial(self._read_tasks, method=method, hybrid=hybrid, pairing=pairing, seed=seed)
+        if method in ("greedy", "beam") or (method == "expected" and self.answer == "ranking"):
+            return functools.partial(self._read_slots, method=method, beams=beams)
+        return self._read_rows
+
+    def _read_tasks(
+        self, lists: list[RankingList], presented: list[np.ndarray], method: str, hybrid: str, pairing: str, seed: int
+    ) -> list[np.ndarray]:
+        readings = read_tasks(self, lists, presented, method, pairing=pairing, seed=seed)
+        for entry, reading in zip(lists, readings, strict=True):
+            for values in filter(lambda part: part is not None, reading):
+                check_finite(entry, values)
+        return [
+            np.broadcast_to(reading.scores(method, hybrid), shown.shape)
+            for reading, shown in zip(readings, presented, strict=True)
+        ]
+
+    def _read_rows(self, lists: list[RankingList], presented: list[np.ndarray]) -> list[np.ndarray]:
+        """`first`, and `expected` for grades: one forward per packed batch of trees.
+
+        `first` has a tree per list, a branch per presentation; grades a tree per presentation, a branch per candidate.
+        """
+        flat = [entry for entry, orders in zip(lists, presented, strict=True) for _ in orders]
+        orders = [order.tolist() for shown in presented for order in shown]
+        if self.answer == "ranking":
+            prompts = iter(self.prompts.rankings(flat, orders))
+        else:
+            prompts = iter(self.prompts.rates(flat, orders))
+        trees, tokens = [], []
+        for entry, shown in zip(lists, presented, strict=True):
+            groups = []
+            for prompt in islice(prompts, len(shown)):
+                if self.answer == "ranking":
+                    start = prompt.prompt_ids + prompt.answer_ids[: prompt.slot_offsets[0]]
+                    groups.append([_predicting(start, prompt.candidate_ids)])
+                    tokens.append(prompt.candidate_ids)
+                else:
+                    starts = [prompt.prompt_ids + question.question_ids for question in prompt.branches]
+                    groups.append([_predicting(start, prompt.grade_ids) for start in starts])
+                    tokens += [prompt.grade_ids] * len(starts)
+            if self.answer == "ranking":
+                groups = [list(chain.from_iterable(groups))]
+            for branches in groups:
+                trees.append(Tree(branches, name=f"list {entry.list_id}"))
+                self.check_length(entry, max(len(branch.ids) for branch in branches))
+        rows = iter(self.read_branches([[tree] for tree in trees], tokens))
+        if self.answer == "ranking":
+            return [np.stack([_log_softmax(next(rows)) for _ in shown]) for shown in presented]
+        grades = np.asarray(self.prompts.grade_values, dtype=np.float64)
+        read = [[next(rows) for _ in range(shown.size)] for shown in presented]
+        return [
+            np.asarray([_expected_grade(row, grades) for row in each]).reshape(shown.shape)
+            for each, shown in zip(read, presented, strict=True)
+        ]
+
+    def read_branches(self, groups: list[list[Tree]], tokens: list[list[int] | None]) -> list[np.ndarray]:
+        """What the model says after branch n (branches counted over all trees): float32 logits of `tokens[n]` as a
+        float64 array, its branch having one answer row; or, for None, the log-probability of the branch's own answer.
+
+        Trees of one group go through one forward pass.
+        """
+        firsts = np.cumsum([0, *(sum(len(tree.ids) for tree in group) for group in groups)])
+        sizes = [sum(tree.num_tokens for tree in group) for group in groups]
+        if self.token_budget:
+            plan = plan_batches(sizes, max(self.token_budget, *sizes)) if sizes else []
+        else:
+            plan = [[index] for index in range(len(groups))]
+        found: list[np.ndarray | None] = [None] * len(tokens)
+        head = head_of(self.model)
+        for indices in plan:
+            trees = list(chain.from_iterable(groups[index] for index in indices))
+            numbers = list(chain.from_iterable(range(firsts[index], firsts[index + 1]) for index in indices))
+            with _memory(sum(sizes[index] for index in indices), str(trees[0])):
+                batch = collate(trees, range(len(trees))).to(self.device)
+                hidden = tree_hidden_states(self.model, batch)
+                spans = list(chain.from_iterable(pairwise(rows) for rows in batch.branch_rows))
+                chosen = [(n, start) for n, (start, _) in zip(numbers, spans, strict=True) if tokens[n] is not None]
+                if chosen:
+                    rows = [row for _, row in chosen]
+                    logits = token_logits(hidden[rows], head, [tokens[n] for n, _ in chosen])
+                    for (n, _), values in zip(chosen, logits, strict=True):
+                        found[n] = values
+                for n, (start, end) in zip(numbers, spans, strict=True):
+                    if tokens[n] is None:
+                        found[n] = _answer_logprob(hidden[start:end], batch.labels[start:end], head)
+        return found
+
+    def _read_slots(
+        self, lists: list[RankingList], presented: list[np.ndarray], method: str, beams: int
+    ) -> list[np.ndarray]:
+        """`greedy`, `beam`, and `expected` over slots: every presentation decoded with a KV cache."""
+        flat = [entry for entry, orders in zip(lists, presented, strict=True) for _ in orders]
+        prompts = self.prompts.rankings(flat, [order.tolist() for shown in presented for order in shown])
+        for entry, prompt in zip(flat, prompts, strict=True):
+            self.check_length(entry, len(prompt.prompt_ids) + len(prompt.answer_ids))
+        with _memory(self.token_budget, "a batch of lists"):
+            answers = iter(decode(self.model, prompts, beams if method == "beam" else 1, self.token_budget))
+        scores = []
+        for entry, shown in zip(lists, presented, strict=True):
+            rows = []
+            for _ in shown:
+                answer = next(answers)
+                check_finite(entry, answer.slots)
+                if method == "expected":
+                    rows.append(-expected_slots(answer.slots, self.gamma))
+                else:
+                    rows.append(-np.argsort(answer.order) - 1.0)
+            scores.append(np.stack(rows))
+        return scores
+
+    # ---- small things
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def check_length(self, entry: RankingList, tokens: int) -> None:
+        """AlroFastError when a list's longest branch is more than the model reads."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and tokens > limit:
+            raise AlroFastError(
+                f"list {entry.list_id} takes {tokens} tokens, but the model reads at most {limit}; shorten its "
+                "history, or rank fewer candidates"
+            )
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(training)
+
+    def _method(self, method: str | None) -> str:
+        if (method in TASK_METHODS) != (self.answer == "tasks") and method is not None:
+            own = ", ".join(TASK_METHODS) if self.answer == "tasks" else self.default_method
+            raise AlroFastError(
+                f"method {method!r} asks otherwise than this model was tuned to answer (--objective recranker answers "
+                f"{', '.join(TASK_METHODS)}); use {own}"
+            )
+        if self.answer == "ratings" and method not in (None, "expected"):
+            raise AlroFastError(
+                f"method {method!r} reads identifiers, but this model answers with grades: use 'expected'"
+            )
+        return method or self.default_method
+
+
+def check_options(
+    method: str | None, shuffles: int, merge_by: str, beams: int, seed: int = 0, token_budget: int = 0
+) -> None:
+    """AlroFastError for a value that no ranker takes."""
+    known = (*METHODS, *TASK_METHODS)
+    if method is not None and method not in known:
+        raise AlroFastError(f"unknown method {method!r}; expected one of {', '.join(known)}")
+    check_presentations(shuffles, merge_by, seed)
+    if beams < 1:
+        raise AlroFastError(f"beams is at least 1; given {beams}")
+    if token_budget < 0:
+        raise AlroFastError(f"token_budget is at least 0; given {token_budget}")
+
+
+def check_device(name: str | None) -> None:
+    """AlroFastError for a device that PyTorch does not know or cannot compute on here."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # the last two: a build of PyTorch without it
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+        raise AlroFastError(f"--device {name} cannot be used here ({reason}); give cpu, or leave it out") from error
+
+
+def expected_slots(logprobs: np.ndarray, gamma: float) -> np.ndarray:
+    """s_i = sum_k k softmax_k(gamma y_ki), k from 1 (docs/methods.md 1.2); y [m slots, m candidates] -> [m]."""
+    weights = np.exp(gamma * (logprobs - logprobs.max(axis=0)))
+    return np.arange(1, len(logprobs) + 1) @ (weights / weights.sum(axis=0))
+
+
+def _predicting(ids: list[int], tokens: list[int]) -> Branch:
+    """A branch with one answer row, the one that predicts what follows `ids`; the token put there is read by nobody."""
+    return Branch([*ids, tokens[0]], len(ids))
+
+
+def _answer_logprob(hidden: Tensor, labels: Tensor, head: Head) -> np.ndarray:
+    """Summed log-probability of the labels at these rows, full vocabulary; float64 [1]."""
+    logprobs, _ = linear_logprobs(
+        hidden, head.weight, labels, bias=head.bias, softcap=head.softcap, scale=head.scale
+    )  # fmt: skip
+    return logprobs.double().sum(dim=0, keepdim=True).cpu().numpy()
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def _expected_grade(logits: np.ndarray, grades: np.ndarray) -> float:
+    """e = sum_c v_c P(c), P over the grade tokens (docs/methods.md 1.5)."""
+    return float(np.exp(_log_softmax(logits)) @ grades)
+
+
+@contextlib.contextmanager
+def _memory(tokens: int, name: str) -> Iterator[None]:
+    """Running out of memory as one clear line."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+            raise
+        raise AlroFastError(
+            f"{name}: not enough memory for a forward pass of {tokens} tokens; lower the token budget, the shuffles or "
+            "the history length"
+        ) from error

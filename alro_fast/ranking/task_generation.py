@@ -1,0 +1,87 @@
+"""RecRanker's own way to its hybrid, for comparison: every question answered by generated text, the texts parsed.
+
+Per list of ten: ten grades, five pairs in both orders, one list, so 21 answers. As in the release, a grade that cannot
+be read is the middle one, and candidates that a list does not name get nothing for it (Luo et al., arXiv 2312.16018).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .generation import Generated, mentions, write_answers
+from .hybrid import constants_of, pairs_of, places_of, utilities, win_shares
+from .orders import generator_of, unlabelled
+from ..prompts.recranker.prompts import TOP, Ask
+
+if TYPE_CHECKING:
+    from ..data.records import RankingList
+    from .ranker import Ranker
+
+SLACK = 4  # tokens that an answer may take beyond its own length
+
+
+def generate_tasks(
+    ranker: Ranker,
+    lists: Sequence[RankingList],
+    *,
+    hybrid: str | None = None,
+    pairing: str = "matching",
+    seed: int = 0,
+    batch_size: int = 8,
+) -> Generated:
+    """Every list ordered by the hybrid of parsed answers; equal utilities keep the list's order.
+
+    `valid`: every answer about the list could be read in full. `texts`: its answers, one per line.
+    """
+    constants, made = constants_of(hybrid or ranker.hybrid), Generated([], [], [])
+    for entry in map(unlabelled, lists):
+        m = len(entry.candidates)
+        pairs = pairs_of(m, pairing, generator_of(entry, seed, 0))
+        ways = [way for pair in pairs for way in (pair, pair[::-1])]
+        prompts = ranker.prompts.encode([Ask(entry, range(m), ways, [range(m)])])[0]
+        (listing,) = prompts.listings
+        longest = sum(sorted(map(len, listing.entries))[-TOP:]) + 2 * TOP
+        asked = [(prompts.rated_ids + one.ids, 2 + SLACK) for one in prompts.points]
+        asked += [(prompts.liked_ids + one.ids, 4 + SLACK) for one in prompts.pairs]
+        asked.append((prompts.liked_ids + listing.ids, longest + SLACK))
+        texts = write_answers(ranker, asked, batch_size)
+        grades = [_grade(ranker, text) for text in texts[:m]]
+        first = [_first_wins(ranker, text) for text in texts[m:-1]]
+        named, _ = mentions(texts[-1], [ranker.tokenizer.decode(entry_ids) for entry_ids in listing.entries])
+        order = list(dict.fromkeys(named))[:TOP]
+        values = sorted(ranker.prompts.grade_values)
+        wins = [
+            ((0.5 if one is None else one) + (0.5 if other is None else 1 - other)) / 2
+            for one, other in zip(first[::2], first[1::2], strict=True)
+        ]
+        utility = utilities(
+            [values[len(values) // 2] if grade is None else grade for grade in grades],
+            win_shares(m, pairs, wins),
+            places_of(order, m),
+            constants,
+        )
+        made.orders.append(np.argsort(-utility, kind="stable").tolist())
+        made.valid.append(None not in chain(grades, first) and len(order) == min(TOP, m))
+        made.texts.append("\n".join(texts))
+    return made
+
+
+def _grade(ranker: Ranker, text: str) -> float | None:
+    """The rating that the first grade in a text stands for."""
+    grades = ranker.prompts.template.grades
+    found, _ = mentions(text, list(grades))
+    return list(grades.values())[found[0]] if found else None
+
+
+def _first_wins(ranker: Ranker, text: str) -> float | None:
+    """1 where a text begins by saying that the first of two is preferred, 0 the second; None: neither."""
+    words = [ranker.prompts.template[key] for key in ("pair.first", "pair.second")]
+    for value, word in zip((1.0, 0.0), words, strict=True):
+        if re.match(rf"\s*{re.escape(word)}(?!\w)", text):
+            return value
+    return None

@@ -1,0 +1,174 @@
+"""What a model says of RecRanker's three tasks, read from its logits: no text is written, none is parsed.
+
+| task | read |
+| --- | --- |
+| pointwise | expected grade of every candidate: sum_c v_c P(c), P over the tokens of the grades |
+| pairwise | P(the first is preferred), P over Yes and No, averaged over both orders of naming the two |
+| listwise | log-probability of naming the candidate first, normalised over the candidates |
+
+All questions about a list continue two pages, so they are two trees, packed into one forward pass. Of a list with more
+candidates than identifiers, grades and pairs are asked as ever; only its listwise order takes sliding windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from .hybrid import HYBRIDS, constants_of, pairs_of, utilities, win_shares
+from .orders import Ranking, generator_of, make_ranking, slide
+from ..modeling.packing import Branch, Tree
+from ..prompts.recranker.prompts import Ask, TaskPrompts
+
+if TYPE_CHECKING:
+    from ..data.records import RankingList
+    from .ranker import Ranker
+
+TASK_METHODS = ("pointwise", "pairwise", "listwise", "hybrid")
+
+
+_Branch = tuple[list[int], int, list[int] | None]
+
+
+class Reading(NamedTuple):
+    """One list's answers; None for a task that was not asked. B presentations, m candidates, all float64."""
+
+    grades: np.ndarray | None  # [m], on the rating scale
+    wins: np.ndarray | None  # [B, m], mean probability of being preferred to the others it was paired with
+    named: np.ndarray | None  # [B, m], log-probability of being named first; of a long list minus the place
+
+    def scores(self, method: str, hybrid: str) -> np.ndarray:
+        """Scores of a method of TASK_METHODS, [B, m], higher is better."""
+        if method == "pointwise":
+            return self.grades[None]
+        if method != "hybrid":
+            return self.wins if method == "pairwise" else self.named
+        places = np.argsort(np.argsort(-self.named, axis=1, kind="stable"), axis=1, kind="stable")
+        rows = zip(self.wins, places, strict=True)
+        return np.stack([utilities(self.grades, won, place, HYBRIDS[hybrid]) for won, place in rows])
+
+
+def read_tasks(
+    ranker: Ranker,
+    lists: Sequence[RankingList],
+    presented: Sequence[np.ndarray],
+    method: str = "hybrid",
+    *,
+    pairing: str = "matching",
+    seed: int = 0,
+) -> list[Reading]:
+    """Readings of every list, of the tasks that `method` needs.
+
+    presented: [B, m] per list, the orders that listwise questions show; each comes with a pairing of its own, drawn
+    from (seed, its number, list id) where it is random. With more candidates than identifiers each is slid over by
+    itself, and `named` is minus the place.
+    """
+    wanted = {name: method in (name, "hybrid") for name in TASK_METHODS}
+    most = ranker.prompts.max_candidates
+    asks, pairs = [], []
+    for entry, shown in zip(lists, presented, strict=True):
+        m = len(entry.candidates)
+        drawn = [pairs_of(m, pairing, generator_of(entry, seed, b)) for b in range(len(shown))]
+        pairs.append(drawn)
+        asks.append(
+            Ask(
+                entry,
+                range(m) if wanted["pointwise"] else (),
+                [way for pair in chain(*drawn) for way in (pair, pair[::-1])] if wanted["pairwise"] else (),
+                shown.tolist() if wanted["listwise"] and m <= most else (),
+            )
+        )
+    prompts = ranker.prompts.encode(asks)
+    groups, tokens = [], []
+    for entry, made in zip(lists, prompts, strict=True):
+        pages = _questions(made, ranker.prompts.grade_ids, ranker.prompts.choice_ids)
+        trees = []
+        for page, branches in zip((made.rated_ids, made.liked_ids), pages, strict=True):
+            if branches:
+                ranker.check_length(entry, max(len(page) + len(ids) for ids, _, _ in branches))
+                tree = [Branch(page + ids, len(page) + start) for ids, start, _ in branches]
+                trees.append(Tree(tree, name=f"list {entry.list_id}"))
+                tokens += [asked for _, _, asked in branches]
+        groups += [trees] if trees else []  # a lone candidate is in no pair
+    read = iter(ranker.read_branches(groups, tokens))
+    values = np.asarray(ranker.prompts.grade_values, dtype=np.float64)
+    readings = [
+        _reading(made, ask, drawn, wanted, read, values)
+        for made, ask, drawn in zip(prompts, asks, pairs, strict=True)
+    ]  # fmt: skip
+    if wanted["listwise"]:
+        for n, entry in enumerate(lists):
+            if len(entry.candidates) > most:
+                readings[n] = readings[n]._replace(named=_named_by_windows(ranker, entry, presented[n]))
+    return readings
+
+
+def _named_by_windows(ranker: Ranker, entry: RankingList, presented: np.ndarray) -> np.ndarray:
+    """Minus the listwise place, [B, m], of every candidate of a long list, whose every presentation is slid over."""
+
+    def rank(parts: list[RankingList]) -> list[Ranking]:
+        shown = [np.arange(len(part.candidates))[None] for part in parts]
+        readings = read_tasks(ranker, parts, shown, "listwise")
+        return [make_ranking(*each, reading.named, "mean") for *each, reading in zip(parts, shown, readings)]
+
+    named = np.empty(presented.shape)
+    slid = slide([entry.select(order) for order in presented], ranker.prompts.max_candidates, rank)
+    for row, order, ranking in zip(named, presented, slid, strict=True):
+        row[order] = ranking.scores
+    return named
+
+
+def _questions(made: TaskPrompts, grades: list[int], choices: list[int]) -> tuple[list[_Branch], list[_Branch]]:
+    """Per page, its branches as (ids after the page, where the answer starts in them, the tokens to read).
+
+    Tokens None: the answer's own tokens are read, a title's.
+    """
+    points = [([*one.ids, grades[0]], len(one.ids), grades) for one in made.points]
+    others = [([*one.ids, choices[0]], len(one.ids), choices) for one in made.pairs]
+    for one in made.listings:
+        if all(len(entry) == 1 for entry in one.entries):
+            tokens = [token for (token,) in one.entries]
+            others.append(([*one.ids, tokens[0]], len(one.ids), tokens))
+        else:
+            others += [([*one.ids, *entry], len(one.ids), None) for entry in one.entries]
+    return points, others
+
+
+def _reading(
+    made: TaskPrompts,
+    ask: Ask,
+    drawn: list[list[tuple[int, int]]],
+    wanted: dict[str, bool],
+    read: Iterator[np.ndarray],
+    values: np.ndarray,
+) -> Reading:
+    m = len(ask.source.candidates)
+    grades = wins = named = None
+    if wanted["pointwise"]:
+        grades = np.array([_softmax(next(read)) @ values for _ in made.points])
+    if wanted["pairwise"]:
+        wins = np.empty((len(drawn), m))
+        for b, pairs in enumerate(drawn):
+            ways = [(_softmax(next(read))[0], _softmax(next(read))[1]) for _ in pairs]
+            wins[b] = win_shares(m, pairs, [(one + other) / 2 for one, other in ways])
+    if made.listings:
+        named = np.empty((len(made.listings), m))
+        for b, one in enumerate(made.listings):
+            single = all(len(entry) == 1 for entry in one.entries)
+            row = next(read) if single else np.array([next(read).item() for _ in one.entries])
+            named[b] = row - row.max() - np.log(np.exp(row - row.max()).sum())
+    return Reading(grades, wins, named)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def check_tasks(hybrid: str, pairing: str) -> None:
+    """AlroFastError for constants or a pairing that nobody knows."""
+    constants_of(hybrid)
+    pairs_of(0, pairing, np.random.default_rng(0))

@@ -1,0 +1,167 @@
+"""Log-probabilities of answers: computed in packed forwards, and kept on disk for a reference that never changes.
+
+A file of reference log-probabilities names the model, the answers and the precision it was made with; one of another
+model, of other data, or computed in another precision than the run's, is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+
+from ..modeling.attention import tree_hidden_states
+from ..errors import AlroFastError
+from ..modeling.lm_head import head_of
+from ..objectives.base import Example
+from ..objectives.dmpo import token_logprobs
+from ..modeling.packing import Tree, collate, plan_batches
+
+Autocast = Callable[[], AbstractContextManager]
+FORMAT = "alro_fast reference log-probabilities 1"
+
+
+@torch.no_grad()
+def answer_logprobs(
+    model: nn.Module,
+    trees: Sequence[Tree],
+    token_budget: int = 8192,
+    backend: str = "auto",
+    autocast: Autocast = nullcontext,
+) -> list[np.ndarray]:
+    """Per tree, the summed log-probability of every branch's answer: float64 [branches] each. The model in eval mode.
+
+    A tree over the budget gets a forward of its own. autocast: a context around the trunk, as training has; the head is
+    outside.
+    """
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    sums: list[np.ndarray] = [np.empty(0)] * len(trees)
+    sizes = [tree.num_tokens for tree in trees]
+    head = head_of(model)
+    for indices in plan_batches(sizes, max(token_budget, *sizes)) if sizes else []:
+        packed = collate(trees, indices).to(device)
+        with autocast():
+            hidden = tree_hidden_states(model, packed)
+        rows = token_logprobs(hidden.to(head.weight.dtype), head, packed, backend).double().cpu().numpy()
+        for place, index in enumerate(indices):
+            offsets = packed.branch_rows[place]
+            sums[index] = np.add.reduceat(rows[: offsets[-1]], offsets[:-1])
+    model.train(training)
+    return sums
+
+
+class ReferenceTable:
+    """Summed answer log-probabilities by record: float32 [branches] for every list_id."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        self.values = values
+
+    def of(self, example: Example) -> Tensor:
+        """Those of one example; AlroFastError when it is not among the records the table was made for."""
+        found = self.values.get(example.source.list_id)
+        if found is None or len(found) != len(example.tree.ids):
+            raise AlroFastError(
+                f"no reference log-probabilities for {example.source.list_id}: they were computed for other data; "
+                "compute them again"
+            )
+        return found
+
+
+def reference_table(
+    model: nn.Module,
+    examples: Sequence[Example],
+    path: str | Path,
+    token_budget: int = 8192,
+    backend: str = "auto",
+    autocast: Autocast = nullcontext,
+) -> ReferenceTable:
+    """The table kept in `path`, or, where there is none, computed under `model` as it stands and written there.
+
+    An adapter of the model is switched off. Raises AlroFastError when the file was made with another model or other
+    data, or in another precision than `autocast` gives.
+    """
+    path = Path(path)
+    names = [example.source.list_id for example in examples]
+    if len(set(names)) != len(names):
+        raise AlroFastError("two records share a list_id; reference log-probabilities are kept by it")
+    prints = {
+        "format": FORMAT,
+        "model": model_fingerprint(model),
+        "data": data_fingerprint(examples),
+        "precision": _precision(model, autocast),
+    }
+    if path.exists():
+        flat = _read(path, prints)
+    else:
+        with model.disable_adapter() if hasattr(model, "disable_adapter") else torch.no_grad():
+            sums = answer_logprobs(model, [example.tree for example in examples], token_budget, backend, autocast)
+        flat = np.concatenate(sums).astype(np.float32)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"log_probs": flat}, path, metadata=prints)
+    counts = [len(example.tree.ids) for example in examples]
+    parts = torch.from_numpy(flat).split(counts)
+    return ReferenceTable(dict(zip(names, parts)))
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the configuration, and over names, shapes and bytes of every weight that is no adapter's."""
+    config = {key: value for key, value in model.config.to_dict().items() if not _beside_the_point(key)}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if "lora_" in name or "modules_to_save" in name:
+            continue
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def data_fingerprint(examples: Sequence[Example]) -> str:
+    """SHA-256 over the token ids of every branch and where its answer starts."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.source.list_id, *map(int, example.tree.answer_starts)]).encode())
+        for ids in example.tree.ids:
+            digest.update(np.ascontiguousarray(ids, dtype=np.int64))
+    return digest.hexdigest()
+
+
+def _beside_the_point(key: str) -> bool:
+    """Entries of a configuration that no log-probability depends on, or that the weights already say."""
+    return key.startswith("_") or key.endswith("_token_id") or key in ("transformers_version", "use_cache", "dtype")
+
+
+def _precision(model: nn.Module, autocast: Autocast) -> str:
+    """The type the model computes in: autocast's, else that of its head's weights."""
+    weight = head_of(model).weight
+    with autocast():
+        casts = torch.is_autocast_enabled(weight.device.type)
+        dtype = torch.get_autocast_dtype(weight.device.type) if casts else weight.dtype
+    return str(dtype).removeprefix("torch.")
+
+
+def _read(path: Path, prints: dict[str, str]) -> np.ndarray:
+    try:
+        with safe_open(path, "np") as opened:
+            found, flat = opened.metadata() or {}, opened.get_tensor("log_probs")
+    except (OSError, SafetensorError) as error:
+        raise AlroFastError(f"--ref_log_probs {path} holds no reference log-probabilities ({error})") from None
+    if found.get("format") != FORMAT:
+        raise AlroFastError(f"--ref_log_probs {path} was not written by --precompute_ref_log_probs")
+    checked = (("model", "another model"), ("data", "other data or prompts"), ("precision", "another precision"))
+    for kind, what in checked:
+        if found.get(kind) != prints[kind]:
+            raise AlroFastError(
+                f"--ref_log_probs {path} holds log-probabilities of {what} than this run's; give another file, or "
+                "delete it to compute them again"
+            )
+    return flat

@@ -1,0 +1,377 @@
+"""RankerTrainer: transformers.Trainer over packed token trees, with exact losses under gradient accumulation.
+
+Checkpoints, resumption, schedulers, clipping, distribution and logging are the Trainer's. Ours: batches measured in
+tokens, the trunk over every distinct token once, the head on answer rows alone, and loss terms that are means over the
+whole optimiser step, however many forward passes and processes it is split into.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from ..modeling.attention import tree_hidden_states
+from .config import RankerTrainingArguments
+from ..data.records import RankingList
+from ..errors import AlroFastError
+from ..modeling.lm_head import head_of
+from ..objectives.base import Batch, Example, LossTerm, Objective
+from ..modeling.packing import PackedBatch, collate, plan_batches
+
+logger = logging.getLogger(__name__)
+SIZING_CHUNK = 512
+
+
+class TreeDataset(Dataset):
+    """Ranking lists as packed batches, built when asked for: an index is (epoch, the lists of one batch).
+
+    The first epoch's trees are built once at the start for their sizes; a re-ordering drawn later may differ from them
+    by a few tokens, never in the number of trees of a batch.
+    """
+
+    def __init__(self, lists: Sequence[RankingList], objective: Objective, progress: bool = False) -> None:
+        self.lists, self.objective = lists, objective
+        self.sizes: list[int] = []
+        self.answer_rows = self.unshared_tokens = self.dropped_history = 0
+        starts = range(0, len(lists), SIZING_CHUNK)
+        for start in tqdm(starts, desc="prompts", unit="chunk", disable=not progress or len(starts) < 4, leave=False):
+            indices = list(range(start, min(start + SIZING_CHUNK, len(lists))))
+            for example in objective.examples([lists[i] for i in indices], indices, epoch=0):
+                self.sizes.append(sum(tree.num_tokens for tree in example.trees))
+                self.unshared_tokens += sum(tree.unshared_tokens for tree in example.trees)
+                self.answer_rows += sum(tree.num_answer_rows for tree in example.trees)
+                self.dropped_history += example.views[0].dropped_history
+
+    def __len__(self) -> int:
+        return len(self.lists)
+
+    def check(self, token_budget: int, option: str = "--tokens_per_batch") -> None:
+        """AlroFastError, naming the list, when one list alone exceeds the budget that `option` sets."""
+        longest = max(range(len(self.sizes)), key=self.sizes.__getitem__, default=None)
+        if longest is not None and self.sizes[longest] > token_budget:
+            raise AlroFastError(
+                f"list {self.lists[longest].list_id} has {self.sizes[longest]} distinct tokens, more than "
+                f"{option} {token_budget}; raise it, or shorten histories with --max_length"
+            )
+
+    def __getitem__(self, index: tuple[int, list[int]]) -> Batch:
+        epoch, indices = index
+        examples = self.objective.examples([self.lists[i] for i in indices], indices, epoch)
+        return build_batch(examples, self.objective)
+
+
+def build_batch(examples: Sequence[Example], objective: Objective) -> Batch:
+    """Pack the examples' trees into one stream and read the objective's targets off it."""
+    trees = [tree for example in examples for tree in example.trees]
+    packed = collate(trees, range(len(trees)))
+    targets, counts = objective.targets(packed, examples)
+    return Batch(packed, targets, counts, len(examples), [example.source for example in examples])
+
+
+class PlannedBatches(Sampler):
+    """Batches of lists under a token budget, for one process of many; their order is a function of (seed, epoch)."""
+
+    def __init__(
+        self, sizes: Sequence[int], token_budget: int, seed: int | None, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.sizes, self.token_budget, self.seed = list(sizes), token_budget, seed
+        self.rank, self.world_size, self.epoch = rank, world_size, 0
+        self.length = len(self._plan()) // world_size
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[list[tuple[int, list[int]]]]:
+        for batch in self._plan()[self.rank :: self.world_size]:
+            yield [(self.epoch, batch)]
+
+    def _plan(self) -> list[list[int]]:
+        seed = None if self.seed is None else self.seed + self.epoch
+        plan = plan_batches(self.sizes, self.token_budget, seed=seed)
+        while len(plan) % self.world_size:  # every process takes the same number of steps: halve the fullest batch
+            fullest = max(range(len(plan)), key=lambda b: len(plan[b]))
+            if len(plan[fullest]) == 1:
+                raise AlroFastError(f"{len(self.sizes)} lists cannot be shared out to {self.world_size} processes")
+            half = len(plan[fullest]) // 2
+            plan[fullest : fullest + 1] = [plan[fullest][:half], plan[fullest][half:]]
+        return plan
+
+
+class PlannedLoader(DataLoader):
+    """A DataLoader whose dataset returns whole batches; tells its sampler the epoch, as the Trainer expects."""
+
+    def __init__(self, dataset: TreeDataset, batches: PlannedBatches, **options: Any) -> None:
+        super().__init__(dataset, batch_sampler=batches, collate_fn=_only, **options)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+
+class RankerTrainer(Trainer):
+    """transformers.Trainer for ranking objectives.
+
+    `evaluate_ranking()` -> {"ndcg@3": ...} is called at every evaluation; `save_extras(folder)` after every
+    save, on the process that saves.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: RankerTrainingArguments,
+        objective: Objective,
+        train_dataset: TreeDataset,
+        eval_dataset: TreeDataset | None = None,
+        *,
+        evaluate_ranking: Callable[[], dict[str, float]] | None = None,
+        save_extras: Callable[[Path], None] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **options: Any,
+    ) -> None:
+        self.objective, self.evaluate_ranking, self.save_extras = objective, evaluate_ranking, save_extras
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counted = dict.fromkeys(("lists", "unique_tokens", "unshared_tokens", "padded_tokens", "head_rows"), 0)
+        self._since, self._noted_step = time.perf_counter(), 0
+        super().__init__(
+            model, args, data_collator=_only, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            callbacks=callbacks, **options,
+        )  # fmt: skip
+        self.loss_is_scaled_for_ga = True
+        train_dataset.check(args.tokens_per_batch)
+        if eval_dataset is not None:
+            eval_dataset.check(self._eval_budget, self._eval_option)
+        _accept_trees(model)
+        self.add_callback(_MeterStart(self))
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(ProgressLine())
+
+    # ---- batches
+
+    def get_train_dataloader(self) -> DataLoader:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return self._loader(self.train_dataset, self.args.tokens_per_batch, seed)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        dataset.check(self._eval_budget, self._eval_option)
+        return self._loader(dataset, self._eval_budget, seed=None)
+
+    @property
+    def _eval_budget(self) -> int:
+        return self.args.eval_tokens_per_batch or self.args.tokens_per_batch
+
+    @property
+    def _eval_option(self) -> str:
+        return "--eval_tokens_per_batch" if self.args.eval_tokens_per_batch else "--tokens_per_batch"
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        return len(dataloader.dataset)
+
+    def _loader(self, dataset: TreeDataset, token_budget: int, seed: int | None) -> PlannedLoader:
+        args = self.args
+        workers = args.dataloader_num_workers
+        return PlannedLoader(
+            dataset,
+            PlannedBatches(dataset.sizes, token_budget, seed, args.process_index, args.world_size),
+            num_workers=workers,
+            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], dict[str, float] | None]:
+        """The batches of one optimiser step and, per loss term, how many things it averages over in all processes."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        totals: dict[str, float] = {}
+        for batch in batches:
+            for name, count in batch.counts.items():
+                totals[name] = totals.get(name, 0) + count
+        if self.args.world_size > 1:
+            summed = torch.tensor([totals[name] for name in sorted(totals)], dtype=torch.float64, device=device)
+            totals = dict(zip(sorted(totals), self.accelerator.reduce(summed, "sum").tolist()))
+        return batches, totals
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        return inputs.to(self.args.device, non_blocking=True)
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        return 0
+
+    def planned_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    # ---- loss
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: dict[str, float] | None = None,
+    ) -> Any:
+        """Sum of weight * term, each term counted by its share of the whole optimiser step."""
+        terms = self.loss_terms(model, inputs)
+        totals = num_items_in_batch or {term.name: term.count for term in terms}
+        share = {term.name: term.count / totals[term.name] if totals[term.name] else 0.0 for term in terms}
+        loss = sum(term.weight * share[term.name] * term.value for term in terms)
+        if model.training:
+            self._note(inputs, terms, share)
+        # gradients are averaged over processes, each of which divided by the counts of all
+        loss = loss * self.args.world_size
+        return (loss, terms) if return_outputs else loss
+
+    def loss_terms(self, model: torch.nn.Module, batch: Batch) -> list[LossTerm]:
+        """One forward pass: trunk over the packed stream, head and losses on its answer rows."""
+        plain = self.accelerator.unwrap_model(model)
+        head = head_of(plain)
+
+        def forward(packed: PackedBatch) -> torch.Tensor:
+            return model(packed_trees=packed).to(head.weight.dtype)  # mixed precision hands results out in float32
+
+        if hasattr(self.objective, "complete"):
+            batch = self.objective.complete(plain, batch, forward)
+        return self.objective.loss(forward(batch.packed), head, batch.packed, batch.targets)
+
+    # ---- logs
+
+    def _note(self, batch: Batch, terms: list[LossTerm], share: dict[str, float]) -> None:
+        for term in terms:
+            value = term.value.detach() * share[term.name]
+            self._sums[term.name] = self._sums[term.name] + value if term.name in self._sums else value
+        self._counted["lists"] += batch.lists
+        self._counted["unique_tokens"] += batch.packed.unique_tokens
+        self._counted["unshared_tokens"] += batch.packed.unshared_tokens
+        self._counted["padded_tokens"] += batch.packed.padded_tokens
+        self._counted["head_rows"] += len(batch.packed.labels)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the loss's parts, throughput and sharing to the Trainer's line of a training step."""
+        if "loss" in logs and self._counted["lists"]:
+            steps = self.state.global_step - self._noted_step
+            seconds = time.perf_counter() - self._since
+            counted = self._counted
+            logs |= {name: (total / max(steps, 1)).item() for name, total in self._sums.items()}
+            logs["lists_per_second"] = round(counted["lists"] / seconds, 2)
+            logs["unique_tokens_per_second"] = round(counted["unique_tokens"] / seconds, 1)
+            logs["sharing_ratio"] = round(counted["unshared_tokens"] / counted["unique_tokens"], 3)
+            logs["padding_ratio"] = round(counted["padded_tokens"] / counted["unshared_tokens"], 3)
+            logs["head_row_share"] = round(counted["head_rows"] / counted["unique_tokens"], 4)
+            self._sums.clear()
+            self._counted = dict.fromkeys(counted, 0)
+            self._noted_step, self._since = self.state.global_step, time.perf_counter()
+        super().log(logs, start_time)
+
+    # ---- evaluation and saving
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss terms over the validation lists, and whatever `evaluate_ranking` measures (NDCG)."""
+        started = time.perf_counter()
+        model = self.model
+        model.eval()
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        weights: dict[str, float] = {}
+        for batch in self.get_eval_dataloader(eval_dataset):
+            with self.compute_loss_context_manager():
+                for term in self.loss_terms(model, self._prepare_inputs(batch)):
+                    sums[term.name] = sums.get(term.name, 0.0) + term.value.item() * term.count
+                    counts[term.name] = counts.get(term.name, 0) + term.count
+                    weights[term.name] = term.weight
+        if self.args.world_size > 1:
+            names = sorted(sums)
+            both = torch.tensor([[sums[n], counts[n]] for n in names], dtype=torch.float64, device=self.args.device)
+            both = self.accelerator.reduce(both, "sum").tolist()
+            sums, counts = ({n: pair[i] for n, pair in zip(names, both)} for i in (0, 1))
+        means = {name: sums[name] / counts[name] if counts[name] else 0.0 for name in sums}
+        metrics = {f"{metric_key_prefix}_loss": sum(weights[name] * mean for name, mean in means.items())}
+        metrics |= {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
+        if self.evaluate_ranking is not None:
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in self.evaluate_ranking().items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
+        model.train()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._since = time.perf_counter()
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.save_extras is not None and self.args.should_save:
+            self.save_extras(Path(output_dir or self.args.output_dir))
+
+
+def _accept_trees(model: torch.nn.Module) -> None:
+    """Let the causal LM inside `model` be called with `packed_trees=`, through PEFT and data-parallel wrappers too."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ordinary = causal.forward
+
+    @functools.wraps(ordinary)
+    def forward(*args: Any, packed_trees: PackedBatch | None = None, **kwargs: Any) -> Any:
+        return ordinary(*args, **kwargs) if packed_trees is None else tree_hidden_states(causal, packed_trees)
+
+    causal.forward = forward
+
+
+class _MeterStart(TrainerCallback):
+    """Throughput and averages of a log line begin with training, at the step a resumed run begins with."""
+
+    def __init__(self, trainer: RankerTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._noted_step, self.trainer._since = state.global_step, time.perf_counter()
+
+
+class ProgressLine(ProgressCallback):
+    """One bar with the loss and the speed in it; validation results on lines of their own."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or logs is None:
+            return
+        if "lists_per_second" in logs:
+            tokens = logs["unique_tokens_per_second"]
+            speed = f"{logs['lists_per_second']:.1f} lists/s, {tokens:,.0f} tokens/s"
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}, {speed}")
+        elif "eval_loss" in logs:
+            shown = {name.removeprefix("eval_"): value for name, value in logs.items() if name != "epoch"}
+            text = ", ".join(f"{name} {shown[name]:.4f}" for name in ("loss", "ndcg@3", "ndcg@10") if name in shown)
+            self.training_bar.write(f"validation at step {state.global_step}: {text}")
+
+
+class NonFiniteLoss(TrainerCallback):
+    """Stops a run whose loss is no longer a number, instead of training on.
+
+    The Trainer's own `loss` may leave such steps out (logging_nan_inf_filter), the loss's parts do not.
+    """
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        if "loss" not in logs:
+            return
+        skipped = {"grad_norm"} if args.fp16 else set()  # its loss scaling begins with steps that overflow
+        for name, value in logs.items():
+            if name not in skipped and isinstance(value, float) and not math.isfinite(value):
+                raise AlroFastError(f"{name} became {value} at step {state.global_step}; lower --learning_rate")
+
+
+def _only(batches: list[Batch]) -> Batch:
+    return batches[0]
