@@ -8,179 +8,14 @@ method `first`. Prompts travel as token ids, so that nobody re-tokenises them. I
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
-import math
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from collections.abc import Sequence
 
 from .cli import OneLineParser, run
 from .errors import AlroFastError
-from .run_folder import run_options
-from .ranking.orders import Ranking, check_presentations, make_ranking, presentations, slide, unlabelled
-from .rank import answer, check_top_k, parse_list, read_documents
-
-if TYPE_CHECKING:
-    from .data.records import RankingList
-    from .prompts import PromptBuilder
-
-CHUNK = 64  # lists asked for before the first of them is returned
-
-
-class RankingClient:
-    """Rankings from the completions endpoint `<url>/v1/completions` of a server that holds the adapter as `model`.
-
-    prompts: the run's prompt format, the same the adapter was trained with. parallel: requests in flight at once (the
-    server batches them). timeout: seconds until a request is given up.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        prompts: PromptBuilder,
-        *,
-        api_key: str | None = None,
-        parallel: int = 16,
-        timeout: float = 60.0,
-    ) -> None:
-        for name, value in (("parallel", parallel), ("timeout", timeout)):
-            if not value > 0:
-                raise AlroFastError(f"{name} is above 0; given {value}")
-        self.url, self.model, self.prompts = url.rstrip("/").removesuffix("/v1"), model, prompts
-        self.api_key, self.parallel, self.timeout = api_key, parallel, timeout
-
-    @classmethod
-    def load(cls, folder: str | Path, url: str, model: str, **options: Any) -> RankingClient:
-        """A client with the tokenizer and the prompt format of a run's folder; no weights are read."""
-        from transformers import AutoTokenizer
-
-        from .prompts import PromptBuilder
-
-        if not Path(folder).is_dir():
-            raise AlroFastError(f"{folder}: no such folder; expected one written by alro_fast.train")
-        run = run_options(folder)
-        if run.get("objective") == "recranker":
-            raise AlroFastError(
-                f"{folder} was tuned on the three tasks of recranker, which the client does not ask; rank with "
-                "alro_fast.rank"
-            )
-        if run.get("objective") in ("dmpo", "sft_chosen") and run.get("preference_answer") != "identifiers":
-            raise AlroFastError(
-                f"{folder} was tuned on answers that are titles, and the client reads identifiers; measure it with "
-                "alro_fast.evaluate"
-            )
-        if run.get("answer", "ranking") != "ranking":
-            raise AlroFastError(
-                f"{folder} was tuned to answer with grades, and the client reads identifiers; rank with alro_fast.rank"
-            )
-        return cls(url, model, PromptBuilder.load(folder, AutoTokenizer.from_pretrained(folder)), **options)
-
-    def stream(
-        self, lists: Sequence[RankingList], *, shuffles: int = 1, merge_by: str = "mean", seed: int = 0
-    ) -> Iterator[Ranking]:
-        """Rankings in the order of `lists`: presentations, merging and windows as `Ranker.stream(method="first")`.
-
-        Raises AlroFastError when the server cannot be reached, refuses, or leaves out an identifier.
-        """
-        check_presentations(shuffles, merge_by, seed)
-        source = iter(lists)
-        with ThreadPoolExecutor(self.parallel) as pool:
-
-            def direct(entries: list[RankingList]) -> list[Ranking]:
-                shown = [presentations(entry, shuffles, seed) for entry in entries]
-                flat = [entry for entry, orders in zip(entries, shown, strict=True) for _ in orders]
-                prompts = self.prompts.rankings(flat, [order.tolist() for orders in shown for order in orders])
-                scores = pool.map(self._scores, flat, prompts)
-                return [
-                    make_ranking(entry, orders, np.stack(list(islice(scores, len(orders)))), merge_by)
-                    for entry, orders in zip(entries, shown, strict=True)
-                ]
-
-            while chunk := [unlabelled(entry) for entry in islice(source, CHUNK)]:
-                most = self.prompts.max_candidates
-                short = iter(direct([entry for entry in chunk if len(entry.candidates) <= most]))
-                long = iter(slide([entry for entry in chunk if len(entry.candidates) > most], most, direct))
-                yield from (next(short if len(entry.candidates) <= most else long) for entry in chunk)
-
-    def request(self, prompt_ids: Sequence[int], candidate_ids: Sequence[int]) -> dict[str, Any]:
-        """The body asked with: one token, drawn from the identifiers, and their log-probabilities by token id.
-
-        Servers that know `logprob_token_ids` return exactly those; others the `logprobs` best, which are the
-        identifiers when log-probabilities are taken after `allowed_token_ids` applies.
-        """
-        return {
-            "model": self.model,
-            "prompt": list(prompt_ids),
-            "max_tokens": 1,
-            "temperature": 0,
-            "logprobs": len(candidate_ids),
-            "allowed_token_ids": list(candidate_ids),
-            "logprob_token_ids": list(candidate_ids),
-            "return_tokens_as_token_ids": True,
-        }
-
-    def _scores(self, entry: RankingList, prompt: Any) -> np.ndarray:
-        start = [*prompt.prompt_ids, *prompt.answer_ids[: prompt.slot_offsets[0]]]
-        found = read_logprobs(self._post(self.request(start, prompt.candidate_ids)))
-        if any(map(math.isnan, found.values())):
-            raise AlroFastError(
-                f"list {entry.list_id}: {self.url} gave log-probabilities that are no numbers (NaN); does the server "
-                "compute the model rightly?"
-            )
-        missing = [token for token in prompt.candidate_ids if not math.isfinite(found.get(token, -math.inf))]
-        if missing:
-            raise AlroFastError(
-                f"list {entry.list_id}: {self.url} left out the log-probabilities of {len(missing)} of "
-                f"{len(prompt.candidate_ids)} identifiers; start it with --max-logprobs {self.prompts.max_candidates} "
-                "--logprobs-mode processed_logprobs"
-            )
-        scores = np.array([found[token] for token in prompt.candidate_ids])
-        return scores - np.logaddexp.reduce(scores)
-
-    def _post(self, body: dict[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if self.api_key:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        request = urllib.request.Request(f"{self.url}/v1/completions", json.dumps(body).encode(), headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            raise AlroFastError(
-                f"{self.url} answered {error.code}: {_reason(error.read().decode(errors='replace'))}"
-            ) from None
-        except http.client.HTTPException as error:
-            raise AlroFastError(
-                f"{self.url} broke off its answer or speaks no HTTP ({type(error).__name__}: {_reason(str(error))})"
-            ) from None
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            raise AlroFastError(f"{self.url} cannot be reached: {getattr(error, 'reason', error)}") from None
-        except ValueError as error:
-            raise AlroFastError(f"{self.url} did not answer with JSON: {error}") from None
-
-
-def read_logprobs(response: Any) -> dict[int, float]:
-    """{token id: log-probability} of the first generated token in a completions response."""
-    try:
-        top = response["choices"][0]["logprobs"]["top_logprobs"][0]
-        return {int(name.removeprefix("token_id:")): float(value) for name, value in top.items()}
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise AlroFastError(
-            f"the server's answer holds no log-probabilities; is it a completions endpoint? {json.dumps(response)[:99]}"
-        ) from None
-    except ValueError:
-        raise AlroFastError(
-            "the server names tokens by text, which cannot tell identifiers apart from look-alikes; it must know "
-            "return_tokens_as_token_ids (vLLM does)"
-        ) from None
+from .ranking.documents import answer, check_top_k, parse_list, read_documents
+from .ranking.orders import check_presentations
+from .ranking.served import RankingClient
 
 
 def main(argv: Sequence[str]) -> None:
@@ -216,16 +51,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="seed of the shuffles")
     parser.add_argument("--top_k", type=int, help="print only the best K")
     return parser
-
-
-def _reason(text: str) -> str:
-    """What an error response says, on one line."""
-    try:
-        document = json.loads(text)
-        text = document.get("message") or document["error"]["message"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    return " ".join(text.split())[:200]
 
 
 if __name__ == "__main__":

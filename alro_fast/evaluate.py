@@ -11,42 +11,36 @@ from .cli import OneLineParser, run  # before torch: see there
 # isort: split
 
 import argparse
-import dataclasses
-import itertools
-import json
-import resource
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from .evaluation import preferences as evaluate_preferences, metrics
-from .data.lists import PreparedData, open_prepared
-from .data.records import RankingList
 from .errors import AlroFastError
-from .evaluation.preferences import answers_with_texts
+from .evaluation import metrics
+from .evaluation.baselines import baseline_scores
+from .evaluation.preferences import answers_with_texts, evaluate_preferences
+from .evaluation.rankings import evaluate_rankings
+from .evaluation.results import evaluate_lists
+from .ranking.options import add_ranking_options
+from .ranking.ranker import check_device, check_options
+from .ranking.tasks import check_tasks
 from .run_folder import check_writable, run_options
-from .ranking.generation import generate_and_parse
-from .ranking.orders import Ranking
-from .rank import add_ranking_options
-from .ranking.ranker import Ranker, check_device, check_options
-from .report import report_line
-from .evaluation.results import baseline_scores, evaluate_lists
-from .evaluation.targets import evaluate_rankers, has_targets, save_measurement
-from .ranking.task_generation import generate_tasks
-from .ranking.tasks import TASK_METHODS, check_tasks
 
 __all__ = ["baseline_scores", "evaluate_lists", "main"]
 WRITTEN = {  # what an evaluation leaves, and a later one may replace
-    "results.json", "predictions.jsonl", "run.trec", "qrels.trec", "report.html", "plots", "preference_results.json",
-}  # fmt: skip
+    "results.json",
+    "predictions.jsonl",
+    "run.trec",
+    "qrels.trec",
+    "report.html",
+    "plots",
+    "preference_results.json",
+}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Check, load, rank with and without the adapter, compare, write."""
+    """Check, then measure rankings or preferences."""
     options = parser().parse_args(argv)
     if options.lists and options.preferences:
         raise AlroFastError("--lists and --preferences are measured apart; give one of them")
@@ -61,83 +55,11 @@ def main(argv: Sequence[str]) -> None:
     options.output_dir = options.output_dir or str(Path(options.adapter) / "evaluation")
     check_output(Path(options.output_dir))
     if options.preferences or answers_with_texts(run_options(options.adapter)):
-        evaluate_preferences.main(options)
+        evaluate_preferences(options)
         return
     check_tasks(options.hybrid or "code", options.pairing)
     metrics.gains(np.empty(0), options.gain)  # an unknown one is an error now, not after the ranking
-    prepared = open_prepared(options.lists)
-    lists = prepared.lists(options.split)
-    if not len(lists):
-        raise AlroFastError(f"{options.lists} holds no {options.split} lists; choose another --split")
-    lists = [lists[i] for i in range(min(options.limit or len(lists), len(lists)))]
-    ranker = Ranker.load(
-        options.adapter,
-        device=options.device,
-        base_model=options.base_model,
-        trust_remote_code=options.trust_remote_code,
-        token_budget=options.token_budget,
-    )
-    if options.generate and ranker.answer == "ratings":
-        raise AlroFastError("--generate needs a model that answers with identifiers; this one answers with grades")
-    if ranker.prompts.identifiers == "items":
-        check_catalogue(Path(options.adapter), prepared)
-    folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-
-    how = {
-        "method": options.method,
-        "shuffles": options.shuffles,
-        "merge_by": options.merge,
-        "beams": options.beams,
-        "seed": options.seed,
-        "hybrid": options.hybrid,
-        "pairing": options.pairing,
-    }
-    rankings: dict[str, list[Ranking]] = {}
-    seconds: dict[str, float] = {}
-    if hasattr(ranker.model, "disable_adapter"):
-        with ranker.untuned():
-            rankings["untuned"], seconds["untuned"] = timed(ranker, lists, how)
-    if ranker.answer == "tasks" and options.method is None:  # the hybrid, and a row for each of its tasks
-        for task in TASK_METHODS[:-1]:
-            rankings[task], seconds[task] = timed(ranker, lists, how | {"method": task})
-    rankings["tuned"], seconds["tuned"] = timed(ranker, lists, how)
-    scores = {name: [ranking.scores for ranking in each] for name, each in rankings.items()}
-    notes = {"device": str(ranker.device), "peak_memory_gib": peak_memory(ranker.device) / 2**30}
-    if options.generate:
-        start = time.perf_counter()
-        if ranker.answer == "tasks":
-            told = {name: how[name] for name in ("hybrid", "pairing", "seed")}
-            generated = generate_tasks(ranker, lists, **told)
-        else:
-            generated = generate_and_parse(ranker, lists)
-        seconds["generate"] = time.perf_counter() - start
-        scores["generate"] = generated.scores
-        notes["generate_invalid_rate"] = generated.invalid_rate
-    targets = has_targets(prepared, options.split)
-    results = evaluate_rankers(
-        lists,
-        baseline_scores(prepared, lists) | scores,
-        targets=targets,
-        prepared=prepared,
-        split=options.split,
-        gain=options.gain,
-        bootstrap=options.bootstrap,
-    )
-    results = dataclasses.replace(
-        results,
-        seconds=seconds,
-        sensitivity={name: order_sensitivity(each) for name, each in rankings.items()} if options.shuffles > 1 else {},
-        about=notes,
-    ).noting(rankings=ranker.described(**how))
-    results = save_measurement(folder, results, lists, rankings, targets=targets)
-    print(results.table())
-    if options.generate:
-        wrong = "were no permutation of their candidates" if ranker.answer == "ranking" else "could not be read in full"
-        print(f"generate: {generated.invalid_rate:.1%} of the answers {wrong}")
-    trec = ", run.trec, qrels.trec" if (folder / "qrels.trec").is_file() else ""
-    print(f"written to {folder}: results.json, predictions.jsonl{trec}")
-    print(report_line(folder, options.adapter))
+    evaluate_rankings(options)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -167,50 +89,6 @@ def check_output(folder: Path) -> None:
             f"--output_dir {folder} holds {foreign[0]}, which no evaluation wrote; give another folder: files there "
             "would be replaced"
         )
-
-
-def check_catalogue(adapter: Path, prepared: PreparedData) -> None:
-    """AlroFastError unless the lists' items are those the model was trained on: its tokens are numbers of items."""
-    path = adapter / "data_manifest.json"
-    if not path.is_file():
-        raise AlroFastError(
-            f"{adapter} names items by tokens of their own, but its data_manifest.json, which says what items, is gone"
-        )
-    trained = json.loads(path.read_text(encoding="utf-8"))["files"]["items.parquet"]["sha256"]
-    if prepared.manifest["files"]["items.parquet"]["sha256"] != trained:
-        raise AlroFastError(
-            f"{adapter} names items by tokens of their own, and {prepared.path} holds other items than it was trained "
-            "on; give lists of the same catalogue"
-        )
-
-
-def timed(ranker: Ranker, lists: Sequence[RankingList], how: dict) -> tuple[list[Ranking], float]:
-    """Rankings, and the seconds they took: prompts, forward passes and sorting, no loading."""
-    start = time.perf_counter()
-    rankings = ranker.rank(lists, **how)
-    return rankings, time.perf_counter() - start
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that torch held on a CUDA device, or that this process ever held."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def order_sensitivity(rankings: Sequence[Ranking]) -> float:
-    """Mean Kendall tau between the presentations of a list, over all pairs and lists; 1: order never matters.
-
-    NaN when no list was presented twice.
-    """
-    most = max((len(ranking.presentation_scores) for ranking in rankings), default=0)
-    taus = []
-    for first, second in itertools.combinations(range(most), 2):
-        both = [ranking.presentation_scores[[first, second]] for ranking in rankings if len(ranking.presented) > second]
-        taus.append(metrics.kendall_tau(*(metrics.pad([pair[side] for pair in both]) for side in (0, 1))))
-    values = np.concatenate(taus) if taus else np.array([])
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else float("nan")
 
 
 if __name__ == "__main__":

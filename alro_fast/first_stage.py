@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, fields
-from typing import Any
-
-import numpy as np
+from dataclasses import fields
 
 from .cli import OneLineParser, run
-from .data.first_stage.build import EVAL_RULE, HINT_RULE, TRAIN_RULE, Hinted, HintOptions, build_hinted, sample_figures
-from .data.first_stage.likes import LIKE_SPLIT_RULE
-from .data.lists import seen_frame, write_prepared
-from .data.first_stage.retrieval import DEFAULTS, RETRIEVERS, RetrieverOptions, need_libraries
-from .data.windows import TIE_RULE
+from .data.first_stage.build import Hinted, prepare_hinted
+from .data.first_stage.options import HintOptions
+from .data.first_stage.retrieval import DEFAULTS, RETRIEVERS, RetrieverOptions
+from .data.prepared import FileOptions, add_file_options
 from .errors import AlroFastError
-from .evaluation.plots import Plots
-from .prepare import Stages, add_file_options, check_output, origin, rating_values, read_files, recorded_file_options
+from .evaluation.plots import Plots, sampling_plot
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,34 +25,7 @@ def main(argv: Sequence[str]) -> None:
     of_retriever = RetrieverOptions(**{f.name: getattr(arguments, f.name) for f in fields(RetrieverOptions)})
     names = [f.name for f in fields(HintOptions) if f.name != "of_retriever"]
     options = HintOptions(**{name: getattr(arguments, name) for name in names}, of_retriever=of_retriever)
-    need_libraries()
-    recorded = asdict(options) | recorded_file_options(arguments)
-    check_output(arguments.output_dir, {"dataset": arguments.dataset, "options": recorded}, arguments)
-
-    stage = Stages()
-    interactions = read_files(arguments, stage)
-    built = build_hinted(interactions, options, stage.notice, stage.done)
-    lists = ", ".join(f"{split} {count:,}" for split, count in built.counts["lists"].items())
-    stage.done(f"made lists: {lists}")
-    manifest = {
-        **origin(arguments.dataset, interactions),
-        "options": recorded,
-        "seed": options.seed,
-        "tie_rule": TIE_RULE,
-        "split_rule": LIKE_SPLIT_RULE,
-        "train_rule": TRAIN_RULE,
-        "order_rule": EVAL_RULE,
-        "hint_rule": HINT_RULE,
-        "time_unit": interactions.time_unit,
-        "rating_values": rating_values(interactions.rating),
-        "counts": interactions.counts | built.counts,
-        "retriever": built.retriever,
-        "retrieval": built.retrieval,
-        "hint_rmse": built.hint_error,
-        "sampling": sample_figures(built),
-    }
-    seen = seen_frame(interactions.user, interactions.item, interactions.user_ids)
-    write_prepared(arguments.output_dir, built.items, built.lists, manifest, built.targets, seen)
+    built, stage = prepare_hinted(FileOptions.of(arguments), options)
     try:
         Plots(arguments.output_dir).draw("sampling", "likes of all users and of the sampled", sampling_plot, built)
     except AlroFastError as error:
@@ -99,23 +67,6 @@ def table(built: Hinted) -> str:
     for split, figures in built.retrieval.items():
         rows.append(f"| {split} | " + " | ".join(f"{figures[name]:.4f}" for name in heads) + " |")
     return "\n".join(rows)
-
-
-def sampling_plot(axes: Any, built: Hinted) -> bool:
-    """Share of users by number of likes: all that can be drawn, the pool, and the users drawn."""
-    likes = built.like_count
-    everyone = np.flatnonzero(built.sample.cluster >= 0)
-    pool = np.repeat(np.arange(len(likes)), built.sample.pool)
-    bins = np.geomspace(likes[everyone].min(), likes[everyone].max() + 1, 25)
-    groups = {"all users": everyone, "pool": pool, "drawn": built.sample.drawn}
-    for (label, users), colour in zip(groups.items(), ("#9aa0a6", "#5b8fd0", "#1a9850"), strict=True):
-        weights = np.full(len(users), 1 / len(users))
-        axes.hist(likes[users], bins=bins, weights=weights, histtype="step", linewidth=1.8, color=colour, label=label)
-    axes.set_xscale("log")
-    axes.set_xlabel("training likes of a user")
-    axes.set_ylabel("share of users")
-    axes.legend(frameon=False, fontsize=9)
-    return True
 
 
 if __name__ == "__main__":

@@ -14,27 +14,13 @@ candidate first: {"list_id": ..., "ranking": [{"rank": 1, "id": 7, "title": "Cas
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
-import difflib
-import functools
 import json
-import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from .cli import OneLineParser, run
-from .data.records import Item, RankingList
-from .errors import AlroFastError
-from .run_folder import run_options
-
-if TYPE_CHECKING:
-    from .ranking.orders import Ranking
-
-LIST_KEYS = ("list_id", "user", "user_id", "history", "candidates")
-ITEM_KEYS = ("id", "title", "category", "rating", "hint")
+from .ranking.documents import answer, catalogue, check_top_k, numbered, parse_list, read_documents
+from .ranking.options import add_ranking_options
 
 
 def main(argv: Sequence[str]) -> None:
@@ -43,7 +29,11 @@ def main(argv: Sequence[str]) -> None:
     check_top_k(options.top_k)
     documents = read_documents(options.file)
     lists = [parse_list(document, number) for number, document in enumerate(documents, start=1)]
-    from .ranking.ranker import Ranker, check_device, check_options  # torch takes seconds to import: not before the input is known to be good
+    from .ranking.ranker import (  # torch takes seconds to import: not before the input is known to be good
+        Ranker,
+        check_device,
+        check_options,
+    )
     from .ranking.tasks import check_tasks
 
     check_options(options.method, options.shuffles, options.merge, options.beams, options.seed, options.token_budget)
@@ -86,218 +76,6 @@ def parser() -> argparse.ArgumentParser:
     add_ranking_options(parser)
     parser.add_argument("--top_k", type=int, help="print only the best K")
     return parser
-
-
-def check_top_k(top_k: int | None) -> None:
-    """AlroFastError for less than one."""
-    if top_k is not None and top_k < 1:
-        raise AlroFastError(f"--top_k is at least 1; given {top_k}")
-
-
-def add_ranking_options(parser: argparse.ArgumentParser) -> None:
-    """What `rank` and `evaluate` have in common."""
-    parser.add_argument("--adapter", required=True, help="folder that alro_fast.train wrote")
-    parser.add_argument("--base_model", help="base model in place of the one the adapter names")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base model")
-    parser.add_argument(
-        "--method",
-        help="first, expected, greedy or beam; default: first (expected for grades). A model of objective recranker: "
-        "pointwise, pairwise, listwise or hybrid (default)",
-    )
-    parser.add_argument("--hybrid", help="constants of method hybrid: code or paper; default: as trained")
-    parser.add_argument("--pairing", default="matching", help="pairs compared: matching (default: one each) or all")
-    parser.add_argument("--shuffles", type=int, default=1, help="presentations of each list, merged (default 1)")
-    parser.add_argument("--merge", default="mean", help="how they are merged: mean (of scores), borda or kemeny")
-    parser.add_argument("--beams", type=int, default=4, help="partial orders kept by method beam (default 4)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffles")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
-    parser.add_argument(
-        "--token_budget", type=int, default=8192, help="tokens of one forward pass; 0: lists one by one"
-    )
-
-
-def read_documents(file: str) -> list[Any]:
-    """The JSON values in a file or on standard input: one, an array of them, or one per line."""
-    if file == "-":
-        text, name = sys.stdin.read().removeprefix("\ufeff"), "standard input"
-    else:
-        path = Path(file)
-        if not path.is_file():
-            raise AlroFastError(f"{file}: no such file; expected JSON lists to rank")
-        try:
-            text, name = path.read_text(encoding="utf-8-sig"), file
-        except UnicodeDecodeError:
-            raise AlroFastError(f"{file} is not UTF-8 text; expected JSON lists to rank") from None
-    if not text.strip():
-        raise AlroFastError(f"{name} is empty; expected a JSON list to rank")
-    try:
-        whole = _json(text, name)
-        documents = whole if isinstance(whole, list) else [whole]
-    except json.JSONDecodeError as error:
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        if len(lines) == 1:
-            raise AlroFastError(f"{name} is not JSON: {error}") from None
-        documents = []
-        for number, line in lines:
-            try:
-                documents.append(_json(line, f"{name}, line {number}"))
-            except json.JSONDecodeError as broken:
-                raise AlroFastError(
-                    f"{name}, line {number} is not JSON: {broken.msg} at column {broken.colno}"
-                ) from None
-    if not documents:
-        raise AlroFastError(f"{name} holds an empty array; expected at least one list to rank")
-    return documents
-
-
-def _json(text: str, place: str) -> Any:
-    """A JSON value; JSONDecodeError for what is none, AlroFastError for what Python does not hold."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        raise
-    except ValueError:  # whole numbers of more digits than Python converts
-        raise AlroFastError(f"{place} holds a number of thousands of digits; expected JSON lists to rank") from None
-    except RecursionError:
-        raise AlroFastError(f"{place} is nested too deeply; expected JSON lists to rank") from None
-
-
-def parse_list(document: Any, number: int) -> RankingList:
-    """One JSON object -> a ranking list without labels; AlroFastError naming the list and the place."""
-    place = f"list {number}"
-    if not isinstance(document, dict):
-        raise AlroFastError(f'{place}: expected an object with "history" and "candidates", found {_kind(document)}')
-    _check_keys(document, LIST_KEYS, place)
-    _check_characters(document, place)
-    candidates = document.get("candidates")
-    if not isinstance(candidates, list) or not candidates:
-        found = "no candidates" if candidates in (None, []) else f'{_kind(candidates)} as "candidates"'
-        raise AlroFastError(f'{place}: {found}; expected a non-empty array of objects with a "title"')
-    history = [] if document.get("history") is None else document["history"]
-    if not isinstance(history, list):
-        raise AlroFastError(f'{place}: {_kind(history)} as "history"; expected an array of objects')
-    past = [_item(entry, f"{place}, history {at}", f"past {at}") for at, entry in enumerate(history, start=1)]
-    ratings = [_rating(entry, f"{place}, history {at}") for at, entry in enumerate(history, start=1)]
-    shown = [_item(entry, f"{place}, candidate {at}", f"new {at}") for at, entry in enumerate(candidates, start=1)]
-    first: dict[str, int] = {}
-    for at, item in enumerate(shown, start=1):
-        if first.setdefault(item.item_id, at) != at:
-            raise AlroFastError(
-                f"{place}: candidates {first[item.item_id]} and {at} have the same id {candidates[at - 1]['id']!r}; "
-                "give every candidate once"
-            )
-    unknown = (math.nan,) * len(shown)
-    hints = tuple(_hint(entry, f"{place}, candidate {at}") for at, entry in enumerate(candidates, start=1))
-    hints = () if all(map(math.isnan, hints)) else hints
-    name = str(document.get("list_id", number))
-    return RankingList(name, name, tuple(past), tuple(ratings), tuple(shown), unknown, hints)
-
-
-@functools.cache
-def catalogue(folder: str) -> dict[str, Item]:
-    """Items by id, of the prepared data that the model in `folder` was trained on."""
-    from .data.lists import open_prepared
-
-    data = Path(run_options(folder).get("data_dir") or Path(folder) / "data")
-    if not data.is_dir():
-        raise AlroFastError(
-            f"{folder} names items by tokens of their own, but its prepared data {data} is gone; put it back there"
-        )
-    return {item.item_id: item for item in open_prepared(data).items}
-
-
-def numbered(entry: RankingList, document: Any, items: dict[str, Item]) -> RankingList:
-    """The list with the catalogue's items, for a model that names items by tokens of their own."""
-    found = {}
-    for part in ("history", "candidates"):
-        found[part] = []
-        for at, given in enumerate(document.get(part) or [], start=1):
-            name = given.get("id")
-            if str(name) not in items:
-                raise AlroFastError(
-                    f"list {entry.list_id}, {part} {at}: id {name!r} is not in the catalogue this model was trained "
-                    "on; it names items by tokens of their own, so every item needs its id"
-                )
-            found[part].append(items[str(name)])
-    return dataclasses.replace(entry, history=tuple(found["history"]), candidates=tuple(found["candidates"]))
-
-
-def answer(document: Any, ranking: Ranking, top_k: int | None) -> dict[str, Any]:
-    """The output line of one list."""
-    ordered = []
-    for rank, i in enumerate(ranking.order[:top_k], start=1):
-        entry = document["candidates"][i]
-        ordered.append(
-            {"rank": rank, "id": entry.get("id"), "title": entry["title"], "score": float(ranking.scores[i])}
-        )
-    return {"list_id": document.get("list_id"), "ranking": ordered}
-
-
-def _item(entry: Any, place: str, unnamed: str) -> Item:
-    if not isinstance(entry, dict):
-        raise AlroFastError(f'{place}: expected an object with a "title", found {_kind(entry)}')
-    _check_keys(entry, ITEM_KEYS, place)
-    title, category, known = entry.get("title"), entry.get("category") or "", entry.get("id")
-    if not isinstance(title, str) or not title.strip():
-        raise AlroFastError(f'{place}: expected a "title" that is a non-empty text, found {_kind(title)}')
-    if not isinstance(category, str):
-        raise AlroFastError(f'{place}: "category" is {_kind(category)}; expected a text')
-    if known is not None and (isinstance(known, bool) or not isinstance(known, str | int)):
-        raise AlroFastError(f'{place}: "id" is {_kind(known)}; expected a text or a whole number')
-    return Item(0, unnamed if known is None else f"id {known}", title, category)
-
-
-def _check_keys(given: dict[str, Any], known: Sequence[str], place: str) -> None:
-    for key in given:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"expected some of {', '.join(known)}"
-            raise AlroFastError(f"{place}: unknown key {key!r}; {hint}")
-
-
-def _check_characters(document: dict[str, Any], place: str) -> None:
-    """Half a surrogate pair, such as a JSON text cut within an escape leaves, is no character that can be written."""
-    try:
-        json.dumps(document, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise AlroFastError(
-            f"{place}: {error.object[error.start]!a} is half a character; write it whole, as UTF-8 or as both escapes"
-        ) from None
-    except RecursionError:
-        raise AlroFastError(f"{place} is nested too deeply; expected texts and numbers") from None
-
-
-def _rating(entry: Any, place: str) -> float:
-    return _number(entry.get("rating"), "rating", place)
-
-
-def _hint(entry: Any, place: str) -> float:
-    hint = entry.get("hint")
-    return math.nan if hint is None else _number(hint, "hint", place)
-
-
-def _number(value: Any, name: str, place: str) -> float:
-    number = math.nan
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):  # a whole number beyond any float
-            number = float(value)
-    if not math.isfinite(number):
-        huge = isinstance(value, int) and not isinstance(value, bool)
-        found = "one of hundreds of digits" if huge else _kind(value)
-        raise AlroFastError(f'{place}: expected a "{name}" that is a number, found {found}')
-    return number
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, in words."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, str):
-        return f"the text {value!r:.40}" if value.strip() else "an empty text"
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    names = {bool: "true or false", int: "a number", float: "a number", list: "an array", dict: "an object"}
-    return names[type(value)]
 
 
 if __name__ == "__main__":

@@ -27,15 +27,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from alro_fast.losses.preference import dmpo_loss
 from alro_fast.modeling.attention import tree_hidden_states, use_tree_attention
-from alro_fast.training.config import ObjectiveArguments
-from alro_fast.modeling.lm_head import head_of
 from alro_fast.modeling.layers import fuse_layers
+from alro_fast.modeling.lm_head import head_of
 from alro_fast.modeling.lora import fuse_lora
+from alro_fast.modeling.packing import Tree, collate
 from alro_fast.objectives.base import Batch, Example
 from alro_fast.objectives.dmpo import DMPOObjective, branches_of
-from alro_fast.modeling.packing import Tree, collate
-from alro_fast.losses.preference import dmpo_loss
+from alro_fast.options import ObjectiveArguments
 from alro_fast.prompts.preference import AnswerIds, PreferenceIds
 
 USERS, NEGATIVES, PROMPT, ANSWER = 2, 10, 400, 20

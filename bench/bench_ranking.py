@@ -19,13 +19,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from alro_fast.modeling.attention import use_tree_attention
 from alro_fast.data.records import Item, RankingList
-from alro_fast.ranking.generation import generate_and_parse
+from alro_fast.modeling.attention import use_tree_attention
 from alro_fast.modeling.layers import fuse_layers
 from alro_fast.modeling.lora import fuse_lora
-from alro_fast.ranking.orders import presentations
 from alro_fast.prompts import PromptBuilder
+from alro_fast.ranking.generation import generate_and_parse
+from alro_fast.ranking.orders import presentations
 from alro_fast.ranking.ranker import Ranker
 
 LISTS, CANDIDATES, HISTORY, ROUNDS = 8, 20, 20, 3

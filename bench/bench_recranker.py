@@ -20,14 +20,14 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from alro_fast.modeling.attention import tree_hidden_states, use_tree_attention
 from alro_fast.data.records import Item, RankingList
-from alro_fast.modeling.lm_head import head_of
+from alro_fast.modeling.attention import tree_hidden_states, use_tree_attention
 from alro_fast.modeling.layers import fuse_layers
+from alro_fast.modeling.lm_head import head_of
 from alro_fast.modeling.lora import fuse_lora
 from alro_fast.modeling.memory import keep_freed_memory
-from alro_fast.ops import linear_logprobs
 from alro_fast.modeling.packing import Branch, PackedBatch, Tree, collate
+from alro_fast.ops import linear_logprobs
 from alro_fast.prompts.recranker.prompts import Ask, RecRankerPrompts
 
 HISTORY, CANDIDATES, PAIRS, ROUNDS = 60, 20, 10, 3

@@ -25,11 +25,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from alro_fast.losses.alro import alro_loss
+from alro_fast.losses.lists import RankingLists
 from alro_fast.modeling.attention import tree_hidden_states, use_tree_attention
-from alro_fast.modeling.lm_head import head_of
 from alro_fast.modeling.layers import fuse_layers
+from alro_fast.modeling.lm_head import head_of
 from alro_fast.modeling.lora import fuse_lora
-from alro_fast.losses.alro import RankingLists, alro_loss
 from alro_fast.modeling.memory import keep_freed_memory
 from alro_fast.modeling.packing import Branch, Tree, collate
 from bench.common import CUDA, DEVICE, machine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from alro_fast.losses.alro import Grades, RankingLists
+from alro_fast.losses import Grades, RankingLists
 from alro_fast.ops import descending_ranks
 
 

@@ -22,10 +22,16 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from alro_fast.errors import AlroFastError
 from alro_fast.modeling import attention, attention_bodies
 from alro_fast.modeling.attention import tree_attention, tree_hidden_states, trunk_of, use_tree_attention
-from alro_fast.modeling.attention_bodies import (dense_attention, flash_attn_varlen, flash_serves, torch_varlen, varlen_attention)
-from alro_fast.errors import AlroFastError
+from alro_fast.modeling.attention_bodies import (
+    dense_attention,
+    flash_attn_varlen,
+    flash_serves,
+    torch_varlen,
+    varlen_attention,
+)
 from alro_fast.modeling.packing import Branch, Tree, collate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # renamed in transformers 5.2x

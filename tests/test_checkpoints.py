@@ -12,9 +12,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from alro_fast.errors import AlroFastError
 from alro_fast.training.checkpoints import find_checkpoint, newest_checkpoint
 from alro_fast.training.config import parse
-from alro_fast.errors import AlroFastError
 
 
 def config(folder: Path, wanted: str = "true"):

@@ -14,11 +14,11 @@ import torch
 from tiny import byte_tokenizer, make_run, random_lists, tiny_llama
 
 from alro_fast import client as client_module
-from alro_fast.client import RankingClient, read_logprobs
-from alro_fast.ranking.decoding import ordinary_attention
 from alro_fast.errors import AlroFastError
 from alro_fast.prompts import PromptBuilder
+from alro_fast.ranking.decoding import ordinary_attention
 from alro_fast.ranking.ranker import Ranker
+from alro_fast.ranking.served import RankingClient, read_logprobs
 
 TOKENIZER = byte_tokenizer()
 PROMPTS = PromptBuilder(TOKENIZER, "movies")

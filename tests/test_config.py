@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from alro_fast.training.config import WITHOUT_MEANING, parse, recipe_names
 from alro_fast.errors import AlroFastError
+from alro_fast.training.config import WITHOUT_MEANING, parse, recipe_names
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alro_fast.modeling.attention_bodies import dense_attention
 from alro_fast.modeling import cpp_attention
+from alro_fast.modeling.attention_bodies import dense_attention
 from alro_fast.modeling.packing import Branch, PackedBatch, Tree, collate
 
 _cpp = pytest.importorskip("alro_fast._cpp", reason="this install has no C++ kernels")

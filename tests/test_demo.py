@@ -14,12 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alro_fast.modeling.attention import use_tree_attention
 from alro_fast.data.demo import ADJECTIVES, GENRES, NOISE_SPREAD, NOUNS, make_demo, make_ratings, make_world
 from alro_fast.data.lists import open_prepared
 from alro_fast.data.oracle import read_oracle
 from alro_fast.errors import AlroFastError
 from alro_fast.evaluation.metrics import ndcg
+from alro_fast.modeling.attention import use_tree_attention
 from alro_fast.modeling.loading import DEMO_MODEL
 from alro_fast.prompts import PromptBuilder
 from alro_fast.ranking.ranker import Ranker

@@ -16,13 +16,14 @@ from peers import ranx_scores
 from tiny import byte_tokenizer, catalogue, make_run, random_lists, tiny_llama
 
 from alro_fast import evaluate
-from alro_fast.evaluation import metrics
 from alro_fast.data.lists import open_prepared, write_prepared
 from alro_fast.errors import AlroFastError
-from alro_fast.ranking.orders import Ranking
+from alro_fast.evaluation import metrics
+from alro_fast.evaluation.baselines import baseline_scores
+from alro_fast.evaluation.results import evaluate_lists, write_trec
 from alro_fast.prompts import PromptBuilder, add_item_tokens
+from alro_fast.ranking.orders import Ranking
 from alro_fast.ranking.ranker import Ranker
-from alro_fast.evaluation.results import baseline_scores, evaluate_lists, write_trec
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny import byte_tokenizer, random_lists, tiny_llama
 
+from alro_fast.prompts import PromptBuilder
 from alro_fast.ranking.decoding import ordinary_attention
 from alro_fast.ranking.generation import Generated, generate_and_parse, parse
-from alro_fast.prompts import PromptBuilder
 from alro_fast.ranking.ranker import Ranker
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from made_ratings import interactions, taste_rows
 
-from alro_fast.data.first_stage.build import HintOptions, build_hinted
+from alro_fast.data.first_stage.build import build_hinted
 from alro_fast.data.first_stage.likes import split_likes
+from alro_fast.data.first_stage.options import HintOptions
 from alro_fast.data.first_stage.retrieval import RetrieverOptions, fit_retriever
 from alro_fast.data.first_stage.sampling import cluster_users
 from alro_fast.errors import AlroFastError

@@ -10,7 +10,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from alro_fast.data.sources.interactions import Columns, read_interactions, sorted_ids
+from alro_fast.data.sources.interactions import read_interactions, sorted_ids
+from alro_fast.data.sources.readers import Columns
 from alro_fast.errors import AlroFastError
 
 SHARED = Path(os.environ.get("ALRO_FAST_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))

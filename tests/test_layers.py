@@ -17,9 +17,9 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from alro_fast.modeling import layers, products
-from alro_fast.ops.backends import cpp
 from alro_fast.modeling.layers import ACTIVATIONS, FusedAttention, FusedLinear, FusedMLP, FusedNorm, fuse_layers
 from alro_fast.modeling.lora import fuse_lora
+from alro_fast.ops.backends import cpp
 
 SIZES = {
     "vocab_size": 61,

@@ -12,7 +12,15 @@ import pytest
 
 from alro_fast import __version__
 from alro_fast.data import lists as module
-from alro_fast.data.lists import (FILES, HINTED_SCHEMA, LIST_SCHEMA, TARGET_SCHEMA, check_output_folder, open_prepared, write_prepared)
+from alro_fast.data.lists import (
+    FILES,
+    HINTED_SCHEMA,
+    LIST_SCHEMA,
+    TARGET_SCHEMA,
+    check_output_folder,
+    open_prepared,
+    write_prepared,
+)
 from alro_fast.data.records import Item, RankingList
 from alro_fast.errors import AlroFastError
 from alro_fast.ranking.orders import unlabelled

@@ -9,10 +9,12 @@ import torch
 from random_lists import random_lists
 
 import alro_fast
-from alro_fast.losses import alro as losses, reference
 from alro_fast import ops
 from alro_fast.errors import AlroFastError
-from alro_fast.losses.alro import ALROCounts, ALROLoss, RankingLists, alro_counts, alro_loss, alro_loss_from_logits
+from alro_fast.losses import alro as losses
+from alro_fast.losses import reference
+from alro_fast.losses.alro import ALROLoss, alro_loss, alro_loss_from_logits
+from alro_fast.losses.lists import ALROCounts, RankingLists, alro_counts
 
 ROWS, H, V = 34, 16, 61
 SIZES, TWIN = [5, 5, 4, 4, 1, 1, 3, 0], [-1, 0, -1, 2, -1, 4, -1, -1]

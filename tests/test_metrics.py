@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from peers import ranx_scores
 from scipy import stats
 
-from alro_fast.evaluation import metrics
 from alro_fast.errors import AlroFastError
+from alro_fast.evaluation import metrics
 
 RATINGS = np.array([[5.0, 3.0, 4.0, 1.0, 2.0]])
 TIED = np.array([[0.9, 0.9, 0.5, 0.3, 0.1]])

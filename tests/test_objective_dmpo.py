@@ -11,19 +11,20 @@ from peft import LoraConfig, get_peft_model
 from tiny import byte_tokenizer, catalogue, random_lists, tiny_llama
 from tokenizers.normalizers import Lowercase
 
-from alro_fast.losses import reference
-from alro_fast.modeling.attention import tree_hidden_states
-from alro_fast.training.config import ObjectiveArguments, RankerTrainingArguments
 from alro_fast.data.negatives import Negatives
 from alro_fast.data.preferences import Preference, Turn, read_preferences
 from alro_fast.errors import AlroFastError
+from alro_fast.losses import reference
+from alro_fast.modeling.attention import tree_hidden_states
 from alro_fast.modeling.lm_head import head_of
+from alro_fast.modeling.logprobs import answer_logprobs
 from alro_fast.modeling.lora import fuse_lora
-from alro_fast.objectives.base import build_objective
 from alro_fast.modeling.packing import Branch, Tree
+from alro_fast.objectives.base import build_objective
+from alro_fast.options import ObjectiveArguments, RankerTrainingArguments
 from alro_fast.prompts import PromptBuilder
 from alro_fast.prompts.preference import FORMS, PreferencePrompts
-from alro_fast.training.reference_logprobs import answer_logprobs, data_fingerprint, model_fingerprint, reference_table
+from alro_fast.training.reference_logprobs import data_fingerprint, model_fingerprint, reference_table
 from alro_fast.training.trainer import RankerTrainer, TreeDataset, build_batch
 
 TOKENIZER = byte_tokenizer()

@@ -12,12 +12,12 @@ import pytest
 import torch
 from tiny import byte_tokenizer, random_lists, tiny_llama
 
-from alro_fast.modeling.attention import tree_hidden_states
-from alro_fast.training.config import ObjectiveArguments
 from alro_fast.errors import AlroFastError
+from alro_fast.modeling.attention import tree_hidden_states
 from alro_fast.modeling.lm_head import head_of
 from alro_fast.objectives.base import build_objective
 from alro_fast.objectives.recranker import TASKS
+from alro_fast.options import ObjectiveArguments
 from alro_fast.prompts.recranker.prompts import Ask, RecRankerPrompts
 from alro_fast.training.trainer import build_batch
 

@@ -15,8 +15,11 @@ from random_lists import random_lists
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alro_fast import ops
-from alro_fast.losses import reference
 from alro_fast.errors import AlroFastError
+from alro_fast.losses import reference
+from alro_fast.ops import dispatch
+from alro_fast.ops.head import _head, _head_backward
+from alro_fast.ops.listwise import _listwise
 
 F64 = torch.float64
 INF, NAN = float("inf"), float("nan")
@@ -439,7 +442,7 @@ def test_lists_longer_than_the_kernel_takes(form, monkeypatch, caplog):
     with pytest.raises(AlroFastError, match=r"lists of 130 candidates .* backend 'triton' takes at most 128"):
         ops.listwise(*arguments, backend="triton")
     monkeypatch.setattr(ops, "resolve_backend", lambda *_: triton)  # what "auto" is on CUDA
-    ops._say_once_long_lists.cache_clear()
+    dispatch._say_once_long_lists.cache_clear()
     with caplog.at_level(logging.INFO, logger="alro_fast.ops"):
         for _ in range(2):
             torch.testing.assert_close(ops.listwise(*arguments)[:3], want[:3])
@@ -547,17 +550,17 @@ def test_custom_ops_obey_the_rules():
         (hidden, weight, None, empty.view(0, 0), empty.view(0, 0), empty.view(0, 0), empty, empty, empty.bool(),
          empty.bool(), None, 1.0, False, True, False, 0.0, "eager"),
     ):  # fmt: skip
-        torch.library.opcheck(ops._head, arguments)
+        torch.library.opcheck(_head, arguments)
     lists, logits = listwise_case("ranking", [3, 3], [-1, 0])
     sizes = torch.tensor([3, 3])
     arguments = (logits.requires_grad_(), lists.ratings, lists.ranks, sizes, lists.twin, None, 1.0, 1.0, True, "kl")
-    torch.library.opcheck(ops._listwise, (*arguments, False, False, "eager"))
+    torch.library.opcheck(_listwise, (*arguments, False, False, "eager"))
 
 
 # ---- memory and work
 
 
-INSIDE = {"alro_fast::head": ops._head, "alro_fast::head_backward": ops._head_backward}
+INSIDE = {"alro_fast::head": _head, "alro_fast::head_backward": _head_backward}
 
 
 class Spy(TorchDispatchMode):
@@ -686,7 +689,7 @@ def test_two_products_with_the_vocabulary_forward_none_backward():
 
 def test_auto_is_chosen_by_device_and_said_once(caplog):
     hidden, weight, _ = make_head(3, 32, 101)
-    ops._resolve.cache_clear()
+    dispatch._resolve.cache_clear()
     with caplog.at_level(logging.INFO, logger="alro_fast.ops"):
         for _ in range(2):
             ops.linear_logprobs(hidden, weight, torch.tensor([1, 2, 3]))
@@ -716,9 +719,9 @@ def stand_in(monkeypatch):
 
         setattr(module, name, forward)
     monkeypatch.setitem(sys.modules, "alro_fast.ops.backends.cpp", module)
-    ops._resolve.cache_clear()
+    dispatch._resolve.cache_clear()
     yield module
-    ops._resolve.cache_clear()
+    dispatch._resolve.cache_clear()
 
 
 def test_auto_prefers_the_cpp_backend_on_the_cpu(stand_in):
@@ -770,11 +773,11 @@ def test_a_backend_that_cannot_serve_is_refused_by_name_and_skipped_by_auto(stan
 
 def test_a_backend_that_is_not_there(monkeypatch):
     monkeypatch.setitem(sys.modules, "alro_fast.ops.backends.triton", None)  # import raises ImportError
-    ops._resolve.cache_clear()
+    dispatch._resolve.cache_clear()
     hidden, weight, _ = make_head(3, 32, 101)
     with pytest.raises(AlroFastError, match=r"backend 'triton' cannot serve .* not installed"):
         ops.linear_logprobs(hidden, weight, torch.tensor([1, 2, 3]), backend="triton")
-    ops._resolve.cache_clear()
+    dispatch._resolve.cache_clear()
 
 
 # ---- bad input

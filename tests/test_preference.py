@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alro_fast import DMPOLoss, dmpo_loss
-from alro_fast.losses import reference
 from alro_fast.errors import AlroFastError
+from alro_fast.losses import reference
 from alro_fast.losses.preference import VARIANTS
 
 BETA = 0.3

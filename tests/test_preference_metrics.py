@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from alro_fast.evaluation.preference_metrics import (Scored, accuracy_interval, pooled_coin_auc, preference_metrics, roc_auc)
+from alro_fast.evaluation.preference_metrics import (
+    Scored,
+    accuracy_interval,
+    pooled_coin_auc,
+    preference_metrics,
+    roc_auc,
+)
 
 
 def scored(user, chosen, rejected, paired=False):

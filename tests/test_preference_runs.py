@@ -17,9 +17,9 @@ from alro_fast import train
 from alro_fast.data.preferences import read_preferences
 from alro_fast.errors import AlroFastError
 from alro_fast.evaluation.preferences import score_preferences
+from alro_fast.evaluation.report import write_report
 from alro_fast.modeling.loading import load_for_inference
 from alro_fast.prompts.preference import PreferencePrompts
-from alro_fast.report import write_report
 
 ROOT = Path(__file__).parents[1]
 

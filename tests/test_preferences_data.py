@@ -12,12 +12,12 @@ import pytest
 from tiny import byte_tokenizer, catalogue, random_lists
 
 from alro_fast import prepare
-from alro_fast.training.config import ObjectiveArguments
 from alro_fast.data.lists import SPLITS, open_prepared, seen_frame, write_prepared
 from alro_fast.data.negatives import DRAWS, SOURCES, Negatives, positive
 from alro_fast.data.preferences import Turn, read_preferences, two_items
 from alro_fast.errors import AlroFastError
 from alro_fast.objectives.base import build_objective
+from alro_fast.options import ObjectiveArguments
 from alro_fast.prompts.preference import PreferencePrompts
 from alro_fast.training.trainer import build_batch
 

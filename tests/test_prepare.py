@@ -14,8 +14,8 @@ import pytest
 
 from alro_fast import prepare
 from alro_fast.cli import run
-from alro_fast.data.sources.download import download as real_download
 from alro_fast.data.lists import FILES, open_prepared
+from alro_fast.data.sources.download import download as real_download
 from alro_fast.errors import AlroFastError
 
 SHARED = Path(os.environ.get("ALRO_FAST_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))

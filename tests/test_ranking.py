@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tiny import byte_tokenizer, random_lists, tiny_llama
 
-from alro_fast.ranking import decoding, ranker as ranking
 from alro_fast.data.records import Item, RankingList
-from alro_fast.ranking.decoding import decode, ordinary_attention, token_logits
 from alro_fast.errors import AlroFastError
 from alro_fast.modeling.lm_head import Head
-from alro_fast.ranking.orders import MERGES, Ranking, kemeny_order, merge, presentations, slide
 from alro_fast.prompts import PromptBuilder
+from alro_fast.ranking import decoding
+from alro_fast.ranking import ranker as ranking
+from alro_fast.ranking.decoding import decode, ordinary_attention, token_logits
+from alro_fast.ranking.orders import MERGES, Ranking, kemeny_order, merge, presentations, slide
 from alro_fast.ranking.ranker import METHODS, Ranker, expected_slots
 
 TOKENIZER = byte_tokenizer()

@@ -10,7 +10,8 @@ import torch
 from random_lists import random_lists
 
 from alro_fast.losses import reference
-from alro_fast.losses.alro import DIVERGENCES, SCORES, SPACES, RankingLists
+from alro_fast.losses.alro import DIVERGENCES, SCORES, SPACES
+from alro_fast.losses.lists import RankingLists
 
 F64 = torch.float64
 ONES = {"alpha": 1.0, "beta": 1.0, "gamma": 1.0, "sigma": 1.0}

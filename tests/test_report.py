@@ -18,11 +18,11 @@ from tiny import random_lists
 
 from alro_fast import report
 from alro_fast.errors import AlroFastError
-from alro_fast.ranking.orders import make_ranking, presentations
 from alro_fast.evaluation.plots import Plots, loss_plot, mean_by_position, ndcg_plot, order_taus, validation_plot
-from alro_fast.report import placed_rankers, report_line, write_report
+from alro_fast.evaluation.report import placed_rankers, report_line, write_report
 from alro_fast.evaluation.results import evaluate_lists, write_predictions
 from alro_fast.evaluation.targets import evaluate_rankers, save_measurement
+from alro_fast.ranking.orders import make_ranking, presentations
 
 EVIL = '<script src="http://evil.example/x.js">alert(1)</script> & "q" <img src=http://evil.example/y.png>'
 

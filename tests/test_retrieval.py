@@ -10,9 +10,18 @@ import pytest
 from made_ratings import interactions, taste_rows
 
 from alro_fast.data.first_stage import retrieval
-from alro_fast.data.sources.interactions import read_interactions
 from alro_fast.data.first_stage.likes import split_likes
-from alro_fast.data.first_stage.retrieval import (RETRIEVERS, RetrieverOptions, fit_retriever, need_libraries, resolve, retrieval_metrics, retrieve, seen_items)
+from alro_fast.data.first_stage.retrieval import (
+    RETRIEVERS,
+    RetrieverOptions,
+    fit_retriever,
+    need_libraries,
+    resolve,
+    retrieval_metrics,
+    retrieve,
+    seen_items,
+)
+from alro_fast.data.sources.interactions import read_interactions
 from alro_fast.errors import AlroFastError
 
 implicit = pytest.importorskip("implicit")

@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from alro_fast.data.first_stage.sampling import (cluster_draws, cluster_users, describe, importance_draws, penalised_draws, sample_users, user_shares)
+from alro_fast.data.first_stage.sampling import (
+    cluster_draws,
+    cluster_users,
+    describe,
+    importance_draws,
+    penalised_draws,
+    sample_users,
+    user_shares,
+)
 from alro_fast.errors import AlroFastError
 
 DRAWS = 100_000

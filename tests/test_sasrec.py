@@ -9,7 +9,13 @@ from made_ratings import interactions
 
 from alro_fast.data.first_stage import sasrec
 from alro_fast.data.first_stage.likes import split_likes
-from alro_fast.data.first_stage.retrieval import (RetrieverOptions, fit_retriever, retrieval_metrics, retrieve, seen_items)
+from alro_fast.data.first_stage.retrieval import (
+    RetrieverOptions,
+    fit_retriever,
+    retrieval_metrics,
+    retrieve,
+    seen_items,
+)
 from alro_fast.data.first_stage.sasrec import LENGTH, SelfAttentiveRecommender, train_sasrec
 
 ITEMS = 40

@@ -14,10 +14,11 @@ from sklearn.metrics import ndcg_score
 from tiny import catalogue, random_lists
 
 from alro_fast.data.lists import TARGET_SCHEMA, open_prepared, write_prepared
-from alro_fast.ranking.orders import make_ranking
-from alro_fast.report import write_report
+from alro_fast.evaluation.baselines import first_stage_scores
+from alro_fast.evaluation.report import write_report
 from alro_fast.evaluation.results import Results
-from alro_fast.evaluation.targets import (as_grades, evaluate_rankers, evaluate_targets, first_stage_scores, has_targets, save_measurement)
+from alro_fast.evaluation.targets import as_grades, evaluate_rankers, evaluate_targets, has_targets, save_measurement
+from alro_fast.ranking.orders import make_ranking
 
 NAN = math.nan
 

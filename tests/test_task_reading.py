@@ -10,12 +10,12 @@ import pytest
 import torch
 from tiny import byte_tokenizer, random_lists, tiny_llama
 
-from alro_fast.ranking import ranker as ranking
 from alro_fast.errors import AlroFastError
-from alro_fast.ranking.hybrid import HYBRIDS, pairs_of, utilities, win_shares
-from alro_fast.ranking.orders import generator_of, presentations
 from alro_fast.prompts import PromptBuilder
 from alro_fast.prompts.recranker.prompts import Ask, RecRankerPrompts
+from alro_fast.ranking import ranker as ranking
+from alro_fast.ranking.hybrid import HYBRIDS, pairs_of, utilities, win_shares
+from alro_fast.ranking.orders import generator_of, presentations
 from alro_fast.ranking.ranker import Ranker
 from alro_fast.ranking.task_generation import generate_tasks
 from alro_fast.ranking.tasks import TASK_METHODS, read_tasks

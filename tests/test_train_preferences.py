@@ -24,8 +24,8 @@ from alro_fast.evaluation.preferences import score_preferences
 from alro_fast.modeling.loading import load_for_inference
 from alro_fast.prompts.preference import PreferencePrompts
 from alro_fast.ranking.ranker import Ranker
-from alro_fast.training.stages import stack_adapters
 from alro_fast.training.run_preferences import PreferenceRun
+from alro_fast.training.stages import stack_adapters
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import pytest
 import torch
 from tiny import byte_tokenizer, random_lists, tiny_llama
 
+from alro_fast.errors import AlroFastError
 from alro_fast.losses import reference
 from alro_fast.modeling.attention import tree_hidden_states
-from alro_fast.training.config import ObjectiveArguments, RankerTrainingArguments
-from alro_fast.errors import AlroFastError
 from alro_fast.modeling.lm_head import head_of
 from alro_fast.objectives.base import LossTerm, build_objective
+from alro_fast.options import ObjectiveArguments, RankerTrainingArguments
 from alro_fast.prompts import PromptBuilder
 from alro_fast.training.trainer import NonFiniteLoss, PlannedBatches, RankerTrainer, TreeDataset, build_batch
 

@@ -7,8 +7,9 @@ import torch
 from kernel_cases import head
 from random_lists import random_lists
 
-from alro_fast.losses import alro as losses, reference
 from alro_fast import ops
+from alro_fast.losses import alro as losses
+from alro_fast.losses import reference
 from alro_fast.ops.backends import eager
 
 pytestmark = [
@@ -16,8 +17,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 if torch.cuda.is_available():
-    from alro_fast.ops.backends import triton as backend
     from alro_fast.kernels import listwise as listwise_kernel
+    from alro_fast.ops.backends import triton as backend
 
 HALF = torch.bfloat16
 OPTIONS = {"entropy": True, "want_expected": True, "want_spread": False, "mass_bound": 0.0}

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alro_fast.data import windows
-from alro_fast.data.sources.interactions import Interactions
 from alro_fast.data.lists import SPLITS
+from alro_fast.data.sources.interactions import Interactions
 from alro_fast.data.windows import ListOptions, build_lists, chronological, hash_ids, plan_windows, splitmix64
 from alro_fast.errors import AlroFastError
 

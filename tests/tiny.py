@@ -13,9 +13,9 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from alro_fast import train
-from alro_fast.modeling.attention import use_tree_attention
 from alro_fast.data.records import Item, RankingList
 from alro_fast.errors import AlroFastError
+from alro_fast.modeling.attention import use_tree_attention
 from alro_fast.prompts import PromptBuilder
 
 

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from .sources.interactions import Interactions
 from .lists import LIST_SCHEMA, SPLITS, check_output_folder, read_manifest, seen_frame, write_prepared
+from .sources.interactions import Interactions
 from .windows import ORDER_RULE, SPLIT_RULE, TIE_RULE, ListOptions, build_lists
 
 ORACLE_FILE = "oracle.parquet"

@@ -19,8 +19,8 @@ import numpy as np
 import polars as pl
 
 from ..errors import AlroFastError
-from .sources.interactions import Interactions
 from .lists import LIST_SCHEMA, SPLITS, train_statistics
+from .sources.interactions import Interactions
 
 TIE_RULE = (
     "ratings of one user with equal timestamps are ordered by a 64-bit hash of (seed, user id, item id): "

@@ -1,0 +1,1 @@
+"""How good rankings are: metrics, baselines, results, plots and the report."""

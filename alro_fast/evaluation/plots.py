@@ -7,13 +7,16 @@ import html
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..evaluation import metrics
 from ..errors import AlroFastError
+from . import metrics
 from .results import LABELS
+
+if TYPE_CHECKING:
+    from ..data.first_stage.build import Hinted
 
 COLOURS = {
     "random": "#9aa0a6",
@@ -197,3 +200,20 @@ def cutoffs_of(results: dict) -> list[int]:
     """Cutoffs of NDCG in results.json."""
     found = next(iter(results.values()))
     return [int(key.split("@")[1]) for key in found if key.startswith("ndcg@") and "_" not in key]
+
+
+def sampling_plot(axes: Any, built: Hinted) -> bool:
+    """Share of users by number of likes: all that can be drawn, the pool, and the users drawn."""
+    likes = built.like_count
+    everyone = np.flatnonzero(built.sample.cluster >= 0)
+    pool = np.repeat(np.arange(len(likes)), built.sample.pool)
+    bins = np.geomspace(likes[everyone].min(), likes[everyone].max() + 1, 25)
+    groups = {"all users": everyone, "pool": pool, "drawn": built.sample.drawn}
+    for (label, users), colour in zip(groups.items(), ("#9aa0a6", "#5b8fd0", "#1a9850"), strict=True):
+        weights = np.full(len(users), 1 / len(users))
+        axes.hist(likes[users], bins=bins, weights=weights, histtype="step", linewidth=1.8, color=colour, label=label)
+    axes.set_xscale("log")
+    axes.set_xlabel("training likes of a user")
+    axes.set_ylabel("share of users")
+    axes.legend(frameon=False, fontsize=9)
+    return True

@@ -19,13 +19,13 @@ from ..data.negatives import Negatives
 from ..data.preferences import Preference, read_preferences
 from ..data.records import RankingList
 from ..errors import AlroFastError
-from ..run_folder import run_options
-from ..objectives.dmpo import branches_of
+from ..modeling.logprobs import answer_logprobs
 from ..modeling.packing import Tree
-from .preference_metrics import Scored, accuracy_interval, preference_metrics
+from ..objectives.dmpo import branches_of
 from ..prompts import PromptBuilder
 from ..prompts.preference import PreferencePrompts
-from ..training.reference_logprobs import answer_logprobs
+from ..run_folder import run_options
+from .preference_metrics import Scored, accuracy_interval, preference_metrics
 
 COLUMNS = ("pair_accuracy", "user_auc", "hit@1", "valid", "pooled_coin_auc")
 
@@ -70,7 +70,7 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def main(options: Any) -> None:
+def evaluate_preferences(options: Any) -> None:
     """Score every file (or the lists) with and without the adapter, print the table, write preference_results.json."""
     from ..modeling.loading import load_for_inference
 

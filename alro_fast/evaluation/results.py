@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 import numpy as np
 
-from ..evaluation import metrics
 from ..errors import AlroFastError
+from . import metrics
 
 if TYPE_CHECKING:
     from ..data.lists import PreparedData
@@ -192,33 +192,6 @@ def evaluate_lists(
         conventions=conventions,
         bootstrap=bootstrap,
     )
-
-
-def baseline_scores(prepared: PreparedData, lists: Sequence[RankingList]) -> dict[str, Scores]:
-    """Rankers that need no model.
-
-    random: all tied, so that averaged ties give its exact mean. popularity: training ratings of the item. mean_rating:
-    its mean in training (never rated there: the mean of all training ratings). oracle: the best possible scores, where
-    the folder's maker knows them (oracle.parquet).
-    """
-    count, mean = np.asarray(prepared.train_count, dtype=np.float64), np.asarray(prepared.train_mean, dtype=np.float64)
-    rated = count > 0
-    overall = float(np.average(mean[rated], weights=count[rated])) if rated.any() else 0.0
-    mean = np.where(rated, mean, overall)
-    index = [[item.index for item in entry.candidates] for entry in lists]
-    scores: dict[str, Scores] = {
-        "random": [np.zeros(len(row)) for row in index],
-        "popularity": [count[row] for row in index],
-        "mean_rating": [mean[row] for row in index],
-    }
-    oracle = Path(prepared.path) / "oracle.parquet"
-    if oracle.is_file():
-        from ..data.oracle import read_oracle
-
-        known = read_oracle(oracle)
-        if all(entry.list_id in known for entry in lists):
-            scores["oracle"] = [known[entry.list_id] for entry in lists]
-    return scores
 
 
 def write_predictions(

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..evaluation import metrics
+from . import metrics
+from .baselines import first_stage_scores
 from .results import LABELS, Results, Scores, evaluate_lists, plain, row_of, write_predictions, write_trec
 
 if TYPE_CHECKING:
@@ -178,12 +179,3 @@ def evaluate_targets(
         users=np.array([entry.user_id for entry in lists]), per_list=per_list, seconds={}, conventions=conventions,
         bootstrap=bootstrap, found=found,
     )  # fmt: skip
-
-
-def first_stage_scores(lists: Sequence[RankingList]) -> dict[str, Scores]:
-    """The first stage as a ranker. retriever: the order in which candidates are stored. hints: by predicted rating,
-    unknown ones last; only where every list has hints."""
-    scores: dict[str, Scores] = {"retriever": [-np.arange(len(entry.candidates), dtype=np.float64) for entry in lists]}
-    if lists and all(entry.hints for entry in lists):
-        scores["hints"] = [np.nan_to_num(np.asarray(entry.hints), nan=-1e9) for entry in lists]
-    return scores

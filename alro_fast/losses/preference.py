@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.checks import values_are_free
 from ..errors import AlroFastError
+from ..ops.checks import values_are_free
 
 VARIANTS = ("dmpo", "mean_outside", "sdpo", "mult")
 

@@ -1,0 +1,1 @@
+"""Trees of shared prefixes, and what a model does with them."""

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention_bodies import cascade_attention, dense_attention, flash_serves, varlen_attention, varlen_backend
-from ..modeling import cpp_attention
 from ..errors import AlroFastError
+from ..modeling import cpp_attention
+from .attention_bodies import cascade_attention, dense_attention, flash_serves, varlen_attention, varlen_backend
 from .packing import Branch, PackedBatch, Segments, Tree, collate
 
 ATTENTION = "alro_tree"

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .attention import trunk_of
 from ..errors import AlroFastError
+from .attention import trunk_of
 
 # How configurations name what their models do to logits. Factors first, divisors second; exceptions by model type.
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")

@@ -21,18 +21,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .attention import use_tree_attention
 from ..errors import AlroFastError
 from ..run_folder import ADAPTER_CONFIG, MERGED_BASE, adapter_config
+from .attention import use_tree_attention
 from .layers import fuse_layers
 from .lora import fuse_lora
 
 if TYPE_CHECKING:
-    from ..training.config import ModelArguments
     from ..data.records import Item
+    from ..options import ModelArguments
 
 logger = logging.getLogger(__name__)
-DEMO_MODEL = Path(__file__).parent / "demo_model"
+DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError)  # damaged or unfitting files
 
 

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ..data.records import RankingList
 from ..errors import AlroFastError
-from ..losses.alro import Grades, RankingLists, alro_loss
+from ..losses import Grades, RankingLists, alro_loss
 from ..modeling.packing import PackedBatch
 from .base import Example, LossTerm
 from .sft import SFTObjective
 
 if TYPE_CHECKING:
-    from ..training.config import ObjectiveArguments
     from ..modeling.lm_head import Head
+    from ..options import ObjectiveArguments
     from ..prompts import PromptBuilder
 
 

@@ -21,12 +21,12 @@ from ..errors import AlroFastError
 from ..modeling.packing import PackedBatch, Tree
 
 if TYPE_CHECKING:
-    from ..training.config import ObjectiveArguments
     from ..data.preferences import Preference
     from ..modeling.lm_head import Head
+    from ..options import ObjectiveArguments
     from ..prompts import PromptBuilder
     from ..prompts.preference import PreferencePrompts
-    from ..prompts.recranker.prompts import RecRankerPrompts
+    from ..prompts.recranker import RecRankerPrompts
 
 REGISTRY = {  # --objective -> module:class
     "sft": "sft:SFTObjective",

@@ -16,17 +16,16 @@ from torch import Tensor, nn
 from ..data.preferences import Preference
 from ..data.records import RankingList
 from ..errors import AlroFastError
-from ..modeling.lm_head import Head, head_of
-from ..ops import linear_logprobs
-from ..modeling.packing import Branch, PackedBatch, Tree
 from ..losses.preference import dmpo_loss
+from ..modeling.lm_head import Head, head_of
+from ..modeling.logprobs import token_logprobs
+from ..modeling.packing import Branch, PackedBatch, Tree
 from .base import Batch, Example, LossTerm
 
 if TYPE_CHECKING:
-    from ..training.config import ObjectiveArguments
     from ..data.negatives import Negatives
+    from ..options import ObjectiveArguments
     from ..prompts.preference import PreferenceIds, PreferencePrompts
-    from ..training.reference_logprobs import ReferenceTable
 
 
 class ChosenObjective:
@@ -80,6 +79,23 @@ class PreferenceTargets(NamedTuple):
     rejected: Tensor  # [U, k]; -1 pads here and above
     chosen_once: Tensor  # every chosen branch, once
     reference: Tensor | None  # [branches] summed log-probabilities under the reference; None: not known yet
+
+
+class ReferenceTable:
+    """Summed answer log-probabilities by record: float32 [branches] for every list_id."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        self.values = values
+
+    def of(self, example: Example) -> Tensor:
+        """Those of one example; AlroFastError when it is not among the records the table was made for."""
+        found = self.values.get(example.source.list_id)
+        if found is None or len(found) != len(example.tree.ids):
+            raise AlroFastError(
+                f"no reference log-probabilities for {example.source.list_id}: they were computed for other data; "
+                "compute them again"
+            )
+        return found
 
 
 class DMPOObjective(ChosenObjective):
@@ -181,14 +197,6 @@ def check_answers(answers: Preference | PreferenceIds, name: str, variant: str) 
         raise AlroFastError(
             f"{name} has {len(answers.chosen)} chosen answers; --dmpo_variant {variant} takes one: take mult"
         )
-
-
-def token_logprobs(hidden: Tensor, head: Head, packed: PackedBatch, backend: str = "auto") -> Tensor:
-    """log p(label) of every answer row, [N]."""
-    logprobs, _ = linear_logprobs(
-        hidden, head.weight, packed.labels, bias=head.bias, softcap=head.softcap, scale=head.scale, backend=backend
-    )
-    return logprobs
 
 
 def branches_of(ids: PreferenceIds) -> list[Branch]:

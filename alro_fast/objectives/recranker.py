@@ -18,15 +18,15 @@ from torch import Tensor
 
 from ..data.records import RankingList
 from ..errors import AlroFastError
-from ..ops import linear_logprobs
 from ..modeling.packing import Branch, PackedBatch, Tree
-from ..prompts.recranker.prompts import Ask, Question, RecRankerPrompts, TaskPrompts
+from ..ops import linear_logprobs
+from ..prompts.recranker import Ask, Question, RecRankerPrompts, TaskPrompts
 from .base import Example, LossTerm
 
 if TYPE_CHECKING:
-    from ..training.config import ObjectiveArguments
     from ..modeling.lm_head import Head
-    from ..prompts.recranker.prompts import Listing
+    from ..options import ObjectiveArguments
+    from ..prompts.recranker import Listing
 
 TASKS = ("pointwise", "pairwise", "listwise")
 

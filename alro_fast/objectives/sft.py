@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..data.records import RankingList
-from ..ops import linear_logprobs
 from ..modeling.packing import Branch, PackedBatch, Tree
+from ..ops import linear_logprobs
 from .base import Example, LossTerm
 
 if TYPE_CHECKING:
-    from ..training.config import ObjectiveArguments
     from ..modeling.lm_head import Head
+    from ..options import ObjectiveArguments
     from ..prompts import PromptBuilder, RankingPrompt, RatingPrompt
 
 

@@ -1,38 +1,15 @@
-"""Losses' building blocks over the LM head: log-probs, divergences and listwise terms, without [N, V] logits.
+"""The pass over the LM head: log-probabilities, divergences and the statistics that every loss is made of."""
 
-Each op is a `torch.library` custom op with a fake implementation and its own autograd (`torch.compile(fullgraph=True)`
-works) and is served by a backend: `triton` (CUDA), `cpp` (CPU), `eager` (anything). "auto" takes the first that
-can serve the tensors at hand and logs its choice once. The logits of a row are, everywhere,
-
-    z = softcap(scale * (hidden @ weight.T + bias)),      softcap(x) = cap * tanh(x / cap), or x where cap is None.
-
-With a frozen head the backward pass holds no [V, H] buffer and does no product with the vocabulary: the forward keeps
-U = d lse / d hidden, and d logprob(c) / d hidden = w_c - U. A trainable head recomputes its logits tile by tile.
-Results are float32 (float64 for float64 input). Under autocast the ops compute in the dtype of `weight`.
-
-Values of index tensors (targets, relabelled ids, ranks) are checked where that costs no device synchronisation: on the
-CPU, outside torch.compile. On CUDA an id outside the vocabulary is a device-side assertion or undefined.
-"""
-
-import contextlib
-import functools
-import importlib
-import logging
 import math
-from collections.abc import Iterator
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .backends import eager
-from .checks import (check_device, check_head, check_index, check_number, check_positive, check_ranks, check_relabel, check_scores, check_values)
 from ..errors import AlroFastError
+from .backends import eager
+from .checks import check_head, check_index, check_number, check_positive, check_relabel, check_values
+from .dispatch import as_given, no_second_derivative, or_empty, resolve_backend, result_dtype
 
-log = logging.getLogger(__name__)
-
-BACKENDS = ("triton", "cpp", "eager")
-_PREFERRED = {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")}
 _HALF_MASS_BOUND = 2.0**-12  # an eighth of bfloat16's rounding; what half-precision rows may lose from U by default
 
 
@@ -134,67 +111,6 @@ def linear_kl(
     return divergence
 
 
-def soft_argmax_ranks(scores: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
-    """Expected rank of each candidate, s_i = sum_k k softmax_k(gamma scores_ki): [L, M], 0 on pads, lower is better.
-
-    scores [L, M slots, M candidates]; mask [L, M] bool: which candidates list l has, a prefix of each row (a list of n
-    candidates has n slots). Differentiable in scores. Source: docs/methods.md 1.2.
-    """
-    check_scores(scores, mask)
-    check_positive(gamma=gamma)
-    scores = scores.to(_result_dtype(scores))
-    cell = mask[:, :, None] & mask[:, None, :]
-    over_slots = torch.softmax((gamma * scores).masked_fill(~cell, torch.finfo(scores.dtype).min), dim=1) * cell
-    position = torch.arange(1, scores.shape[1] + 1, device=scores.device, dtype=scores.dtype)
-    return (over_slots * position[:, None]).sum(dim=1)
-
-
-def soft_lambda(
-    scores: Tensor,
-    ratings: Tensor,
-    mask: Tensor,
-    *,
-    ranks: Tensor | None = None,
-    gamma: float,
-    sigma: float,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Soft lambda loss per list [L] and expected ranks [L, M] (a constant; `soft_argmax_ranks` has a gradient).
-
-    scores [L, M slots, M candidates], differentiable; ratings [L, M] >= 0, NaN = ungraded (in no pair); mask as in
-    `soft_argmax_ranks`; ranks [L, M] target slots, 1 = best; None: descending ratings, ungraded last, ties by position.
-    Loss and gradient come from one launch. Source: docs/methods.md 1.2.
-    """
-    check_scores(scores, mask)
-    for name, tensor in (("ratings", ratings), ("ranks", ranks)):
-        if tensor is not None and tensor.shape != mask.shape:
-            raise AlroFastError(f"{name} has shape {tuple(tensor.shape)}; expected that of mask, {tuple(mask.shape)}")
-    check_device("ratings", ratings, scores, "scores")
-    check_values("ratings", ratings, ~mask | ~((ratings < 0) | ratings.isinf()), "finite and >= 0, or NaN")
-    sizes = mask.sum(dim=1)
-    if ranks is None:
-        ranks = descending_ranks(ratings, mask)
-    check_index("ranks", ranks, scores, "scores")
-    check_ranks(ranks, sizes)
-    terms = listwise(scores, ratings, ranks, sizes, gamma=gamma, sigma=sigma, normalise=False, backend=backend)
-    return terms.soft_lambda, terms.expected
-
-
-def descending_ranks(ratings: Tensor, mask: Tensor) -> Tensor:
-    """Target slots [L, M], 1 = best: descending ratings, ungraded after graded, pads last, ties by position."""
-    key = torch.where(mask, torch.where(ratings.isnan(), -1.0, ratings), -2.0)
-    order = torch.sort(key, dim=1, descending=True, stable=True).indices
-    return torch.argsort(order, dim=1, stable=True) + 1
-
-
-def available_backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> list[str]:
-    """Names of the backends that can serve tensors of this device and dtype, preferred ones first."""
-    device = torch.device(device)
-    preferred = _PREFERRED.get(device.type, ("eager",))
-    names = [*preferred, *(name for name in BACKENDS if name not in preferred)]
-    return [name for name in names if _reason_against(name, device, dtype) is None]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The two fused ops as the losses use them.
 
@@ -274,43 +190,6 @@ def head(
     return HeadStats(lse, target_logits, group_logits, cross)
 
 
-def listwise(
-    logits: Tensor,
-    ratings: Tensor,
-    ranks: Tensor,
-    sizes: Tensor,
-    twin: Tensor | None = None,
-    values: Tensor | None = None,
-    *,
-    gamma: float = 1.0,
-    sigma: float = 1.0,
-    normalise: bool = True,
-    divergence: str = "none",
-    detach: bool = True,
-    mask_emitted: bool = False,
-    backend: str = "auto",
-) -> eager.Listwise:
-    """`backends.eager.listwise` with autograd: soft_lambda [L] and permutation [L] are differentiable in logits."""
-    check_positive(gamma=gamma, sigma=sigma)
-    logits = logits.to(_result_dtype(logits))
-    soft_lambda, permutation, expected, *_ = torch.ops.alro_fast.listwise(
-        logits,
-        ratings.to(logits.dtype),
-        ranks.long(),
-        sizes.long(),
-        torch.full_like(sizes, -1) if twin is None else twin.long(),
-        None if values is None else values.to(logits.dtype),
-        float(gamma),
-        float(sigma),
-        normalise,
-        divergence,
-        detach,
-        mask_emitted,
-        backend,
-    )
-    return eager.Listwise(soft_lambda, permutation, expected.detach(), None, None, None)
-
-
 def relabel_correction(z_p: Tensor, lse_p: Tensor, z_q: Tensor, z_q_own: Tensor, valid: Tensor) -> Tensor:
     """What to add to E_p[-z_q] when tokens are paired by item: -sum_c p_c (z_q of its counterpart - z_q of itself).
 
@@ -348,7 +227,7 @@ def _head(
     module = resolve_backend(backend, hidden.device, hidden.dtype)
     gather = getattr(module, "gather_logits", eager.gather_logits)
     pairs = len(first) > 0
-    with _as_given(hidden):
+    with as_given(hidden):
         passed = module.vocab_pass(
             hidden,
             weight,
@@ -366,7 +245,7 @@ def _head(
         group_logits = _gather(gather, hidden, weight, bias, softcap, scale, rows, ids)
     target_logits = target_logits.view(targets.shape)
     optional = (passed.cross, passed.expected, passed.mixed, passed.spread)
-    return passed.lse, target_logits, group_logits, *(_or_empty(tensor, passed.lse) for tensor in optional)
+    return passed.lse, target_logits, group_logits, *(or_empty(tensor, passed.lse) for tensor in optional)
 
 
 @_head.register_fake
@@ -375,7 +254,7 @@ def _(
     want_expected, want_spread, mass_bound, backend,
 ):  # fmt: skip
     n, h = hidden.shape
-    dtype = _result_dtype(hidden)
+    dtype = result_dtype(hidden)
     pairs = first.shape[0] > 0
 
     def new(*shape: int) -> Tensor:
@@ -451,7 +330,7 @@ def _head_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of hidden, weight and bias (empty where not wanted), summed in float32 and rounded once."""
     module = resolve_backend(backend, hidden.device, hidden.dtype)
-    with _as_given(hidden):
+    with as_given(hidden):
         grad_lse = torch.zeros_like(lse) if grad_lse.numel() == 0 else grad_lse
         pairs = grad_cross.numel() > 0
         if pairs:
@@ -497,7 +376,7 @@ def _head_backward(
                     hidden, weight, softcap, scale, group_rows, group_ids, logits, grad.view(logits.shape),
                     d_hidden, d_weight, d_bias,
                 )  # fmt: skip
-    return tuple(_or_empty(grad, hidden).to(hidden.dtype) for grad in (d_hidden, d_weight, d_bias))
+    return tuple(or_empty(grad, hidden).to(hidden.dtype) for grad in (d_hidden, d_weight, d_bias))
 
 
 @_head_backward.register_fake
@@ -513,193 +392,16 @@ def _(
     )
 
 
-@torch.library.custom_op("alro_fast::listwise", mutates_args=())
-def _listwise(
-    logits: torch.Tensor,
-    ratings: torch.Tensor,
-    ranks: torch.Tensor,
-    sizes: torch.Tensor,
-    twin: torch.Tensor,
-    values: torch.Tensor | None,
-    gamma: float,
-    sigma: float,
-    normalise: bool,
-    divergence: str,
-    detach: bool,
-    mask_emitted: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """soft_lambda [L], permutation [L], expected [L, M]; for backward d_soft_lambda, d_student, d_teacher or empty."""
-    module = resolve_backend(backend, logits.device, logits.dtype)
-    if logits.numel() == 0:  # no list, or none with a candidate
-        length, d_logits = len(logits), torch.zeros_like(logits)
-        d_teacher = None if detach or divergence == "none" else torch.zeros_like(logits)
-        zeros = logits.new_zeros(length), logits.new_zeros(length), torch.zeros_like(ratings)
-        return *zeros, d_logits, torch.zeros_like(logits), _or_empty(d_teacher, logits)
-    longest = max(logits.shape[1:])
-    if longest > getattr(module, "LONGEST_LIST", longest):
-        module = _of_long_lists(backend, module.LONGEST_LIST, longest)
-    with _as_given(logits):
-        terms = module.listwise(
-            logits,
-            ratings,
-            ranks,
-            sizes,
-            twin,
-            values,
-            gamma=gamma,
-            sigma=sigma,
-            normalise=normalise,
-            divergence=divergence,
-            detach=detach,
-            mask_emitted=mask_emitted,
-        )
-    return (*terms[:5], _or_empty(terms.d_teacher, logits))
-
-
-@_listwise.register_fake
-def _(
-    logits, ratings, ranks, sizes, twin, values, gamma, sigma, normalise, divergence, detach, mask_emitted, backend
-):  # fmt: skip
-    length = logits.shape[0]
-    has_teacher = divergence != "none" and not detach
-    return (
-        logits.new_empty(length),
-        logits.new_empty(length),
-        logits.new_empty(ratings.shape),
-        logits.new_empty(logits.shape),
-        logits.new_empty(logits.shape),
-        logits.new_empty(logits.shape if has_teacher else 0),
-    )
-
-
-def _listwise_setup(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[4], *output[3:])
-
-
-def _listwise_autograd(ctx, grad_soft_lambda, grad_permutation, *_unused):
-    twin, d_soft_lambda, d_student, d_teacher = ctx.saved_tensors
-    empty = d_soft_lambda.new_empty(0)
-    grads = [empty if grad is None else grad for grad in (grad_soft_lambda, grad_permutation)]
-    return torch.ops.alro_fast.listwise_backward(*grads, twin, d_soft_lambda, d_student, d_teacher), *(None,) * 12
-
-
-@torch.library.custom_op("alro_fast::listwise_backward", mutates_args=())
-def _listwise_backward(
-    grad_soft_lambda: torch.Tensor,
-    grad_permutation: torch.Tensor,
-    twin: torch.Tensor,
-    d_soft_lambda: torch.Tensor,
-    d_student: torch.Tensor,
-    d_teacher: torch.Tensor,
-) -> torch.Tensor:
-    """Gradient of the logits [L, R, C]."""
-    if grad_soft_lambda.numel():
-        grad = d_soft_lambda * grad_soft_lambda[:, None, None]
-    else:
-        grad = torch.zeros_like(d_soft_lambda)
-    if grad_permutation.numel():
-        upstream = grad_permutation[:, None, None]
-        grad += d_student * upstream
-        if d_teacher.numel():
-            eager.add_rows(grad, twin.clamp(min=0), d_teacher * upstream)
-    return grad
-
-
-@_listwise_backward.register_fake
-def _(grad_soft_lambda, grad_permutation, twin, d_soft_lambda, d_student, d_teacher):
-    return torch.empty_like(d_soft_lambda)
-
-
-def _no_second_derivative(ctx, *grads):
-    raise AlroFastError(
-        "double backward through alro_fast ops is not supported: call backward without create_graph, or take the loss "
-        "from alro_fast.reference, which has derivatives of every order"
-    )
-
-
 _head.register_autograd(_head_autograd, setup_context=_head_setup)
-_listwise.register_autograd(_listwise_autograd, setup_context=_listwise_setup)
-_head_backward.register_autograd(_no_second_derivative)
-_listwise_backward.register_autograd(_no_second_derivative)
-
-
-@contextlib.contextmanager
-def _as_given(tensor: Tensor) -> Iterator[None]:
-    """Backends compute in the dtypes they are given, on the device of `tensor`: Triton launches on the current one."""
-    with torch.autocast(tensor.device.type, enabled=False), torch.cuda.device_of(tensor):
-        yield
-
-
-def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """Custom ops return no None, and no tensor twice."""
-    return like.new_empty(0) if tensor is None else tensor
+_head_backward.register_autograd(no_second_derivative)
 
 
 def _gather(gather, hidden, weight, bias, softcap, scale, rows: Tensor, ids: Tensor) -> Tensor:
     if rows.numel() == 0 or ids.numel() == 0:
-        return hidden.new_empty(*rows.shape, ids.shape[1], dtype=_result_dtype(hidden))
+        return hidden.new_empty(*rows.shape, ids.shape[1], dtype=result_dtype(hidden))
     return gather(hidden, weight, bias, softcap, scale, rows, ids)
 
 
 def _target_groups(targets: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Targets as groups of one row each."""
     return torch.arange(len(targets), device=hidden.device)[:, None], targets
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Backends.
-
-
-def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module that serves `name` ("auto" or one of BACKENDS) for tensors of this device and dtype."""
-    return _resolve(name, device.type, dtype)
-
-
-@functools.cache
-def _resolve(name: str, device_type: str, dtype: torch.dtype) -> ModuleType:
-    device = torch.device(device_type)
-    if name == "auto":
-        name = available_backends(device, dtype)[0]
-        log.info("backend %s serves %s tensors on %s", name, str(dtype).removeprefix("torch."), device_type)
-    else:
-        check_backend(name)
-        reason = _reason_against(name, device, dtype)
-        if reason is not None:
-            raise AlroFastError(
-                f"backend {name!r} cannot serve {dtype} tensors on {device_type}: {reason}; "
-                f"use one of {available_backends(device, dtype)} or 'auto'"
-            )
-    return importlib.import_module(f".backends.{name}", __package__)
-
-
-def _of_long_lists(backend: str, limit: int, longest: int) -> ModuleType:
-    if backend != "auto":
-        raise AlroFastError(
-            f"lists of {longest} candidates or grades; backend {backend!r} takes at most {limit}: use 'auto' or 'eager'"
-        )
-    _say_once_long_lists(limit)
-    return eager
-
-
-@functools.cache
-def _say_once_long_lists(limit: int) -> None:
-    log.info("backend eager serves lists of more than %d candidates", limit)
-
-
-def check_backend(name: str) -> None:
-    if name != "auto" and name not in BACKENDS:
-        raise AlroFastError(f"backend is {name!r}; expected 'auto' or one of {', '.join(BACKENDS)}")
-
-
-def _reason_against(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    try:
-        module = importlib.import_module(f".backends.{name}", __package__)
-    except ImportError as error:
-        return f"not installed here ({error})"
-    return module.unavailable(device, dtype)
-
-
-def _result_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

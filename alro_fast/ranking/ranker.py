@@ -20,28 +20,26 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..modeling.attention import tree_hidden_states
-from .decoding import decode, token_logits
 from ..errors import AlroFastError
+from ..modeling.packing import Branch, Tree
 from ..run_folder import run_options
-from ..modeling.lm_head import Head, head_of
-from ..ops import linear_logprobs
+from .decoding import decode
 from .orders import Ranking, check_finite, check_presentations, make_ranking, presentations, slide, unlabelled
-from ..modeling.packing import Branch, Tree, collate, plan_batches
+from .reading import BranchReader, memory_errors
 from .tasks import TASK_METHODS, check_tasks, read_tasks
 
 if TYPE_CHECKING:
     from ..data.records import RankingList
     from ..prompts import PromptBuilder
-    from ..prompts.recranker.prompts import RecRankerPrompts
+    from ..prompts.recranker import RecRankerPrompts
 
 METHODS = ("first", "expected", "greedy", "beam")
 Reader = Callable[[list["RankingList"], list[np.ndarray]], list[np.ndarray]]
@@ -72,7 +70,8 @@ class Ranker:
         if answer not in ("ranking", "ratings", "tasks"):
             raise AlroFastError(f"unknown answer form {answer!r}; expected 'ranking', 'ratings' or 'tasks'")
         self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
-        self.answer, self.gamma, self.hybrid, self.token_budget = answer, gamma, hybrid, token_budget
+        self.answer, self.gamma, self.hybrid = answer, gamma, hybrid
+        self.reader = BranchReader(model, token_budget)
 
     @classmethod
     def load(
@@ -88,7 +87,7 @@ class Ranker:
         """The ranker that a training run left in `folder`; `base_model` replaces the base recorded there."""
         from ..modeling.loading import load_for_inference
         from ..prompts import PromptBuilder
-        from ..prompts.recranker.prompts import RecRankerPrompts
+        from ..prompts.recranker import RecRankerPrompts
 
         folder = Path(folder)
         config = run_options(folder)
@@ -116,6 +115,14 @@ class Ranker:
             gamma=config.get("gamma") or 1.0,
             token_budget=token_budget,
         )
+
+    @property
+    def device(self) -> torch.device:
+        return self.reader.device
+
+    @property
+    def token_budget(self) -> int:
+        return self.reader.token_budget
 
     @property
     def default_method(self) -> str:
@@ -219,7 +226,7 @@ class Ranker:
     def _read_tasks(
         self, lists: list[RankingList], presented: list[np.ndarray], method: str, hybrid: str, pairing: str, seed: int
     ) -> list[np.ndarray]:
-        readings = read_tasks(self, lists, presented, method, pairing=pairing, seed=seed)
+        readings = read_tasks(self.reader, self.prompts, lists, presented, method, pairing=pairing, seed=seed)
         for entry, reading in zip(lists, readings, strict=True):
             for values in filter(lambda part: part is not None, reading):
                 check_finite(entry, values)
@@ -255,8 +262,8 @@ class Ranker:
                 groups = [list(chain.from_iterable(groups))]
             for branches in groups:
                 trees.append(Tree(branches, name=f"list {entry.list_id}"))
-                self.check_length(entry, max(len(branch.ids) for branch in branches))
-        rows = iter(self.read_branches([[tree] for tree in trees], tokens))
+                self.reader.check_length(entry, max(len(branch.ids) for branch in branches))
+        rows = iter(self.reader.read([[tree] for tree in trees], tokens))
         if self.answer == "ranking":
             return [np.stack([_log_softmax(next(rows)) for _ in shown]) for shown in presented]
         grades = np.asarray(self.prompts.grade_values, dtype=np.float64)
@@ -266,38 +273,6 @@ class Ranker:
             for each, shown in zip(read, presented, strict=True)
         ]
 
-    def read_branches(self, groups: list[list[Tree]], tokens: list[list[int] | None]) -> list[np.ndarray]:
-        """What the model says after branch n (branches counted over all trees): float32 logits of `tokens[n]` as a
-        float64 array, its branch having one answer row; or, for None, the log-probability of the branch's own answer.
-
-        Trees of one group go through one forward pass.
-        """
-        firsts = np.cumsum([0, *(sum(len(tree.ids) for tree in group) for group in groups)])
-        sizes = [sum(tree.num_tokens for tree in group) for group in groups]
-        if self.token_budget:
-            plan = plan_batches(sizes, max(self.token_budget, *sizes)) if sizes else []
-        else:
-            plan = [[index] for index in range(len(groups))]
-        found: list[np.ndarray | None] = [None] * len(tokens)
-        head = head_of(self.model)
-        for indices in plan:
-            trees = list(chain.from_iterable(groups[index] for index in indices))
-            numbers = list(chain.from_iterable(range(firsts[index], firsts[index + 1]) for index in indices))
-            with _memory(sum(sizes[index] for index in indices), str(trees[0])):
-                batch = collate(trees, range(len(trees))).to(self.device)
-                hidden = tree_hidden_states(self.model, batch)
-                spans = list(chain.from_iterable(pairwise(rows) for rows in batch.branch_rows))
-                chosen = [(n, start) for n, (start, _) in zip(numbers, spans, strict=True) if tokens[n] is not None]
-                if chosen:
-                    rows = [row for _, row in chosen]
-                    logits = token_logits(hidden[rows], head, [tokens[n] for n, _ in chosen])
-                    for (n, _), values in zip(chosen, logits, strict=True):
-                        found[n] = values
-                for n, (start, end) in zip(numbers, spans, strict=True):
-                    if tokens[n] is None:
-                        found[n] = _answer_logprob(hidden[start:end], batch.labels[start:end], head)
-        return found
-
     def _read_slots(
         self, lists: list[RankingList], presented: list[np.ndarray], method: str, beams: int
     ) -> list[np.ndarray]:
@@ -305,8 +280,8 @@ class Ranker:
         flat = [entry for entry, orders in zip(lists, presented, strict=True) for _ in orders]
         prompts = self.prompts.rankings(flat, [order.tolist() for shown in presented for order in shown])
         for entry, prompt in zip(flat, prompts, strict=True):
-            self.check_length(entry, len(prompt.prompt_ids) + len(prompt.answer_ids))
-        with _memory(self.token_budget, "a batch of lists"):
+            self.reader.check_length(entry, len(prompt.prompt_ids) + len(prompt.answer_ids))
+        with memory_errors(self.token_budget, "a batch of lists"):
             answers = iter(decode(self.model, prompts, beams if method == "beam" else 1, self.token_budget))
         scores = []
         for entry, shown in zip(lists, presented, strict=True):
@@ -320,21 +295,6 @@ class Ranker:
                     rows.append(-np.argsort(answer.order) - 1.0)
             scores.append(np.stack(rows))
         return scores
-
-    # ---- small things
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def check_length(self, entry: RankingList, tokens: int) -> None:
-        """AlroFastError when a list's longest branch is more than the model reads."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and tokens > limit:
-            raise AlroFastError(
-                f"list {entry.list_id} takes {tokens} tokens, but the model reads at most {limit}; shorten its "
-                "history, or rank fewer candidates"
-            )
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
@@ -394,14 +354,6 @@ def _predicting(ids: list[int], tokens: list[int]) -> Branch:
     return Branch([*ids, tokens[0]], len(ids))
 
 
-def _answer_logprob(hidden: Tensor, labels: Tensor, head: Head) -> np.ndarray:
-    """Summed log-probability of the labels at these rows, full vocabulary; float64 [1]."""
-    logprobs, _ = linear_logprobs(
-        hidden, head.weight, labels, bias=head.bias, softcap=head.softcap, scale=head.scale
-    )  # fmt: skip
-    return logprobs.double().sum(dim=0, keepdim=True).cpu().numpy()
-
-
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits - logits.max()
     return shifted - np.log(np.exp(shifted).sum())
@@ -410,17 +362,3 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 def _expected_grade(logits: np.ndarray, grades: np.ndarray) -> float:
     """e = sum_c v_c P(c), P over the grade tokens (docs/methods.md 1.5)."""
     return float(np.exp(_log_softmax(logits)) @ grades)
-
-
-@contextlib.contextmanager
-def _memory(tokens: int, name: str) -> Iterator[None]:
-    """Running out of memory as one clear line."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
-            raise
-        raise AlroFastError(
-            f"{name}: not enough memory for a forward pass of {tokens} tokens; lower the token budget, the shuffles or "
-            "the history length"
-        ) from error

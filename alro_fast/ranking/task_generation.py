@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..prompts.recranker import TOP, Ask
 from .generation import Generated, mentions, write_answers
 from .hybrid import constants_of, pairs_of, places_of, utilities, win_shares
 from .orders import generator_of, unlabelled
-from ..prompts.recranker.prompts import TOP, Ask
 
 if TYPE_CHECKING:
     from ..data.records import RankingList

@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ..modeling.packing import Branch, Tree
+from ..prompts.recranker import Ask, TaskPrompts
 from .hybrid import HYBRIDS, constants_of, pairs_of, utilities, win_shares
 from .orders import Ranking, generator_of, make_ranking, slide
-from ..modeling.packing import Branch, Tree
-from ..prompts.recranker.prompts import Ask, TaskPrompts
 
 if TYPE_CHECKING:
     from ..data.records import RankingList
-    from .ranker import Ranker
+    from ..prompts.recranker import RecRankerPrompts
+    from .reading import BranchReader
 
 TASK_METHODS = ("pointwise", "pairwise", "listwise", "hybrid")
 
@@ -52,7 +53,8 @@ class Reading(NamedTuple):
 
 
 def read_tasks(
-    ranker: Ranker,
+    reader: BranchReader,
+    prompts: RecRankerPrompts,
     lists: Sequence[RankingList],
     presented: Sequence[np.ndarray],
     method: str = "hybrid",
@@ -67,7 +69,7 @@ def read_tasks(
     itself, and `named` is minus the place.
     """
     wanted = {name: method in (name, "hybrid") for name in TASK_METHODS}
-    most = ranker.prompts.max_candidates
+    most = prompts.max_candidates
     asks, pairs = [], []
     for entry, shown in zip(lists, presented, strict=True):
         m = len(entry.candidates)
@@ -81,41 +83,43 @@ def read_tasks(
                 shown.tolist() if wanted["listwise"] and m <= most else (),
             )
         )
-    prompts = ranker.prompts.encode(asks)
+    encoded = prompts.encode(asks)
     groups, tokens = [], []
-    for entry, made in zip(lists, prompts, strict=True):
-        pages = _questions(made, ranker.prompts.grade_ids, ranker.prompts.choice_ids)
+    for entry, made in zip(lists, encoded, strict=True):
+        pages = _questions(made, prompts.grade_ids, prompts.choice_ids)
         trees = []
         for page, branches in zip((made.rated_ids, made.liked_ids), pages, strict=True):
             if branches:
-                ranker.check_length(entry, max(len(page) + len(ids) for ids, _, _ in branches))
+                reader.check_length(entry, max(len(page) + len(ids) for ids, _, _ in branches))
                 tree = [Branch(page + ids, len(page) + start) for ids, start, _ in branches]
                 trees.append(Tree(tree, name=f"list {entry.list_id}"))
                 tokens += [asked for _, _, asked in branches]
         groups += [trees] if trees else []  # a lone candidate is in no pair
-    read = iter(ranker.read_branches(groups, tokens))
-    values = np.asarray(ranker.prompts.grade_values, dtype=np.float64)
+    read = iter(reader.read(groups, tokens))
+    values = np.asarray(prompts.grade_values, dtype=np.float64)
     readings = [
         _reading(made, ask, drawn, wanted, read, values)
-        for made, ask, drawn in zip(prompts, asks, pairs, strict=True)
+        for made, ask, drawn in zip(encoded, asks, pairs, strict=True)
     ]  # fmt: skip
     if wanted["listwise"]:
         for n, entry in enumerate(lists):
             if len(entry.candidates) > most:
-                readings[n] = readings[n]._replace(named=_named_by_windows(ranker, entry, presented[n]))
+                readings[n] = readings[n]._replace(named=_named_by_windows(reader, prompts, entry, presented[n]))
     return readings
 
 
-def _named_by_windows(ranker: Ranker, entry: RankingList, presented: np.ndarray) -> np.ndarray:
+def _named_by_windows(
+    reader: BranchReader, prompts: RecRankerPrompts, entry: RankingList, presented: np.ndarray
+) -> np.ndarray:
     """Minus the listwise place, [B, m], of every candidate of a long list, whose every presentation is slid over."""
 
     def rank(parts: list[RankingList]) -> list[Ranking]:
         shown = [np.arange(len(part.candidates))[None] for part in parts]
-        readings = read_tasks(ranker, parts, shown, "listwise")
+        readings = read_tasks(reader, prompts, parts, shown, "listwise")
         return [make_ranking(*each, reading.named, "mean") for *each, reading in zip(parts, shown, readings)]
 
     named = np.empty(presented.shape)
-    slid = slide([entry.select(order) for order in presented], ranker.prompts.max_candidates, rank)
+    slid = slide([entry.select(order) for order in presented], prompts.max_candidates, rank)
     for row, order, ranking in zip(named, presented, slid, strict=True):
         row[order] = ranking.scores
     return named

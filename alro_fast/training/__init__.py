@@ -1,0 +1,1 @@
+"""Training runs: parsing, the Trainer, stages, checkpoints."""

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from ..errors import AlroFastError
 
 if TYPE_CHECKING:
-    from .config import Config
     from ..data.lists import PreparedData
+    from .config import Config
 
 RESUMABLE = {  # options that may differ between a checkpoint and the run that resumes it
     "output_dir", "dry_run", "overwrite_output_dir", "report_to", "disable_tqdm", "logging_steps", "save_total_limit",

@@ -1,4 +1,4 @@
-"""Log-probabilities of answers: computed in packed forwards, and kept on disk for a reference that never changes.
+"""Log-probabilities of a reference that never changes, kept on disk.
 
 A file of reference log-probabilities names the model, the answers and the precision it was made with; one of another
 model, of other data, or computed in another precision than the run's, is refused.
@@ -8,72 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from ..modeling.attention import tree_hidden_states
 from ..errors import AlroFastError
 from ..modeling.lm_head import head_of
+from ..modeling.logprobs import Autocast, answer_logprobs
 from ..objectives.base import Example
-from ..objectives.dmpo import token_logprobs
-from ..modeling.packing import Tree, collate, plan_batches
+from ..objectives.dmpo import ReferenceTable
 
-Autocast = Callable[[], AbstractContextManager]
 FORMAT = "alro_fast reference log-probabilities 1"
-
-
-@torch.no_grad()
-def answer_logprobs(
-    model: nn.Module,
-    trees: Sequence[Tree],
-    token_budget: int = 8192,
-    backend: str = "auto",
-    autocast: Autocast = nullcontext,
-) -> list[np.ndarray]:
-    """Per tree, the summed log-probability of every branch's answer: float64 [branches] each. The model in eval mode.
-
-    A tree over the budget gets a forward of its own. autocast: a context around the trunk, as training has; the head is
-    outside.
-    """
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    sums: list[np.ndarray] = [np.empty(0)] * len(trees)
-    sizes = [tree.num_tokens for tree in trees]
-    head = head_of(model)
-    for indices in plan_batches(sizes, max(token_budget, *sizes)) if sizes else []:
-        packed = collate(trees, indices).to(device)
-        with autocast():
-            hidden = tree_hidden_states(model, packed)
-        rows = token_logprobs(hidden.to(head.weight.dtype), head, packed, backend).double().cpu().numpy()
-        for place, index in enumerate(indices):
-            offsets = packed.branch_rows[place]
-            sums[index] = np.add.reduceat(rows[: offsets[-1]], offsets[:-1])
-    model.train(training)
-    return sums
-
-
-class ReferenceTable:
-    """Summed answer log-probabilities by record: float32 [branches] for every list_id."""
-
-    def __init__(self, values: dict[str, Tensor]) -> None:
-        self.values = values
-
-    def of(self, example: Example) -> Tensor:
-        """Those of one example; AlroFastError when it is not among the records the table was made for."""
-        found = self.values.get(example.source.list_id)
-        if found is None or len(found) != len(example.tree.ids):
-            raise AlroFastError(
-                f"no reference log-probabilities for {example.source.list_id}: they were computed for other data; "
-                "compute them again"
-            )
-        return found
 
 
 def reference_table(

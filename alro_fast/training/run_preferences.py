@@ -14,20 +14,20 @@ from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
 
-from .config import Config
 from ..data.lists import PreparedData
 from ..data.negatives import Negatives, positive
 from ..data.preferences import Preference, read_preferences
 from ..data.records import Item, RankingList
 from ..errors import AlroFastError
+from ..evaluation.preference_metrics import Scored, preference_metrics
 from ..evaluation.preferences import measure, save, score_preferences, table
-from ..run_folder import check_writable
 from ..objectives.base import Example, Objective, build_objective
 from ..objectives.dmpo import check_answers
-from ..evaluation.preference_metrics import Scored, preference_metrics
 from ..prompts.preference import PreferencePrompts
+from ..run_folder import check_writable
+from .config import Config
 from .reference_logprobs import ReferenceTable, reference_table
-from ..train import Run, prepare
+from .run import Run, prepare
 
 MINED = "mined_negatives.json"  # in checkpoints: item indices by list_id, and the epoch they were chosen for
 WATCHED = ("pair_accuracy", "user_auc", "hit@1")

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .config import Config
 from ..data.records import RankingList
 from ..errors import AlroFastError
 from ..objectives.base import Objective, build_objective
+from ..prompts.recranker import RecRankerPrompts
 from ..ranking.orders import Ranking
-from ..prompts.recranker.prompts import RecRankerPrompts
 from ..ranking.ranker import Ranker
 from ..ranking.tasks import TASK_METHODS
-from ..train import Run
+from .config import Config
+from .run import Run
 
 
 class RecRankerRun(Run):

@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import AlroFastError
-from ..run_folder import ADAPTER, ADAPTER_CONFIG, MERGED_BASE, adapter_config
 from ..modeling.loading import LOAD_ERRORS, recorded_base, same_base
 from ..objectives.base import REGISTRY
+from ..run_folder import ADAPTER, ADAPTER_CONFIG, MERGED_BASE, adapter_config
 
 if TYPE_CHECKING:
     from .config import Config

@@ -22,13 +22,13 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from ..modeling.attention import tree_hidden_states
-from .config import RankerTrainingArguments
 from ..data.records import RankingList
 from ..errors import AlroFastError
+from ..modeling.attention import tree_hidden_states
 from ..modeling.lm_head import head_of
-from ..objectives.base import Batch, Example, LossTerm, Objective
 from ..modeling.packing import PackedBatch, collate, plan_batches
+from ..objectives.base import Batch, Example, LossTerm, Objective
+from ..options import RankerTrainingArguments
 
 logger = logging.getLogger(__name__)
 SIZING_CHUNK = 512

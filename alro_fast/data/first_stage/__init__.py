@@ -1,0 +1,1 @@
+"""RecRanker's first stage: a retriever's lists with hints for sampled users."""

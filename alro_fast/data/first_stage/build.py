@@ -7,20 +7,22 @@ lists are functions of the training ratings of likes.py alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 
-from ...errors import AlroFastError
-from ..sources.interactions import Interactions
-from .likes import MIN_LIKES, LikeSplit, split_likes
-from .list_maker import ListMaker
-from ..lists import TARGET_SCHEMA, train_statistics
-from .rating_model import FoldedModels
+from ..lists import TARGET_SCHEMA, seen_frame, train_statistics, write_prepared
+from ..prepared import FileOptions, Stages, check_output, manifest_of, read_files
 from ..records import RankingList
-from .retrieval import (Retrieved, Retriever, RetrieverOptions, fit_retriever, need_libraries, resolve, retrieval_metrics, retrieve, seen_items)
+from ..sources.interactions import Interactions
+from ..windows import TIE_RULE
+from .likes import LIKE_SPLIT_RULE, LikeSplit, split_likes
+from .list_maker import ListMaker
+from .options import HintOptions
+from .rating_model import FoldedModels
+from .retrieval import Retrieved, Retriever, fit_retriever, need_libraries, retrieval_metrics, retrieve, seen_items
 from .sampling import UserSample, candidates_for_sampling, describe, sample_users
 
 TRAIN_RULE = (
@@ -42,32 +44,6 @@ HINT_RULE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class HintOptions:
-    """How a first stage is run and its lists are made."""
-
-    retriever: str = "als"
-    num_candidates: int = 10  # of a list
-    num_samples: int = 5000  # draws of users, a draw is one choice list
-    like: float = 4.0  # ratings from here on are likes
-    min_likes: int = MIN_LIKES  # a user with fewer has no targets
-    dislike: float = 2.0  # ratings up to here are dislikes (shown as such in prompts)
-    history_length: int = 50
-    folds: int = 5  # of the training ratings, for hints
-    choice_lists_only: bool = False
-    seed: int = 0
-    of_retriever: RetrieverOptions = field(default_factory=RetrieverOptions)
-
-    def __post_init__(self) -> None:
-        lowest = {"num_candidates": 2, "num_samples": 1, "history_length": 1, "min_likes": 2, "folds": 2, "seed": 0}
-        for name, least in lowest.items():
-            if getattr(self, name) < least:
-                raise AlroFastError(f"--{name} {getattr(self, name)} is too small; at least {least} is needed")
-        if not self.dislike < self.like:
-            raise AlroFastError(f"--dislike {self.dislike:g} is not below --like {self.like:g}")
-        resolve(self.retriever, self.of_retriever)
-
-
 class Hinted(NamedTuple):
     """What write_prepared takes (items, lists, targets), counts and figures for the manifest, the sample for a plot."""
 
@@ -80,6 +56,30 @@ class Hinted(NamedTuple):
     hint_error: float
     sample: UserSample
     like_count: np.ndarray
+
+
+def prepare_hinted(files: FileOptions, options: HintOptions) -> tuple[Hinted, Stages]:
+    """Download if need be, read, `build_hinted`, write; a line for every stage. Returns the stages' printer too."""
+    need_libraries()
+    recorded = asdict(options) | files.recorded
+    check_output(files, recorded)
+    stage = Stages()
+    interactions = read_files(files, stage)
+    built = build_hinted(interactions, options, stage.notice, stage.done)
+    lists = ", ".join(f"{split} {count:,}" for split, count in built.counts["lists"].items())
+    stage.done(f"made lists: {lists}")
+    rules = {"tie_rule": TIE_RULE, "split_rule": LIKE_SPLIT_RULE, "train_rule": TRAIN_RULE, "order_rule": EVAL_RULE}
+    manifest = manifest_of(
+        files, interactions, recorded, options.seed, rules | {"hint_rule": HINT_RULE}, built.counts
+    ) | {
+        "retriever": built.retriever,
+        "retrieval": built.retrieval,
+        "hint_rmse": built.hint_error,
+        "sampling": describe(built.sample, built.like_count),
+    }  # fmt: skip
+    seen = seen_frame(interactions.user, interactions.item, interactions.user_ids)
+    write_prepared(files.output_dir, built.items, built.lists, manifest, built.targets, seen)
+    return built, stage
 
 
 def build_hinted(
@@ -185,8 +185,3 @@ def _notices_of_split(split: LikeSplit, options: HintOptions, notice: Callable[[
         notice(f"{few}: no targets, all their ratings train")
     if not (split.rating <= options.dislike).any():
         notice(f"no training rating is --dislike {options.dislike:g} or less: no prompt shows disliked items")
-
-
-def sample_figures(built: Hinted) -> dict[str, Any]:
-    """The sample in numbers, see sampling.describe."""
-    return describe(built.sample, built.like_count)

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ...errors import AlroFastError
+from ..records import Item, RankingList
 from ..sources.interactions import Interactions
 from .likes import LikeSplit
 from .rating_model import FoldedModels
-from ..records import Item, RankingList
 from .retrieval import Retrieved
 
 if TYPE_CHECKING:
-    from .build import HintOptions
+    from .options import HintOptions
 
 TOP_SHARE = 0.6  # of a choice list's rated half: 3 of 5 carry the top rating, 2 the next one
 
@@ -33,7 +33,7 @@ class Drawn(NamedTuple):
 
 
 class ListMaker:
-    """Rows of a LikeSplit -> ranking lists with hints, by TRAIN_RULE and EVAL_RULE of hinted.py."""
+    """Rows of a LikeSplit -> ranking lists with hints, by TRAIN_RULE and EVAL_RULE of build.py."""
 
     def __init__(self, interactions: Interactions, split: LikeSplit, models: FoldedModels, options: HintOptions):
         self.split, self.models, self.options = split, models, options

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...errors import AlroFastError
-from .likes import LikeSplit
 from ..windows import splitmix64
+from .likes import LikeSplit
 
 FACTORS, ROUNDS = 8, 8
 BIAS_RIDGE, FACTOR_RIDGE = 4.0, 12.0  # added to the normal equations: as many ratings that say "the mean"

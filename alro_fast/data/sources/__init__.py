@@ -1,0 +1,1 @@
+"""Raw ratings from files: readers, downloads, one table of interactions."""

@@ -12,7 +12,17 @@ import numpy as np
 import polars as pl
 
 from ...errors import AlroFastError
-from .readers import (AMAZON_COLUMNS, Columns, RawData, polars_errors, read_amazon, read_ml_1m, read_ml_100k, read_movielens_csv, read_table)
+from .readers import (
+    AMAZON_COLUMNS,
+    Columns,
+    RawData,
+    polars_errors,
+    read_amazon,
+    read_ml_1m,
+    read_ml_100k,
+    read_movielens_csv,
+    read_table,
+)
 
 MOVIELENS = {  # name -> ratings file, item file, official counts of ratings, users and movies
     "ml-100k": ("u.data", "u.item", (100_000, 943, 1_682)),

@@ -1,7 +1,7 @@
 """The CPU backend: the vectorised kernels of csrc/ (module `alro_fast._cpp`), float32 and bfloat16.
 
-Functions, shapes and formulas are those of `alro_fast.ops.backends.eager`. Each call uses `torch.get_num_threads()` threads
-that end with it (nothing to lose in a fork) and gives equal bits for an equal number of threads.
+Functions, shapes and formulas are those of `alro_fast.ops.backends.eager`. Each call uses `torch.get_num_threads()`
+threads that end with it (nothing to lose in a fork) and gives equal bits for an equal number of threads.
 """
 
 from __future__ import annotations

@@ -25,10 +25,10 @@ from ...errors import AlroFastError
 from ..encoding import Encoder, Pieces, line_start
 from ..identifiers import LETTERS, Answers, item_labels, labels_in_context, prove_answers
 from ..line import clean, marker_pattern
-from .sentence import Sentence
-from .task_template import TaskTemplate, load_task_template, parse_task_template
 from ..template import TEMPLATE_FILE, placeholders, save_settings
 from ..turns import find_turns
+from .sentence import Sentence
+from .task_template import TaskTemplate, load_task_template, parse_task_template
 
 SETTINGS_FILE = "recranker.json"
 IDENTIFIERS = ("letters", "items", "titles")

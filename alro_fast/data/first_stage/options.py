@@ -1,0 +1,35 @@
+"""Options of a first stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ...errors import AlroFastError
+from .likes import MIN_LIKES
+from .retrieval import RetrieverOptions, resolve
+
+
+@dataclass(frozen=True, slots=True)
+class HintOptions:
+    """How a first stage is run and its lists are made."""
+
+    retriever: str = "als"
+    num_candidates: int = 10  # of a list
+    num_samples: int = 5000  # draws of users, a draw is one choice list
+    like: float = 4.0  # ratings from here on are likes
+    min_likes: int = MIN_LIKES  # a user with fewer has no targets
+    dislike: float = 2.0  # ratings up to here are dislikes (shown as such in prompts)
+    history_length: int = 50
+    folds: int = 5  # of the training ratings, for hints
+    choice_lists_only: bool = False
+    seed: int = 0
+    of_retriever: RetrieverOptions = field(default_factory=RetrieverOptions)
+
+    def __post_init__(self) -> None:
+        lowest = {"num_candidates": 2, "num_samples": 1, "history_length": 1, "min_likes": 2, "folds": 2, "seed": 0}
+        for name, least in lowest.items():
+            if getattr(self, name) < least:
+                raise AlroFastError(f"--{name} {getattr(self, name)} is too small; at least {least} is needed")
+        if not self.dislike < self.like:
+            raise AlroFastError(f"--dislike {self.dislike:g} is not below --like {self.like:g}")
+        resolve(self.retriever, self.of_retriever)

@@ -1,0 +1,191 @@
+"""Files of ratings -> a folder of prepared lists: what `prepare` and `first_stage` share, and `prepare` itself."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from ..errors import AlroFastError
+from .lists import check_output_folder, read_manifest, seen_frame, write_prepared
+from .sources.download import LICENCES, cache_folder, download
+from .sources.interactions import DATASETS, TABLES, Interactions, read_interactions
+from .sources.readers import NO_TIME, Columns
+from .windows import ORDER_RULE, SPLIT_RULE, TIE_RULE, ListOptions, build_lists
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """What to read and where to write; meanings as `add_file_options` gives them."""
+
+    dataset: str
+    output_dir: Path
+    overwrite_output_dir: bool = False
+    raw_dir: Path | None = None
+    accept_licence: bool = False
+    allow_altered: bool = False
+    ratings_file: Path | None = None
+    items_file: Path | None = None
+    separator: str | None = None
+    columns: Columns = field(default_factory=Columns)
+    duplicates: str = "error"
+    untitled: str = "keep"
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Self:
+        """Those of a command line parsed with `add_file_options`."""
+        columns = Columns(**{f.name: getattr(arguments, f"{f.name}_column") for f in fields(Columns)})
+        return cls(**{f.name: getattr(arguments, f.name) for f in fields(cls) if f.name != "columns"}, columns=columns)
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """Those that decide what is read, for the manifest."""
+        return {
+            "columns": {name: column for name, column in asdict(self.columns).items() if column},
+            "separator": self.separator,
+            "duplicates": self.duplicates,
+            "untitled": self.untitled,
+        }
+
+
+def prepare_lists(files: FileOptions, options: ListOptions) -> None:
+    """Download if need be, read, cut into lists, write; a line for every stage.
+
+    Raises AlroFastError for files that cannot be read, or an output folder that holds something else.
+    """
+    recorded = asdict(options) | files.recorded
+    check_output(files, recorded)
+
+    stage = Stages()
+    interactions = read_files(files, stage)
+
+    built = build_lists(interactions, options, notice=stage.notice)
+    lists = ", ".join(f"{split} {count:,}" for split, count in built.counts["lists"].items())
+    stage.done(f"cut lists: {lists}; users skipped: {built.counts['users_skipped']:,}")
+
+    rules = {"tie_rule": TIE_RULE, "split_rule": SPLIT_RULE, "order_rule": ORDER_RULE}
+    manifest = manifest_of(files, interactions, recorded, options.seed, rules, built.counts)
+    seen = seen_frame(interactions.user, interactions.item, interactions.user_ids)
+    write_prepared(files.output_dir, built.items, built.lists, manifest, seen=seen)
+    stage.done(f"wrote {files.output_dir}")
+
+
+def add_file_options(parser: argparse.ArgumentParser) -> None:
+    """What data to read and where to write: shared by the commands that turn ratings into lists."""
+    parser.add_argument("--dataset", required=True, choices=DATASETS)
+    parser.add_argument("--output_dir", required=True, type=Path, help="folder for the lists")
+    parser.add_argument(
+        "--overwrite_output_dir", action="store_true", help="replace lists made with other options (nothing else)"
+    )
+    files = parser.add_argument_group("files")
+    files.add_argument("--raw_dir", type=Path, help="folder of the files; without it MovieLens ones are fetched")
+    files.add_argument("--accept_licence", action="store_true", help="you have read the terms of a downloaded data set")
+    files.add_argument("--allow_altered", action="store_true", help="accept MovieLens files that are not as published")
+    files.add_argument("--ratings_file", type=Path, help="the ratings (csv, parquet), or the reviews to choose")
+    files.add_argument("--items_file", type=Path, help="titles and categories by item (optional for csv, parquet)")
+    files.add_argument("--separator", help="of a CSV file; default ',' (.tsv: tab)")
+    for name, what in (
+        ("user", "user ids"),
+        ("item", "item ids, in the ratings and the item file"),
+        ("rating", "ratings, numbers"),
+        (
+            "time",
+            f"timestamps: whole numbers, or dates in Parquet; {NO_TIME}: a table without times, ordered at random",
+        ),
+        ("title", "titles"),
+        ("category", "categories, shown beside the title"),
+    ):
+        files.add_argument(f"--{name}_column", metavar="NAME", help=f"column of {what}")
+    files.add_argument(
+        "--duplicates", choices=("error", "drop"), default="error", help="rows equal in user, item and time"
+    )
+    files.add_argument("--untitled", choices=("keep", "drop"), default="keep", help="items without a title")
+
+
+def read_files(files: FileOptions, stage: Stages) -> Interactions:
+    """Download if need be, read and check."""
+    raw_dir = files.raw_dir
+    if raw_dir is None and files.ratings_file is None and files.dataset not in TABLES:
+        folder = cache_folder(files.dataset)
+        raw_dir = download(files.dataset, folder, accept_licence=files.accept_licence)
+        stage.done(f"files of {files.dataset} at {raw_dir}")
+    interactions = read_interactions(
+        files.dataset,
+        raw_dir,
+        ratings_file=files.ratings_file,
+        items_file=files.items_file,
+        columns=files.columns,
+        separator=files.separator,
+        duplicates=files.duplicates,
+        untitled=files.untitled,
+        allow_altered=files.allow_altered,
+        notice=stage.notice,
+    )
+    counts = interactions.counts
+    stage.done(f"read {counts['ratings']:,} ratings, {counts['users']:,} users, {counts['items']:,} items")
+    return interactions
+
+
+def check_output(files: FileOptions, recorded: Mapping[str, Any]) -> None:
+    """AlroFastError when the output folder cannot be written, or holds lists made with other options."""
+    check_output_folder(files.output_dir)
+    manifest = read_manifest(files.output_dir)
+    if manifest is None or files.overwrite_output_dir:
+        return
+    if manifest.get("dataset") != files.dataset or manifest.get("options") != recorded:
+        raise AlroFastError(
+            f"output folder {files.output_dir} holds lists made from {manifest.get('dataset')} with other options; "
+            "choose another, or pass --overwrite_output_dir"
+        )
+
+
+def manifest_of(
+    files: FileOptions,
+    interactions: Interactions,
+    recorded: Mapping[str, Any],
+    seed: int,
+    rules: Mapping[str, str],
+    counts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Where lists come from and how they were made."""
+    licence = LICENCES.get(files.dataset)
+    return {
+        "dataset": files.dataset,
+        "licence": {"name": licence.name, "url": licence.url, "terms": licence.terms} if licence else None,
+        "sources": list(interactions.sources),
+        "options": dict(recorded),
+        "seed": seed,
+        **rules,
+        "time_unit": interactions.time_unit,
+        "rating_values": rating_values(interactions.rating),
+        "counts": interactions.counts | dict(counts),
+    }
+
+
+class Stages:
+    """Prints a numbered line, with its time, for every stage done, and the notices in between."""
+
+    def __init__(self) -> None:
+        self.number, self.started = 0, time.perf_counter()
+
+    def done(self, what: str) -> None:
+        now = time.perf_counter()
+        self.number += 1
+        print(f"[{self.number}] {what} ({now - self.started:.1f} s)", flush=True)
+        self.started = now
+
+    def notice(self, what: str) -> None:
+        print(f"    note: {what}", flush=True)
+
+
+def rating_values(ratings: np.ndarray) -> list[float] | dict[str, float]:
+    """The rating scale: its values, or its range where there are many."""
+    values = np.unique(ratings)
+    if len(values) <= 100:
+        return values.tolist()
+    return {"min": float(values[0]), "max": float(values[-1])}

@@ -1,0 +1,261 @@
+"""The options of `alro_fast.train`, as dataclasses: a field is a command-line flag is a YAML key.
+
+`training/config.py` parses them; every room may read them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations, is_deepspeed_available
+
+from .errors import AlroFastError
+
+
+def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    """A dataclass field with its help text."""
+    return field(default=default, metadata={"help": help} | ({"choices": list(choices)} if choices else {}))
+
+
+@dataclass
+class ModelArguments:
+    """The base model and its adapter."""
+
+    model_name_or_path: str = option(
+        "demo", "Base model: a folder or hub id, `demo` (shipped, tiny) or `scratch` (random, sized by --scratch_*)."
+    )
+    dtype: str = option(
+        "auto",
+        "Type of the base weights. auto: bfloat16 on CUDA, float32 on the CPU.",
+        ["auto", "float32", "bfloat16"],
+    )
+    trust_remote_code: bool = option(False, "Run code that comes with the model.")
+    use_peft: bool = option(True, "Train a LoRA adapter. false: train every weight.")
+    lora_r: int = option(16, "Rank of the LoRA matrices.")
+    lora_alpha: int = option(32, "LoRA scale: updates are multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = option(0.0, "Dropout before the LoRA matrices, 0..1.")
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Modules to adapt: names, or all-linear."}
+    )
+    init_adapter: str | None = option(
+        None, "Adapter folder of an earlier stage: merged into the base, which a new adapter is trained over."
+    )
+    stage_adapter: str = option(
+        "stacked",
+        "With init_adapter. stacked: the output is one adapter over the original base, both in one; merged: an "
+        "adapter over a merged base, which is written beside it.",
+        ["stacked", "merged"],
+    )
+    scratch_hidden_size: int = option(128, "Width of a `scratch` model.")
+    scratch_layers: int = option(4, "Layers of a `scratch` model.")
+    scratch_vocab_size: int = option(2048, "Text vocabulary of a `scratch` model's tokenizer, learned from the titles.")
+
+    def __post_init__(self) -> None:
+        if self.init_adapter is not None and not self.use_peft:
+            raise AlroFastError(
+                "--init_adapter goes under a new adapter, which --use_peft false does not train; leave one of them out"
+            )
+        for name in ("lora_r", "lora_alpha", "scratch_hidden_size", "scratch_layers"):
+            _at_least(name, getattr(self, name), 1)
+        if self.scratch_hidden_size % 32:
+            raise AlroFastError(f"--scratch_hidden_size is {self.scratch_hidden_size}; expected a multiple of 32")
+        if not 0 <= self.lora_dropout < 1:
+            raise AlroFastError(f"--lora_dropout is {self.lora_dropout:g}; expected 0 <= lora_dropout < 1")
+
+
+@dataclass
+class DataArguments:
+    """Ranking lists: a prepared folder, or raw ratings to prepare first."""
+
+    data_dir: str | None = option(None, "Folder written by alro_fast.prepare. Leave out to prepare `dataset` first.")
+    dataset: str = option(
+        "demo", "With no data_dir: `demo`, or a dataset name alro_fast.prepare knows (needs raw_dir)."
+    )
+    raw_dir: str | None = option(None, "Folder with the raw files of `dataset`.")
+    history_length: int = option(20, "Rated items shown before a list (when preparing).")
+    list_size: int = option(10, "Candidates in a list (when preparing).")
+    train_stride: int | None = option(
+        None, "Rated items between two training windows (when preparing; default: list_size)."
+    )
+    template: str = option("movies", "Prompt template: the name of a ready one, or a YAML file.")
+    identifiers: str = option(
+        "letters",
+        "How candidates are named: letters of the page, or one token per item; objective recranker: or their titles.",
+        ["letters", "items", "titles"],
+    )
+    answer: str = option(
+        "ranking", "ranking: identifiers in order; ratings: one grade per candidate.", ["ranking", "ratings"]
+    )
+    max_length: int | None = option(
+        None, "Longest prompt plus answer in tokens; longer histories drop their oldest items."
+    )
+    preferences: str | None = option(
+        None, "Preference file (TRL or Alpaca; .json, .jsonl, .parquet) to train on, in place of ranking lists."
+    )
+    eval_preferences: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Preference files to measure before and after training; the first one validates."},
+    )
+    preference_answer: str = option(
+        "titles", "objective dmpo on ranking lists: what an answer is.", ["titles", "identifiers", "pairs"]
+    )
+    num_negatives: int = option(5, "Rejected items beside each positive (objective dmpo on ranking lists).")
+    negatives: str = option(
+        "uniform",
+        "How they are drawn; hardest: the likeliest for the model at the start of each epoch.",
+        ["uniform", "popularity", "hardest"],
+    )
+    negatives_from: str = option(
+        "catalogue",
+        "catalogue: items the user never saw; candidates: the list's own lower-rated ones.",
+        ["catalogue", "candidates"],
+    )
+    max_train_lists: int | None = option(None, "Use at most this many training lists (seeded draw).")
+    max_eval_lists: int | None = option(None, "Use at most this many validation lists during training.")
+    max_test_lists: int | None = option(None, "Use at most this many test lists for the closing table.")
+
+    def __post_init__(self) -> None:
+        for name in ("max_train_lists", "max_eval_lists", "max_test_lists"):
+            _at_least(name, getattr(self, name), 1)
+        cut = [name for name in ("history_length", "list_size", "train_stride") if getattr(self, name) != _CUT[name]]
+        if self.data_dir is not None and self.raw_dir:
+            raise AlroFastError("--raw_dir is for preparing; the lists of --data_dir are prepared: give one of the two")
+        if self.data_dir is None and self.dataset == "demo" and (cut or self.raw_dir):
+            raise AlroFastError(f"--{(cut or ['raw_dir'])[0]} needs a --dataset other than the demo")
+
+
+_CUT = {"history_length": 20, "list_size": 10, "train_stride": None}
+
+
+@dataclass
+class ObjectiveArguments:
+    """What is minimised. docs/methods.md 1.4: loss = cross-entropy + alpha * soft lambda + beta * permutation."""
+
+    objective: str = option("alro", "Training objective.")
+    alpha: float = option(0.5, "Weight of the soft lambda loss.")
+    beta: float = option(0.5, "Weight of the permutation-sensitive loss.")
+    gamma: float | None = option(None, "Sharpness of the soft-argmax. Default: 1 for score=logprob, 10 for prob.")
+    sigma: float = option(1.0, "Slope of the pairwise logistic in the soft lambda loss.")
+    permutations: int = option(1, "Re-ordered presentations per list and step (0: none, and no permutation loss).")
+    score: str = option("logprob", "Score of item i at slot k (docs/methods.md 1.2).", ["logprob", "prob", "logit"])
+    score_space: str = option("candidates", "What scores are normalised over.", ["candidates", "vocab"])
+    psl: str = option("kl", "Distance of the permutation loss (docs/methods.md 1.3).", ["kl", "ce", "symmetric"])
+    psl_space: str = option("candidates", "Distributions compared by the permutation loss.", ["candidates", "vocab"])
+    psl_detach: bool = option(True, "No gradient through the original order's distribution.")
+    dpo_beta: float = option(0.1, "objective dmpo: strength of the preference, times the log-ratio to the reference.")
+    dmpo_variant: str = option(
+        "dmpo",
+        "dmpo: mean over negatives inside the sigmoid; mean_outside: DPO over pairs; sdpo: softmax over negatives; "
+        "mult: several positives.",
+        ["dmpo", "mean_outside", "sdpo", "mult"],
+    )
+    reference_free: bool = option(False, "objective dmpo: leave out the reference model.")
+    ftx: float = option(0.0, "objective dmpo: weight of the cross-entropy of the chosen answer, per token.")
+    precompute_ref_log_probs: bool = option(
+        False, "Compute the reference's log-probabilities once, before training; negatives are then drawn once too."
+    )
+    ref_log_probs: str | None = option(
+        None, "File they are kept in and taken from (.safetensors). Default: reference.safetensors of the output."
+    )
+    resample_negatives: bool = option(True, "Draw the negatives of ranking lists anew every epoch.")
+    task_weights: str = option("1,1,1", "objective recranker: weights of the pointwise, pairwise and listwise task.")
+    points_per_list: int = option(5, "objective recranker: rated candidates of a list that are graded in one epoch.")
+    pairs_per_list: int = option(5, "objective recranker: pairs of a liked and another candidate in one epoch.")
+    position_shifting: bool = option(
+        True, "objective recranker: swap pairs and shuffle candidates and history, anew every epoch."
+    )
+    hybrid: str = option(
+        "code", "objective recranker: utilities of the hybrid, with the constants of the released code or the paper.",
+        ["code", "paper"],
+    )  # fmt: skip
+    backend: str = option("auto", "Backend of the fused ops.", ["auto", "eager", "cpp", "triton"])
+
+    def __post_init__(self) -> None:
+        if self.ref_log_probs is not None and not self.precompute_ref_log_probs:
+            raise AlroFastError("--ref_log_probs is read and written by --precompute_ref_log_probs true; add it")
+        for name in ("alpha", "beta", "ftx", "permutations", "points_per_list", "pairs_per_list"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("gamma", "sigma", "dpo_beta"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise AlroFastError(f"--{name} is {getattr(self, name):g}; expected more than 0, and finite")
+
+
+@dataclass
+class RankerTrainingArguments(TrainingArguments):
+    """transformers.TrainingArguments with batches measured in tokens and defaults for rankers."""
+
+    output_dir: str | None = option(None, "Where the adapter and reports go. Default: the next free out/<recipe name>.")
+    tokens_per_batch: int = option(
+        4096, "Distinct tokens (shared prompts counted once) in one forward pass, per device."
+    )
+    eval_tokens_per_batch: int | None = option(None, "The same for evaluation. Default: tokens_per_batch.")
+    logging_nan_inf_filter: bool = option(
+        False,
+        "Leave losses that are no number out of the log: then they stop no run, and every step waits for the device.",
+    )
+    stages: str | None = option(
+        None, "Objectives one after the other, such as sft,dmpo: each stage starts from the adapter of the one before."
+    )
+    stage_epochs: str | None = option(None, "Epochs of each stage, such as 5,3. Default: num_train_epochs for all.")
+    stage_learning_rates: str | None = option(None, "Learning rate of each stage. Default: learning_rate for all.")
+    dry_run: bool = option(False, "Check everything, print the plan (lists, tokens, steps, memory), train nothing.")
+    overwrite_output_dir: bool = option(False, "Replace an earlier run of alro_fast in output_dir.")
+    learning_rate: float = option(2e-4, "Peak learning rate of AdamW.")
+    lr_scheduler_type: str = option("cosine", "Learning-rate schedule, as in transformers.")
+    warmup_steps: float = option(0.05, "Warm-up steps; below 1: a share of all steps.")
+    num_train_epochs: float = option(3.0, "Passes over the training lists.")
+    logging_steps: float = option(10, "Steps between log lines.")
+    logging_first_step: bool = option(True, "Log the first step too.")
+    save_total_limit: int | None = option(2, "Checkpoints kept.")
+
+    def __post_init__(self) -> None:
+        given, processes = self.output_dir, int(os.environ.get("WORLD_SIZE", 1))
+        if processes > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # without it transformers would start as many runs of one process
+        if self.deepspeed and not is_deepspeed_available():
+            raise AlroFastError("--deepspeed needs the package deepspeed, which is not here: pip install deepspeed")
+        super().__post_init__()
+        if processes != self.world_size:
+            raise AlroFastError(
+                f"{processes} processes were launched, but {self.device} would train in {self.world_size} each; "
+                "add --use_cpu true, or launch one process"
+            )
+        if given is None:  # transformers puts a name of its own; ours is chosen when the run begins
+            self.output_dir = None
+        if str(self.resume_from_checkpoint).lower() in ("none", "false", ""):
+            self.resume_from_checkpoint = None
+        elif str(self.resume_from_checkpoint).lower() == "true":
+            self.resume_from_checkpoint = True
+        self._check_numbers()
+        known = get_available_reporting_integrations() if self.report_to else []
+        for name in self.report_to:
+            if name not in known:
+                raise AlroFastError(
+                    f"--report_to {name} is unknown, or not installed; expected none or {', '.join(known) or 'nothing'}"
+                )
+
+    def _check_numbers(self) -> None:
+        """Those that transformers and torch would stumble over when training has begun."""
+        for name in ("tokens_per_batch", "eval_tokens_per_batch", "gradient_accumulation_steps"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps", "dataloader_num_workers"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("adam_beta1", "adam_beta2"):
+            _at_least(name, getattr(self, name), 0, below=1)
+        for name in ("seed", "data_seed"):
+            _at_least(name, getattr(self, name), 0, below=2**32)
+        if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
+            raise AlroFastError(f"--num_train_epochs is {self.num_train_epochs:g}; expected more than 0, and finite")
+
+
+def _at_least(name: str, value: float | None, least: float, below: float = math.inf) -> None:
+    if value is None or least <= value < below:
+        return
+    upper = "" if value < least else ", and finite" if below == math.inf else f", and below {below:,}"
+    raise AlroFastError(f"--{name} is {value:.12g}; expected at least {least:g}{upper}")

@@ -1,0 +1,96 @@
+"""What a model says after the branches of packed trees: the forward passes under every way to read a ranking."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import AlroFastError
+from ..modeling.attention import tree_hidden_states
+from ..modeling.lm_head import Head, head_of
+from ..modeling.packing import Tree, collate, plan_batches
+from ..ops import linear_logprobs
+from .decoding import token_logits
+
+if TYPE_CHECKING:
+    from ..data.records import RankingList
+
+
+class BranchReader:
+    """A model on tree attention and the tokens of one forward pass (0: every group of trees alone)."""
+
+    def __init__(self, model: nn.Module, token_budget: int) -> None:
+        self.model, self.token_budget = model, token_budget
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def check_length(self, entry: RankingList, tokens: int) -> None:
+        """AlroFastError when a list's longest branch is more than the model reads."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and tokens > limit:
+            raise AlroFastError(
+                f"list {entry.list_id} takes {tokens} tokens, but the model reads at most {limit}; shorten its "
+                "history, or rank fewer candidates"
+            )
+
+    def read(self, groups: list[list[Tree]], tokens: list[list[int] | None]) -> list[np.ndarray]:
+        """What the model says after branch n (branches counted over all trees): float32 logits of `tokens[n]` as a
+        float64 array, its branch having one answer row; or, for None, the log-probability of the branch's own answer.
+
+        Trees of one group go through one forward pass.
+        """
+        firsts = np.cumsum([0, *(sum(len(tree.ids) for tree in group) for group in groups)])
+        sizes = [sum(tree.num_tokens for tree in group) for group in groups]
+        if self.token_budget:
+            plan = plan_batches(sizes, max(self.token_budget, *sizes)) if sizes else []
+        else:
+            plan = [[index] for index in range(len(groups))]
+        found: list[np.ndarray | None] = [None] * len(tokens)
+        head = head_of(self.model)
+        for indices in plan:
+            trees = list(chain.from_iterable(groups[index] for index in indices))
+            numbers = list(chain.from_iterable(range(firsts[index], firsts[index + 1]) for index in indices))
+            with memory_errors(sum(sizes[index] for index in indices), str(trees[0])):
+                batch = collate(trees, range(len(trees))).to(self.device)
+                hidden = tree_hidden_states(self.model, batch)
+                spans = list(chain.from_iterable(pairwise(rows) for rows in batch.branch_rows))
+                chosen = [(n, start) for n, (start, _) in zip(numbers, spans, strict=True) if tokens[n] is not None]
+                if chosen:
+                    rows = [row for _, row in chosen]
+                    logits = token_logits(hidden[rows], head, [tokens[n] for n, _ in chosen])
+                    for (n, _), values in zip(chosen, logits, strict=True):
+                        found[n] = values
+                for n, (start, end) in zip(numbers, spans, strict=True):
+                    if tokens[n] is None:
+                        found[n] = _answer_logprob(hidden[start:end], batch.labels[start:end], head)
+        return found
+
+
+@contextlib.contextmanager
+def memory_errors(tokens: int, name: str) -> Iterator[None]:
+    """Running out of memory as one clear line."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+            raise
+        raise AlroFastError(
+            f"{name}: not enough memory for a forward pass of {tokens} tokens; lower the token budget, the shuffles or "
+            "the history length"
+        ) from error
+
+
+def _answer_logprob(hidden: Tensor, labels: Tensor, head: Head) -> np.ndarray:
+    """Summed log-probability of the labels at these rows, full vocabulary; float64 [1]."""
+    logprobs, _ = linear_logprobs(
+        hidden, head.weight, labels, bias=head.bias, softcap=head.softcap, scale=head.scale
+    )  # fmt: skip
+    return logprobs.double().sum(dim=0, keepdim=True).cpu().numpy()

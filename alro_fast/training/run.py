@@ -1,0 +1,411 @@
+"""One training run on ranking lists: options -> prepared lists -> base and adapter -> objective -> Trainer -> table."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import set_seed
+
+from .. import __version__
+from ..data.demo import make_demo
+from ..data.lists import PreparedData, open_prepared
+from ..data.prepared import FileOptions, prepare_lists
+from ..data.records import RankingList
+from ..data.sources.interactions import TABLES
+from ..data.windows import ListOptions
+from ..errors import AlroFastError
+from ..evaluation.baselines import baseline_scores
+from ..evaluation.report import report_line
+from ..evaluation.targets import evaluate_rankers, has_targets, save_measurement
+from ..modeling.lm_head import head_of
+from ..modeling.loading import add_lora, base_path, load_base, load_tokenizer, make_scratch, resolve_dtype
+from ..objectives.base import Objective, build_objective
+from ..prompts import PromptBuilder, add_item_tokens
+from ..ranking.orders import Ranking
+from ..ranking.ranker import Ranker
+from ..run_folder import check_writable
+from .checkpoints import check_same_data, find_checkpoint
+from .config import Config
+from .stages import merge_adapter, stack_adapters, write_merged_base
+from .trainer import NonFiniteLoss, RankerTrainer, TreeDataset
+
+LEFT_BY_A_RUN = (  # what --overwrite_output_dir may remove
+    "checkpoint-*", "runs", "data", "plots", "evaluation", "[1-9]-*", "merged_base", "base", "references*",
+    "config.yaml", "*.json", "*.jsonl", "*.safetensors", "*.trec", "README.md", "report.html", "prompt_template.yaml",
+    "training_args.bin", "tokenizer*", "chat_template.jinja", "merges.txt", "vocab.*",
+)  # fmt: skip
+
+BEFORE_THE_FIRST_STEP = {"config.yaml", "data", "reference.safetensors"}
+
+
+class Run:
+    """One training run, checked and built; `train()` starts it."""
+
+    def __init__(self, config: Config) -> None:
+        self.settle(config)
+        self.config, self.training = config, config.training
+        self.made: list[Path] = []  # the output folder, and those above it, where they are new
+        try:
+            self.build()
+        except AlroFastError:
+            self.unmake()
+            raise
+
+    @staticmethod
+    def settle(config: Config) -> None:
+        """Set options that follow from others; AlroFastError for those that do not go together."""
+
+    @staticmethod
+    def given(config: Config) -> PreparedData | None:
+        """The data that a run begins with, checked; None where it has yet to be prepared."""
+        return None if config.data.data_dir is None else open_prepared(config.data.data_dir)
+
+    def build(self) -> None:
+        """Everything up to the Trainer."""
+        config = self.config
+        with self.training.main_process_first(local=False):  # the others find the folder claimed and the data prepared
+            self.folder = claim_folder(config)
+            self.checkpoint = find_checkpoint(config, self.folder)
+            self.prepared = self.prepare()
+        check_same_data(self.checkpoint, self.prepared)
+        set_seed(self.training.seed)
+        limits = {
+            "train": config.data.max_train_lists,
+            "valid": config.data.max_eval_lists,
+            "test": config.data.max_test_lists,
+        }
+        self.lists = {name: draw(lists, limits[name], self.training.seed) for name, lists in self.splits().items()}
+        if not self.lists["train"]:
+            raise AlroFastError(f"{self.prepared.path} holds no training lists; prepare it with a smaller --list_size")
+        self.model, self.tokenizer = self.build_model()
+        self.objective = self.build_objective()
+        show = not self.training.disable_tqdm
+        self.datasets = {name: TreeDataset(self.asked(name), self.objective, show) for name in ("train", "valid")}
+        self.trainer = RankerTrainer(
+            self.model,
+            self.training,
+            self.objective,
+            self.datasets["train"],
+            self.datasets["valid"],
+            evaluate_ranking=self.validate if len(self.lists["valid"]) else None,
+            save_extras=self.save_extras,
+            callbacks=[NonFiniteLoss()],
+            processing_class=self.tokenizer,
+        )
+
+    def unmake(self) -> None:
+        """Leave no folder of a run that was a mistake."""
+        if self.made:
+            shutil.rmtree(self.made[0], ignore_errors=True)
+            with contextlib.suppress(OSError):  # somebody else's files are there by now
+                for folder in self.made[1:]:
+                    folder.rmdir()
+
+    @property
+    def answers(self) -> str:
+        """What an answer is, for the plan."""
+        return self.config.data.answer
+
+    def splits(self) -> dict[str, Sequence[RankingList]]:
+        """What to train, validate and test on."""
+        return {split: self.prepared.lists(split) for split in ("train", "valid", "test")}
+
+    def asked(self, split: str) -> Sequence[RankingList]:
+        """The lists of a split that the loss is taken over."""
+        return self.lists[split]
+
+    def build_prompts(self) -> PromptBuilder:
+        data = self.config.data
+        return PromptBuilder(
+            self.tokenizer, data.template, identifiers=data.identifiers, max_length=data.max_length,
+            items=self.prepared.items,
+        )  # fmt: skip
+
+    def build_objective(self) -> Objective:
+        """The objective, and the ranker that measures it."""
+        config = self.config
+        self.builder = self.build_prompts()
+        self.ranker = Ranker(self.model, self.tokenizer, self.builder, answer=config.data.answer)
+        return build_objective(config.objective, self.builder, answer=config.data.answer, seed=self.training.seed)
+
+    def prepare(self) -> PreparedData:
+        """The prepared lists. A dry run, and a run that will replace another, work in a folder that vanishes: nothing
+        of the old run is touched before everything is checked."""
+        work = self.folder
+        self._aside = None
+        if self.training.dry_run or (begun(work) and self.checkpoint is None):
+            near = None if self.training.dry_run else work.parent
+            self._aside = tempfile.TemporaryDirectory(prefix=".alro_fast-", dir=near)
+            work = Path(self._aside.name)
+            if self.training.dry_run:
+                self.training.output_dir = str(work)
+        elif self.training.process_index == 0:
+            self.made = [path for path in (work, *work.parents) if not path.exists()]
+            work.mkdir(parents=True, exist_ok=True)
+            self.save_config(work)
+        return self.load(work)
+
+    def take_over(self) -> None:
+        """Remove the run that this one replaces, and move the data prepared meanwhile to where it stood."""
+        if self._aside is None or self.training.process_index:
+            return
+        made = Path(self._aside.name) / "data"
+        for path in self.folder.iterdir():
+            if path.name == "data" and not made.is_dir():
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if made.is_dir():
+            shutil.move(made, self.folder / "data")
+            self.prepared.path = self.folder / "data"
+        self._aside.cleanup()
+        self.save_config(self.folder)
+
+    def load(self, work: Path) -> PreparedData:
+        """The prepared lists; prepared below `work` where they are not yet."""
+        return prepare(self.config, work)
+
+    def build_model(self) -> tuple[Any, Any]:
+        """The base model with its adapter, and the tokenizer."""
+        options, training = self.config.model, self.training
+        items_named = self.config.data.identifiers == "items"
+        if items_named and options.use_peft:
+            raise AlroFastError(
+                "--identifiers items adds a token per item, which an adapter cannot learn; add --use_peft false"
+            )
+        if options.model_name_or_path == "scratch":
+            if options.use_peft:
+                raise AlroFastError("--model_name_or_path scratch has nothing to adapt; add --use_peft false")
+            model, tokenizer = make_scratch(options, self.prepared.items, training.seed)
+        else:
+            dtype = resolve_dtype(options.dtype)
+            tokenizer = load_tokenizer(options.model_name_or_path, options.trust_remote_code)
+            model = load_base(options.model_name_or_path, dtype, options.trust_remote_code)
+            if options.init_adapter is not None:
+                model = merge_adapter(model, options.init_adapter, base_path(options.model_name_or_path))
+        if items_named:
+            add_item_tokens(tokenizer, len(self.prepared.items))
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        if options.use_peft:
+            model = add_lora(model, options)
+            model.enable_input_require_grads() if training.gradient_checkpointing else None
+        return model, tokenizer
+
+    def describe(self) -> None:
+        """The plan, before anything is trained."""
+        data, training, steps = self.datasets["train"], self.training, self.trainer.planned_steps()
+        tokens = sum(data.sizes)
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.model.parameters())
+        splits = ", ".join(f"{len(lists):,} {split}" for split, lists in self.lists.items())
+        passes = (
+            f"{training.tokens_per_batch:,} tokens x {training.gradient_accumulation_steps} x {training.world_size}"
+        )
+        extent = "by --max_steps" if training.max_steps > 0 else f"in {training.num_train_epochs:g} epochs"
+        rows = {
+            "data": f"{self.prepared.path}: {splits} lists",
+            "model": f"{self.config.model.model_name_or_path}: {total:,} weights, {trainable:,} trained",
+            "objective": f"{self.config.objective.objective}, answers as {self.answers}",
+            "tokens": f"{tokens:,} distinct of {data.unshared_tokens:,} per epoch "
+            f"({data.unshared_tokens / tokens:.2f}x shared), {data.answer_rows:,} head rows, "
+            f"longest list {max(data.sizes):,}",
+            "steps": f"{steps:,} {extent}, up to {passes}",
+            "memory": f"about {self.estimate_memory() / 2**30:.2f} GiB for weights, optimiser and activations",
+            "output": str(self.folder),
+        }
+        if data.dropped_history:
+            rows["histories"] = f"{data.dropped_history:,} oldest items dropped to fit --max_length"
+        for name, text in rows.items():
+            print(f"{name:<10} {text}", flush=True)
+
+    def estimate_memory(self) -> int:
+        """Bytes, roughly: weights, gradients, Adam's moments and the activations of one packed batch."""
+        config = self.model.config.get_text_config()
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        trained = sum(p.numel() * (p.element_size() + 8) for p in self.model.parameters() if p.requires_grad)
+        tokens = min(self.training.tokens_per_batch, sum(self.datasets["train"].sizes))
+        width = 14 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
+        layers = 1 if self.training.gradient_checkpointing else config.num_hidden_layers
+        item = 2 if next(self.model.parameters()).dtype == torch.bfloat16 else 4
+        return weights + trained + tokens * width * layers * item
+
+    def train(self) -> None:
+        """Rank untuned, train, rank tuned; then the table and the files of the run."""
+        self.take_over()
+        started, test = time.perf_counter(), self.lists["test"]
+        rankings = {"untuned": self.ranker.rank(test)}
+        self.fit()
+        rankings |= self.rank_tuned(test)
+        if not self.training.should_save:
+            return
+        if test:
+            scores = {name: [ranking.scores for ranking in each] for name, each in rankings.items()}
+            scores_of_all, targets = baseline_scores(self.prepared, test) | scores, has_targets(self.prepared, "test")
+            results = evaluate_rankers(test, scores_of_all, targets=targets, prepared=self.prepared)
+            results = results.noting(rankings=self.ranker.described())
+            results = save_measurement(self.folder, results, test, rankings, targets=targets)
+            print(f"\n{results.table()}\n")
+            print(report_line(self.folder))
+        print(f"{time.perf_counter() - started:.0f} s; everything is in {self.folder}")
+
+    def rank_tuned(self, lists: Sequence[RankingList]) -> dict[str, list[Ranking]]:
+        """Rankings of the tuned model for the closing table, by their rows; `tuned` is what it is judged by."""
+        return {"tuned": self.ranker.rank(lists)}
+
+    def fit(self) -> None:
+        """Train, and write weights and state; an adapter over an earlier stage's is made whole."""
+        options = self.config.model
+        self.compile_kernels()
+        self.trainer.train(resume_from_checkpoint=self.checkpoint)
+        self.trainer.save_model()
+        if options.init_adapter is not None and self.training.should_save:
+            if options.stage_adapter == "stacked":
+                stack_adapters(options.init_adapter, self.folder)
+            else:
+                base = load_base(options.model_name_or_path, resolve_dtype(options.dtype), options.trust_remote_code)
+                base = merge_adapter(base, options.init_adapter, base_path(options.model_name_or_path))
+                write_merged_base(base, self.tokenizer, self.folder)
+        self.trainer.save_state()
+
+    def compile_kernels(self) -> None:
+        """On CUDA: the head's kernels, before the first step rather than in it."""
+        if self.training.device.type != "cuda" or self.config.objective.backend not in ("auto", "triton"):
+            return
+        from ..ops.backends import triton
+
+        head = head_of(self.model)
+        if triton.unavailable(self.training.device, head.weight.dtype) is None:
+            triton.warmup(
+                head.weight.shape[1], head.weight.shape[0], dtype=head.weight.dtype, softcap=head.softcap,
+                bias=head.bias is not None, trainable=head.weight.requires_grad, device=self.training.device,
+            )  # fmt: skip
+
+    def validate(self) -> dict[str, float]:
+        """NDCG of the model as it stands, on the validation lists."""
+        lists, targets = self.lists["valid"], has_targets(self.prepared, "valid")
+        scores = {"model": self.ranker.scores(lists)}
+        results = evaluate_rankers(lists, scores, targets=targets, split="valid", bootstrap=0)
+        return {name: results.mean("model", name) for name in ("ndcg@1", "ndcg@3", "ndcg@5", "ndcg@10")}
+
+    def save_extras(self, folder: Path) -> None:
+        """What a run leaves beside the weights: prompt format, data manifest, options, model card."""
+        if self.builder is not None:
+            self.builder.save(folder)
+        (folder / "data_manifest.json").write_text(
+            json.dumps(self.prepared.manifest, indent=2) + "\n", encoding="utf-8"
+        )
+        self.save_config(folder)
+        (folder / "README.md").write_text(model_card(self.config, self.prepared, self.answers), encoding="utf-8")
+
+    def save_config(self, folder: Path) -> None:
+        resolved = {"alro_fast_version": __version__, **self.config.to_dict()}
+        if resolved["data_dir"] is not None:  # read again from other working directories
+            resolved["data_dir"] = str(Path(resolved["data_dir"]).absolute())
+        (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+
+
+def claim_folder(config: Config) -> Path:
+    """The output folder: given, or the next free out/<recipe>; emptied of a run that never began a step.
+
+    AlroFastError when it holds something else, or a run that is neither resumed nor to be replaced.
+    """
+    training = config.training
+    if training.output_dir is None:
+        if training.world_size > 1:
+            raise AlroFastError("several processes need --output_dir: each would number its own folder")
+        training.output_dir = str(next_folder(config))
+    folder = Path(training.output_dir)
+    if training.process_index:
+        return folder
+    check_writable(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / "config.yaml").is_file() or "alro_fast_version" not in (folder / "config.yaml").read_text():
+            raise AlroFastError(
+                f"--output_dir {folder} holds something else than a run of alro_fast; give another folder"
+            )
+        if begun(folder) and not training.resume_from_checkpoint and not training.overwrite_output_dir:
+            raise AlroFastError(
+                f"--output_dir {folder} holds an earlier run; add --resume_from_checkpoint true or "
+                "--overwrite_output_dir true, or give another folder"
+            )
+        foreign = sorted(path.name for path in folder.iterdir() if not any(map(path.match, LEFT_BY_A_RUN)))
+        if foreign and begun(folder) and not training.resume_from_checkpoint:
+            raise AlroFastError(
+                f"--output_dir {folder} holds {foreign[0]}, which no run wrote: it is not replaced; give another folder"
+            )
+    return folder
+
+
+def begun(folder: Path) -> bool:
+    """Whether `folder` holds more than a run that stopped before its first step leaves."""
+    return folder.is_dir() and not {path.name for path in folder.iterdir()} <= BEFORE_THE_FIRST_STEP
+
+
+def next_folder(config: Config) -> Path:
+    """The next free out/<recipe>."""
+    folder, n = Path("out") / config.recipe, 1
+    while folder.exists():
+        n += 1
+        folder = Path("out") / f"{config.recipe}-{n}"
+    return folder
+
+
+def prepare(config: Config, folder: Path) -> PreparedData:
+    """The prepared lists: `data_dir` as it is, or `dataset` prepared into <output_dir>/data."""
+    data = config.data
+    if data.data_dir is not None:
+        return open_prepared(data.data_dir)
+    target = folder / "data"
+    if config.training.resume_from_checkpoint is None or not (target / "manifest.json").is_file():
+        if data.dataset == "demo":
+            make_demo(target, seed=config.training.seed)
+        else:
+            if data.dataset in TABLES:
+                raise AlroFastError(
+                    f"--dataset {data.dataset} is any table; prepare it first with: python -m alro_fast.prepare, "
+                    "then give its output folder as --data_dir"
+                )
+            if data.raw_dir is None:
+                raise AlroFastError(
+                    f"--dataset {data.dataset} needs --raw_dir (or --data_dir with lists prepared before)"
+                )
+            options = ListOptions(
+                history_length=data.history_length, list_size=data.list_size, train_stride=data.train_stride or None,
+                seed=config.training.seed,
+            )  # fmt: skip
+            prepare_lists(FileOptions(data.dataset, target, True, Path(data.raw_dir)), options)
+    return open_prepared(target)
+
+
+def draw(lists: Sequence[RankingList], limit: int | None, seed: int) -> Sequence[RankingList]:
+    """All lists, or a seeded draw of `limit` of them in their own order."""
+    if limit is None or limit >= len(lists):
+        return lists
+    chosen = torch.randperm(len(lists), generator=torch.Generator().manual_seed(seed))[:limit].sort().values
+    return [lists[i] for i in chosen.tolist()]
+
+
+def model_card(config: Config, prepared: PreparedData, answers: str) -> str:
+    """README.md of the output folder, with the front matter the Hub reads."""
+    options = config.to_dict()
+    front = {"library_name": "peft" if config.model.use_peft else "transformers", "tags": ["recommendation", "ranking"]}
+    front |= {"base_model": config.model.model_name_or_path} if Path(config.model.model_name_or_path).parts[1:] else {}
+    lines = [
+        f"---\n{yaml.safe_dump(front)}---\n",
+        f"# A ranker tuned with alro_fast {__version__}\n",
+        f"Objective `{options['objective']}` on `{prepared.manifest.get('dataset', 'unnamed')}`, answers as "
+        f"{answers}, candidates named by `{options['identifiers']}`. Options: config.yaml; data: "
+        "data_manifest.json; prompt: prompt_template.yaml and the JSON file beside it; figures: results.json.\n",
+        "Rank with it: `python -m alro_fast.rank --adapter <this folder> lists.json`.\n"
+        if prepared.items
+        else "Measure it: `python -m alro_fast.evaluate --adapter <this folder> --preferences FILE`.\n",
+    ]
+    return "\n".join(lines)
