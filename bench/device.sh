@@ -28,7 +28,7 @@ bench() { # bench NAME SECONDS FILE [pytest's options]
 
 nvidia-smi >"$output/device.log" 2>&1
 python -c "import sys, torch, triton; print(sys.version, torch.__version__, triton.__version__)" | tee -a "$output/summary.txt"
-mapfile -t tests < <(grep -l "mark.gpu" tests/test_*.py)
+mapfile -t tests < <(grep -lr "mark.gpu" tests --include "test_*.py")
 part tests 130 python -m pytest "${tests[@]}" -q -m gpu -p no:cacheprovider --continue-on-collection-errors \
   --junitxml "$output/tests.xml"
 bench listwise 60 bench/bench_listwise.py

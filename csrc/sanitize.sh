@@ -25,7 +25,7 @@ $1"
 }
 run "
 import pytest
-sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/test_csrc.py', 'tests/test_cpp_attention.py', '-k', 'not fork and not workers and not end_in_results']))"
+sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/csrc/test_csrc.py', 'tests/modeling/test_cpp_attention.py', '-k', 'not fork and not workers and not end_in_results']))"
 run "
 sys.argv = ['fuzz_csrc.py', '--seconds', '$seconds']
-runpy.run_path('tests/fuzz_csrc.py', run_name='__main__')"
+runpy.run_path('tests/csrc/fuzz_csrc.py', run_name='__main__')"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import SHARED
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)
@@ -17,10 +18,9 @@ if not torch.cuda.is_available():  # must be set before Triton is imported: its 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data sets; tests that need it are skipped where it is missing."""
-    folder = Path(os.environ.get("ALRO_FAST_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"no real data at {folder}; set ALRO_FAST_SHARED_DATA")
-    return folder
+    if not SHARED.is_dir():
+        pytest.skip(f"no real data at {SHARED}; set ALRO_FAST_SHARED_DATA")
+    return SHARED
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

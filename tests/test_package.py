@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
+
+from places import ROOT
 
 import alro_fast
-
-ROOT = Path(__file__).parents[1]
 
 
 def python(code: str) -> str:

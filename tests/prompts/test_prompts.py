@@ -6,15 +6,14 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import pickle
 from functools import cache
 from itertools import takewhile
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import SHARED
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -26,7 +25,6 @@ from alro_fast.prompts.line import clean
 from alro_fast.prompts.template import TEMPLATES, parse_template
 
 NAN = math.nan
-SHARED = Path(os.environ.get("ALRO_FAST_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 CORPUS = [path.read_text() for path in sorted(TEMPLATES.glob("*.yaml"))]
 CORPUS += [f" {c} {d}\n" for c in LETTERS for d in "0123456789"] * 4 + ["Toy Story (1995) Heat Movie Comedy"] * 9

@@ -7,10 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from places import ROOT
 from tiny import byte_tokenizer, refused, tiny_llama
 
 from alro_fast import train
@@ -20,8 +20,6 @@ from alro_fast.evaluation.preferences import score_preferences
 from alro_fast.evaluation.report import write_report
 from alro_fast.modeling.loading import load_for_inference
 from alro_fast.prompts.preference import PreferencePrompts
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")

@@ -11,21 +11,19 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from peft import PeftModel
+from places import ROOT
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, catalogue, random_lists, refused, tiny_llama
 
 from alro_fast import cli, train
 from alro_fast.data.lists import write_prepared
 from alro_fast.ranking.ranker import Ranker
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
 from pathlib import Path
 
 import polars as pl
 import pytest
+from places import SHARED
 
 from alro_fast.data.sources.interactions import read_interactions, sorted_ids
 from alro_fast.data.sources.readers import Columns
 from alro_fast.errors import AlroFastError
 
-SHARED = Path(os.environ.get("ALRO_FAST_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 HEADER = "user_id,item_id,rating,timestamp\n"
 
 

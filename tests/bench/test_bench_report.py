@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 MACHINE = {"device": "Test GPU", "driver, clocks, power": None, "torch": "9.9"}
 
 

@@ -1,7 +1,7 @@
 """Random shapes, strides, dtypes and indices for every function of `alro_fast._cpp`: a result or an exception, never a
 crash. Outputs lie between guard zones that must stay as they were.
 
-    python tests/fuzz_csrc.py --seconds 60 --seed 7
+    python tests/csrc/fuzz_csrc.py --seconds 60 --seed 7
 """
 
 from __future__ import annotations

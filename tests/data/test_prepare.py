@@ -11,6 +11,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from places import SHARED
 
 from alro_fast import prepare
 from alro_fast.cli import run
@@ -18,7 +19,6 @@ from alro_fast.data.lists import FILES, open_prepared
 from alro_fast.data.sources.download import download as real_download
 from alro_fast.errors import AlroFastError
 
-SHARED = Path(os.environ.get("ALRO_FAST_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 HEADER = "user_id,item_id,rating,timestamp\n"
 
 

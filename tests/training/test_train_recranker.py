@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from places import ROOT
 from tiny import byte_tokenizer, catalogue, tiny_llama
 
 from alro_fast import evaluate, rank, train
@@ -25,7 +26,6 @@ from alro_fast.prompts.recranker.prompts import Ask, RecRankerPrompts
 from alro_fast.ranking.ranker import Ranker
 
 NAN = math.nan
-ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "recranker.md"
 SCRATCH = (
     "--objective recranker --model_name_or_path scratch --use_peft false --scratch_hidden_size 64 --scratch_layers 2 "

@@ -7,11 +7,11 @@ import hashlib
 import importlib.util
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from places import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alro_fast.data.demo import ADJECTIVES, GENRES, NOISE_SPREAD, NOUNS, make_demo, make_ratings, make_world
@@ -45,7 +45,7 @@ def builder():
 @pytest.fixture(scope="module")
 def script():
     """scripts/make_demo_model.py as a module."""
-    path = Path(__file__).resolve().parents[1] / "scripts" / "make_demo_model.py"
+    path = ROOT / "scripts" / "make_demo_model.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
