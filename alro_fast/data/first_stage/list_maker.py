@@ -13,7 +13,7 @@ from ...errors import AlroFastError
 from ..records import Item, RankingList
 from ..sources.interactions import Interactions
 from .likes import LikeSplit
-from .rating_model import FoldedModels
+from .hints import FoldedModels
 from .retrieval import Retrieved
 
 if TYPE_CHECKING:
