@@ -208,7 +208,8 @@ def write_prepared(
     """Write a prepared folder, whole or not at all; the same arguments give the same bytes.
 
     items: records, their train statistics then counted over the lists; or a frame of ITEM_SCHEMA.
-    lists_by_split: records or a frame of LIST_SCHEMA, with SIGNAL_COLUMNS or not, for each split; one left out is empty.
+    lists_by_split: records or a frame of LIST_SCHEMA, with SIGNAL_COLUMNS or not, for each split; one not given is
+        empty.
     manifest_extra: what the manifest says beyond format, versions and file hashes.
     targets, seen: frames of TARGET_SCHEMA and SEEN_SCHEMA, written as targets.parquet and seen.parquet.
     An earlier prepared folder at `path` is replaced; any other content is refused.

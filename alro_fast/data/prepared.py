@@ -13,10 +13,10 @@ import numpy as np
 
 from ..errors import AlroFastError
 from .lists import check_output_folder, read_manifest, seen_frame, write_prepared
+from .signals import SignalOptions, add_signals, signal_rules
 from .sources.download import LICENCES, cache_folder, download
 from .sources.interactions import DATASETS, TABLES, Interactions, read_interactions
 from .sources.readers import NO_TIME, Columns
-from .signals import SignalOptions, add_signals, signal_rules
 from .windows import ORDER_RULE, TIE_RULE, ListOptions, build_lists
 
 
@@ -59,7 +59,7 @@ def prepare_lists(files: FileOptions, options: ListOptions, signals: SignalOptio
 
     Raises AlroFastError for files that cannot be read, or an output folder that holds something else.
     """
-    recorded = options.recorded | files.recorded | ({"signals": asdict(signals)} if signals else {})
+    recorded = options.recorded | files.recorded | (signals.recorded if signals else {})
     check_output(files, recorded)
 
     stage = Stages()

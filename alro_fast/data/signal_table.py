@@ -1,4 +1,4 @@
-"""The signals that may stand beside an item: what each one is. How they are made: signals.py; how they read: prompts."""
+"""The signals that may stand beside an item: what each one is (how they are made: signals.py; how shown: prompts)."""
 
 from __future__ import annotations
 

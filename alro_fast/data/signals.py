@@ -28,10 +28,10 @@ ATTRIBUTE_RIDGE, YEAR_RIDGE = 8.0, 12.0  # of the user's own regression on categ
 MOST_ATTRIBUTES = 48  # the most frequent ones are kept
 DECADES, DECADE_WIDTH = np.arange(1920.0, 2030.0, 10.0), 8.0
 RULE = (
-    "the fold of a user is splitmix64(splitmix64(blake2b64(user id)) + seed) mod folds; item side: fitted on ratings of "
-    "users of the other folds alone, for training and validation lists on their ratings in no validation or test list, "
-    "for test lists on those in no test list; user side: the user's own ratings before the list; so no signal depends on "
-    "a rating of the list it stands in, nor on a later one of its user"
+    "the fold of a user is splitmix64(splitmix64(blake2b64(user id)) + seed) mod folds; item side: fitted on ratings "
+    "of users of the other folds alone, for training and validation lists on their ratings in no validation or test "
+    "list, for test lists on those in no test list; user side: the user's own ratings before the list; so no signal "
+    "depends on a rating of the list it stands in, nor on a later one of its user"
 )
 HOW = {
     "average": f"(sum of ratings + {AVERAGE_PRIOR:g} x mean of all) / (count + {AVERAGE_PRIOR:g}); null for count 0",
@@ -56,9 +56,16 @@ class SignalOptions:
         unknown = [name for name in self.names if name not in SIGNALS]
         if unknown or not self.names or len(set(self.names)) < len(self.names):
             found = ",".join(self.names)
-            raise AlroFastError(f"--signals {found}: expected some of {', '.join(SIGNALS)}, each once, with commas between")
+            raise AlroFastError(
+                f"--signals {found}: expected some of {', '.join(SIGNALS)}, each once, with commas between"
+            )
         if self.folds < 2:
             raise AlroFastError(f"--signal_folds {self.folds} is too small; at least 2 is needed")
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What the manifest says of these options."""
+        return {"signals": list(self.names), "signal_folds": self.folds}
 
     @classmethod
     def of(cls, names: str | None, folds: int = FOLDS) -> Self | None:
@@ -219,7 +226,9 @@ class _Rows:
     def series(self, name: str, values: np.ndarray) -> pl.Series:
         """A List(Float32) column; NaN: null."""
         row = np.repeat(np.arange(len(self.lengths), dtype=np.uint32), self.lengths)
-        table = pl.DataFrame({"row": row, "value": values.astype(np.float32)}).with_columns(pl.col("value").fill_nan(None))
+        table = pl.DataFrame({"row": row, "value": values.astype(np.float32)}).with_columns(
+            pl.col("value").fill_nan(None)
+        )
         grouped = table.group_by("row", maintain_order=True).agg("value")
         every = pl.DataFrame({"row": np.arange(len(self.lengths), dtype=np.uint32)})
         joined = every.join(grouped, on="row", how="left", maintain_order="left")["value"]

@@ -1,8 +1,8 @@
 """Ratings -> ranking lists: `build_lists`.
 
-A user's ratings in chronological order are cut into windows of `list_size` candidates. The last `test_lists` windows are
-the test lists, the one before them the validation list; training windows slide back from there, `train_stride` ratings
-at a time.
+A user's ratings in chronological order are cut into windows of `list_size` candidates. The last `test_lists` windows
+are the test lists, the one before them the validation list; training windows slide back from there, `train_stride`
+ratings at a time.
 The history of a list is the last `history_length` ratings before its window. So an item of a held-out list stands in no
 earlier list or history of its user (each user rates an item once, see interactions.py), and no history item is later
 than a candidate. Equal timestamps are ordered by TIE_RULE.
@@ -33,8 +33,8 @@ SPLIT_RULE = (
     "history = the last history_length ratings before a list"
 )
 SPLIT_RULE_OF_MORE = (
-    "per user and by time: the last {test_lists} x list_size ratings are {test_lists} test lists one after the other (as "
-    "many of them as leave min_history ratings before), the list_size before them the validation list, training lists "
+    "per user and by time: the last {test_lists} x list_size ratings are {test_lists} test lists one after the other "
+    "(those with min_history ratings before them), the list_size before them the validation list, training lists "
     "end where the validation list begins and slide back by train_stride; history = the last history_length ratings "
     "before a list, so a later test list shows the ratings of an earlier one"
 )
@@ -76,7 +76,7 @@ class ListOptions:
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """What the manifest says of these options; `test_lists` where there are several, as older ones do not have it."""
+        """What the manifest says of these options; `test_lists` where there are several: older ones do not have it."""
         known = asdict(self)
         return known if self.test_lists > 1 else {name: value for name, value in known.items() if name != "test_lists"}
 

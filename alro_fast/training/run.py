@@ -35,6 +35,7 @@ from ..ranking.ranker import Ranker
 from ..run_folder import check_writable
 from .checkpoints import check_same_data, find_checkpoint
 from .config import Config
+from .signals import signals_shown
 from .stages import merge_adapter, stack_adapters, write_merged_base
 from .trainer import NonFiniteLoss, RankerTrainer, TreeDataset
 
@@ -114,6 +115,11 @@ class Run:
     def answers(self) -> str:
         """What an answer is, for the plan."""
         return self.config.data.answer
+
+    @property
+    def signals(self) -> dict[str, tuple[str, ...]]:
+        """Names of the signals that prompts show beside "history" and "candidates", where the lists carry them."""
+        return getattr(self.builder, "signals", {})
 
     def splits(self) -> dict[str, Sequence[RankingList]]:
         """What to train, validate and test on."""
@@ -221,6 +227,8 @@ class Run:
             "memory": f"about {self.estimate_memory() / 2**30:.2f} GiB for weights, optimiser and activations",
             "output": str(self.folder),
         }
+        if shown := signals_shown(self.signals, self.prepared.lists("train") if self.prepared.items else ()):
+            rows["signals"] = shown
         if data.dropped_history:
             rows["histories"] = f"{data.dropped_history:,} oldest items dropped to fit --max_length"
         for name, text in rows.items():

@@ -107,6 +107,13 @@ class PreferenceRun(Run):
     def answers(self) -> str:
         return "given" if self.config.data.preferences is not None else self.config.data.preference_answer
 
+    @property
+    def signals(self) -> dict[str, tuple[str, ...]]:
+        """Candidates have them where all are the list's own, and shown."""
+        data, places = self.config.data, super().signals
+        shown = data.negatives_from == "candidates" and data.preference_answer != "pairs"
+        return places if shown else {part: names for part, names in places.items() if part == "history"}
+
     # ---- data
 
     def load(self, work: Path) -> Any:

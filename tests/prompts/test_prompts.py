@@ -17,7 +17,7 @@ from places import SHARED
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from alro_fast.data.records import Item, RankingList, target_ranks
+from alro_fast.data.records import Item, RankingList, Signal, target_ranks
 from alro_fast.errors import AlroFastError
 from alro_fast.prompts import PromptBuilder, add_item_tokens, item_token, load_template, ready_templates
 from alro_fast.prompts.encoding import Encoder
@@ -187,6 +187,22 @@ def make_list(m=5, history=4, ratings=None, titles=()):
     return RankingList("list-7", "user-3", past, tuple(0.5 + i % 10 / 2 for i in range(history)), candidates, ratings)
 
 
+def with_signals(one):
+    """The list with an average and a count beside every item, a hint beside candidates, some of them unknown."""
+
+    def numbers(items, start):
+        return tuple(NAN if i % 4 == 3 else start + 0.7 * i % 4 for i in range(len(items)))
+
+    def counts(items):
+        return tuple(NAN if i % 4 == 3 else float(7**i) for i in range(len(items)))
+
+    signals = (
+        Signal("average", numbers(one.history, 1.2), numbers(one.candidates, 0.8)),
+        Signal("count", counts(one.history), counts(one.candidates)),
+    )
+    return dataclasses.replace(one, hints=(*numbers(one.candidates[:-1], 2.0), 3.25), signals=signals)
+
+
 def common_prefix(first, second):
     return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(first, second))))
 
@@ -204,7 +220,8 @@ def encode(kind, identifiers, text):
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_the_tokenizers_ids_of_the_whole_text(kind, identifiers, template):
     builder = builder_of(kind, identifiers, template)
-    for one, order in [(make_list(), None), (make_list(10, 20), range(9, -1, -1)), (make_list(1, 0), None)]:
+    lists = [(make_list(), None), (make_list(10, 20), range(9, -1, -1)), (make_list(1, 0), None)]
+    for one, order in [*lists, (with_signals(make_list(6, 5)), [3, 1, 5, 0, 2, 4])]:
         prompt, answer = builder.text(one, order)
         built = builder.ranking(one, order)
         whole = encode(kind, identifiers, prompt + answer + END.get(kind, "</s>"))
@@ -228,6 +245,48 @@ def test_grade_questions_are_the_tokenizers_ids_of_the_whole_text(kind, identifi
         text = page + builder.template["ratings.question"] + after + f"{label}: {grade}"
         assert built.prompt_ids + branch.question_ids + branch.answer_ids == encode(kind, identifiers, text)
         assert branch.answer_ids == [built.grade_ids[built.grade_values.index(one.ratings[i])]]
+
+
+def test_signals_stand_beside_their_items_and_unknown_ones_leave_no_trace():
+    one = with_signals(make_list(5, 4))
+    bare = builder_of("gpt2").text(make_list(5, 4))[0].split("\n")
+    shown = builder_of("gpt2").text(one)[0].split("\n")
+    order = [3, 0, 4, 2, 1]
+    shuffled = builder_of("gpt2").text(one, order)[0].split("\n")
+    first, start = bare.index("Rated movies:") + 1, bare.index("Candidate movies, in no particular order:") + 1
+    past = [" | average 1.2 | 1+ ratings", " | average 1.9 | 5+ ratings", " | average 2.6 | 20+ ratings", ""]
+    new = [" | average 0.8 | 1+ ratings | predicted 2.0", " | average 1.5 | 5+ ratings | predicted 2.7"]
+    new += [" | average 2.2 | 20+ ratings | predicted 3.4", "", " | average 3.6 | 2000+ ratings | predicted 3.2"]
+    for i, text in enumerate(past):
+        line, stars = bare[first + i].rsplit(" | ", 1)
+        assert shown[first + i] == f"{line}{text} | {stars}"
+    for i, text in enumerate(new):
+        assert shown[start + i] == bare[start + i] + text
+        assert shuffled[start + order.index(i)].endswith(bare[start + i][4:] + text)
+    assert [line for n, line in enumerate(shown) if not first <= n < start + 5 or n == start - 1] == [
+        line for n, line in enumerate(bare) if not first <= n < start + 5 or n == start - 1
+    ]
+    assert builder_of("gpt2").signals == {"history": ("average", "count"), "candidates": ("average", "count", "hint")}
+
+
+def test_compact_signals_are_short_and_templates_without_a_place_ignore_them():
+    tokenizer = tokenizer_of("gpt2", 64)
+    one = with_signals(make_list(3, 2))
+    text = PromptBuilder(tokenizer, "compact", identifiers="items").text(one)[0]
+    assert text.startswith(
+        "History\n<item_40> a12 n1 0.5\n<item_41> a19 n3 1\nCandidates\n<item_0> a8 n1 p20\n<item_1> a15 n3 p27\n"
+    )
+    source = (TEMPLATES / "movies.yaml").read_text()
+    for name in ("average", "count", "hint"):
+        source = source.replace("{" + name + "}", "")
+        source = "\n".join(line for line in source.split("\n") if not line.startswith(name))
+    plain = PromptBuilder(tokenizer, parse_template(source, name="own", origin="own.yaml"))
+    assert plain.signals == {"history": (), "candidates": ()}
+    assert (
+        plain.ranking(one)
+        == plain.ranking(make_list(3, 2))
+        == PromptBuilder(tokenizer, "movies").ranking(make_list(3, 2))
+    )
 
 
 @pytest.mark.parametrize("kind", ["qwen", "llama3", "llama2"])
@@ -708,9 +767,14 @@ def test_a_file_that_is_no_template_is_refused(tmp_path, name, content, message)
         ("- {title}", "-", r"must hold \{title\}"),
         ("{identifier}. {title}", "{identifier}. {title} {title}", "no placeholder twice"),
         ("{identifier}. {title}", "{title}, {identifier}", "must come before"),
-        ("- {title}{category}{rating}", "- {rating}{title}", "must come after"),
+        ("- {title}{category}{average}{count}{rating}", "- {rating}{title}", "must come after"),
+        ("{title}{category}{average}{count}{rating}", "{average}{title}{rating}", "after the identifier, the title"),
+        ('average: " | average {average}"\n', "", "but the template has no key average"),
+        ('average_format: ".1f"', 'average_format: "wide"', "average_format is 'wide'; expected tenths, or a format"),
+        ('count_format: "plus"', 'count_format: "g"', "count_format is 'g'; expected one of plus, step"),
+        ('" | predicted {hint}"', '" | predicted"', "must hold {hint}"),
         ("Ranking: {identifiers}", "Ranking: {identifiers}.", "must end with"),
-        ('" {identifier}. {title}{category}"', '" {identifier}. {title}\\n"', "single line"),
+        ('" {identifier}. {title}{category}{average}{count}{hint}"', '" {identifier}. {title}\\n"', "single line"),
         ('history: "Rated movies:"', "history: 3", "history must be a text"),
         ('rating_format: "g"', 'rating_format: "d"', "no format of a number"),
         ('"9": 5}', '"9": 4.5}', "different numbers"),
