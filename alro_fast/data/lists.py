@@ -117,6 +117,11 @@ class Lists(Sequence[RankingList]):
         return [name for name in SIGNALS if name in self._names or (name == "hint" and "hints" in self._beside)]
 
     @property
+    def frame(self) -> pl.DataFrame:
+        """The lists as stored, of LIST_SCHEMA."""
+        return self._frame
+
+    @property
     def user_ids(self) -> list[str]:
         return self._frame["user_id"].to_list()
 
@@ -152,6 +157,13 @@ class PreparedData:
             frame = self._read(f"lists-{split}.parquet", LIST_SCHEMA, SIGNAL_COLUMNS)
             self._lists[split] = Lists(self.items, frame)
         return self._lists[split]
+
+    def known_ratings(self, split: str) -> pl.DataFrame:
+        """user_id, item, rating: what the lists say of ratings before the candidates of "valid" or "test": those of
+        histories and of the candidates of earlier splits; a (user, item) that is a held-out candidate is left out."""
+        frames = {name: self.lists(name).frame for name in SPLITS}
+        earlier = SPLITS[: SPLITS.index(split)]
+        return _distinct_ratings(frames, earlier, [name for name in SPLITS if name not in earlier])
 
     def seen(self) -> dict[str, np.ndarray] | None:
         """User -> uint32 indices of every item the user has rated; None: the folder does not say."""
@@ -336,16 +348,24 @@ def _item_frame(items: Sequence[Item], frames: Mapping[str, pl.DataFrame]) -> pl
     for index, item in enumerate(items):
         if item.index != index:
             raise AlroFastError(f"item {item.item_id!r} has index {item.index} at position {index}; they must agree")
-    seen = [frames["train"].select("user_id", item="candidates", rating="ratings")]
-    seen += [frame.select("user_id", item="history", rating="history_ratings") for frame in frames.values()]
-    held_out = pl.concat([frames[s].select("user_id", item="candidates") for s in ("valid", "test")])
-    ratings = pl.concat([f.filter(pl.col("item").list.len() > 0).explode("item", "rating") for f in seen])
-    ratings = ratings.drop_nulls("rating").unique(subset=["user_id", "item"], keep="first", maintain_order=True)
-    ratings = ratings.join(held_out.explode("item"), on=["user_id", "item"], how="anti", maintain_order="left")
+    ratings = _distinct_ratings(frames, ("train",), ("valid", "test"))
     count, mean = train_statistics(ratings["item"].to_numpy(), ratings["rating"].to_numpy(), len(items))
     columns = {name: [getattr(item, name) for item in items] for name in ("item_id", "title", "category")}
     frame = pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.String))
     return frame.with_columns(train_count=count, train_mean=mean)
+
+
+def _distinct_ratings(
+    frames: Mapping[str, pl.DataFrame], shown: Sequence[str], held_out: Sequence[str]
+) -> pl.DataFrame:
+    """user_id, item, rating: distinct (user, item) ratings in the candidates of splits `shown` and in all histories,
+    without those of any candidate of splits `held_out`."""
+    seen = [frames[split].select("user_id", item="candidates", rating="ratings") for split in shown]
+    seen += [frame.select("user_id", item="history", rating="history_ratings") for frame in frames.values()]
+    hidden = pl.concat([frames[split].select("user_id", item="candidates") for split in held_out])
+    ratings = pl.concat([f.filter(pl.col("item").list.len() > 0).explode("item", "rating") for f in seen])
+    ratings = ratings.drop_nulls("rating").unique(subset=["user_id", "item"], keep="first", maintain_order=True)
+    return ratings.join(hidden.explode("item"), on=["user_id", "item"], how="anti", maintain_order="left")
 
 
 def train_statistics(item: np.ndarray, rating: np.ndarray, items: int) -> tuple[pl.Series, pl.Series]:

@@ -18,7 +18,7 @@ import yaml
 from ..errors import AlroFastError
 from . import metrics
 from .plots import Plots, loss_plot, ndcg_plot, order_plot, position_plot, rankers, validation_plot  # fmt: skip
-from .results import LABELS
+from .results import BASELINES, LABELS
 
 EXAMPLES = 20
 
@@ -117,9 +117,7 @@ def headline(results: dict) -> str:
             f"<p class=verdict>Tuning made NDCG@3 <b>{abs(change['difference']):.3f} {direction}</b>: "
             f"{_cell(results['untuned']['ndcg@3'])} to {_cell(results['tuned']['ndcg@3'])}{sure}.</p>"
         )
-    plain = [
-        name for name in ("popularity", "mean_rating", "retriever", "hints") if name in results and "tuned" in results
-    ]
+    plain = [name for name in BASELINES if name in results and "tuned" in results]
     best = max(plain, key=lambda name: results[name].get("ndcg@3") or 0.0, default=None)
     if best and results[best].get("ndcg@3") is not None:
         name, value = LABELS.get(best, best), _cell(results[best]["ndcg@3"])

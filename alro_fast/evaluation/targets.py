@@ -17,7 +17,18 @@ import numpy as np
 
 from . import metrics
 from .baselines import first_stage_scores
-from .results import LABELS, Results, Scores, evaluate_lists, plain, row_of, write_predictions, write_trec
+from .results import (
+    BASELINES,
+    LABELS,
+    Results,
+    Scores,
+    evaluate_lists,
+    judged,
+    plain,
+    row_of,
+    write_predictions,
+    write_trec,
+)
 
 if TYPE_CHECKING:
     from ..data.lists import PreparedData
@@ -71,12 +82,13 @@ class TargetResults(Results):
             + _cell(1.0 if held else math.nan) * len(SHOWN)
         ]
         lines.append("")
-        for other in ("retriever", "untuned"):
-            if {"tuned", other} <= self.per_list.keys():
-                change = self.compare("tuned", other, "ndcg@5")
+        mine = judged(self.per_list)
+        for other in ("untuned", *BASELINES):
+            if {mine, other} <= self.per_list.keys() and other != mine:
+                change = self.compare(mine, other, "ndcg@5")
                 lines.append(
-                    f"tuned - {other}, NDCG@5 over all users: {change.difference:+.4f} [{change.low:+.4f}, "
-                    f"{change.high:+.4f}], p = {change.p_value:.2g} (paired over users, sign flips)"
+                    f"{mine} - {LABELS.get(other, other)}, NDCG@5 over all users: {change.difference:+.4f} "
+                    f"[{change.low:+.4f}, {change.high:+.4f}], p = {change.p_value:.2g} (paired over users, sign flips)"
                 )
         lines += [f"{name}: {convention}" for name, convention in self.conventions.items()]
         return "\n".join(lines)
@@ -115,13 +127,14 @@ def save_measurement(
     *,
     targets: bool,
 ) -> Results:
-    """Write results.json, predictions.jsonl and the TREC files of `tuned`; the results, which say what the latter hold.
+    """Write results.json, predictions.jsonl and the TREC files of `tuned` (of a base alone: `untuned`); the results,
+    which say what the latter hold.
 
     TREC files of lists with targets: 1 for the target and 0 for the others; a list without its target has no lines.
     """
     write_predictions(folder / "predictions.jsonl", lists, rankings)
     graded = as_grades(lists) if targets else lists
-    factor = write_trec(folder, graded, [ranking.scores for ranking in rankings["tuned"]], tag="alro_fast")
+    factor = write_trec(folder, graded, [ranking.scores for ranking in rankings[judged(rankings)]], tag="alro_fast")
     if factor is None:
         held = "no run.trec and qrels.trec, which hold whole numbers: ratings have over three decimals"
     elif targets:

@@ -256,8 +256,9 @@ class Run:
             return
         if test:
             scores = {name: [ranking.scores for ranking in each] for name, each in rankings.items()}
-            scores_of_all, targets = baseline_scores(self.prepared, test) | scores, has_targets(self.prepared, "test")
-            results = evaluate_rankers(test, scores_of_all, targets=targets, prepared=self.prepared)
+            scores = baseline_scores(self.prepared, test, self.config.data.baselines) | scores
+            targets = has_targets(self.prepared, "test")
+            results = evaluate_rankers(test, scores, targets=targets, prepared=self.prepared)
             results = results.noting(rankings=self.ranker.described())
             results = save_measurement(self.folder, results, test, rankings, targets=targets)
             print(f"\n{results.table()}\n")
