@@ -122,12 +122,25 @@ class Lists(Sequence[RankingList]):
         return self._frame
 
     @property
+    def rated(self) -> np.ndarray:
+        """bool [number of lists]: a candidate at least carries a rating."""
+        known = np.concatenate([[0], np.cumsum(~np.isnan(self._ratings))])
+        return known[self._offsets[1:]] > known[self._offsets[:-1]]
+
+    @property
     def user_ids(self) -> list[str]:
         return self._frame["user_id"].to_list()
 
     @property
     def all_equal(self) -> np.ndarray:
         return self._frame["all_equal"].to_numpy()
+
+
+def with_ratings(lists: Sequence[RankingList]) -> Sequence[RankingList]:
+    """The lists that have a rated candidate: `lists` themselves where all do."""
+    if isinstance(lists, Lists):
+        return lists if lists.rated.all() else [lists[i] for i in np.flatnonzero(lists.rated).tolist()]
+    return [one for one in lists if not all(map(math.isnan, one.ratings))]
 
 
 class PreparedData:

@@ -46,13 +46,13 @@ def has_targets(prepared: PreparedData, split: str) -> bool:
 
 @dataclass(frozen=True)
 class TargetResults(Results):
-    """Metrics per list; 0 for a list without its target. `found`: bool [lists], the list holds its target."""
+    """Metrics per user; 0 where the list lacks its target, or there is none. `found`: bool [users], it holds it."""
 
     found: np.ndarray | None = None
 
     @property
     def ceiling(self) -> float:
-        """Share of lists that hold their target: what a perfect ranker reaches."""
+        """Share of users whose list holds their target: what a perfect ranker reaches."""
         return float(self.found.mean())
 
     def within(self, ranker: str, metric: str) -> float:
@@ -166,8 +166,10 @@ def evaluate_targets(
 ) -> TargetResults:
     """Measure every ranker's scores (per list and candidate, higher is better) on lists with one target each.
 
-    Ties count as their mean over all orders of the tied.
+    Ties count as their mean over all orders of the tied. With `prepared` and all lists of the split, users with a
+    target and without a list (they have seen every item that can be retrieved) count as misses.
     """
+    absent = _users_without_a_list(prepared, split, len(lists))
     relevant = metrics.pad([one.ratings for one in as_grades(lists)])
     found = np.nanmax(relevant, axis=1, initial=0.0) > 0
     per_list = {}
@@ -179,6 +181,7 @@ def evaluate_targets(
             gains = metrics.ndcg(padded, relevant, k, "linear")
             per_list[name] |= {f"hr@{k}": np.where(found, hits, 0.0), f"ndcg@{k}": np.where(found, gains, 0.0)}
         per_list[name]["mrr"] = np.where(found, metrics.reciprocal_rank(padded, relevant, relevant=1.0), 0.0)
+        per_list[name] = {metric: np.append(row, np.zeros(len(absent))) for metric, row in per_list[name].items()}
     conventions = {
         "target": "the one rated candidate; every other candidate counts as not relevant",
         "all users": "a user whose target is not among the candidates counts 0; ndcg: 1 / log2(1 + place)",
@@ -188,7 +191,15 @@ def evaluate_targets(
     if prepared is not None:
         conventions["equal timestamps in the data"] = str(prepared.manifest.get("tie_rule", "not recorded"))
     return TargetResults(
-        split=split, lists=len(lists), all_equal=0, cutoffs=CUTOFFS,
-        users=np.array([entry.user_id for entry in lists]), per_list=per_list, seconds={}, conventions=conventions,
-        bootstrap=bootstrap, found=found,
+        split=split, lists=len(lists) + len(absent), all_equal=0, cutoffs=CUTOFFS,
+        users=np.array([*(entry.user_id for entry in lists), *absent]), per_list=per_list, seconds={},
+        conventions=conventions, bootstrap=bootstrap, found=np.append(found, np.zeros(len(absent), dtype=bool)),
     )  # fmt: skip
+
+
+def _users_without_a_list(prepared: PreparedData | None, split: str, lists: int) -> list[str]:
+    """Users of targets.parquet that have no list; none where the lists measured are only some of the split's."""
+    if prepared is None or prepared.targets is None or len(prepared.lists(split)) != lists:
+        return []
+    targets = prepared.targets
+    return sorted(set(targets["user_id"].filter(targets["split"] == split)) - set(prepared.lists(split).user_ids))

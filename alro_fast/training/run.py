@@ -17,7 +17,7 @@ from transformers import set_seed
 
 from .. import __version__
 from ..data.demo import make_demo
-from ..data.lists import PreparedData, open_prepared
+from ..data.lists import PreparedData, open_prepared, with_ratings
 from ..data.prepared import FileOptions, prepare_lists
 from ..data.records import RankingList
 from ..data.sources.interactions import TABLES
@@ -126,8 +126,13 @@ class Run:
         return {split: self.prepared.lists(split) for split in ("train", "valid", "test")}
 
     def asked(self, split: str) -> Sequence[RankingList]:
-        """The lists of a split that the loss is taken over."""
-        return self.lists[split]
+        """The lists of a split that the loss is taken over: for grades, those that hold one."""
+        if self.config.data.answer != "ratings":
+            return self.lists[split]
+        graded = with_ratings(self.lists[split])
+        if split == "train" and not graded:
+            raise AlroFastError(f"{self.prepared.path} holds no training list with a rated candidate to grade")
+        return graded
 
     def build_prompts(self) -> PromptBuilder:
         data = self.config.data
@@ -301,7 +306,7 @@ class Run:
         """NDCG of the model as it stands, on the validation lists."""
         lists, targets = self.lists["valid"], has_targets(self.prepared, "valid")
         scores = {"model": self.ranker.scores(lists)}
-        results = evaluate_rankers(lists, scores, targets=targets, split="valid", bootstrap=0)
+        results = evaluate_rankers(lists, scores, targets=targets, prepared=self.prepared, split="valid", bootstrap=0)
         return {name: results.mean("model", name) for name in ("ndcg@1", "ndcg@3", "ndcg@5", "ndcg@10")}
 
     def save_extras(self, folder: Path) -> None:

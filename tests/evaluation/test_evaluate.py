@@ -354,6 +354,42 @@ def test_ratings_with_many_decimals_are_measured_without_trec_files(adapter, lis
     assert f"written to {out}: results.json, predictions.jsonl\n" in capsys.readouterr().out
 
 
+def test_a_base_alone_is_measured_zero_shot(adapter, prepared, tmp_path, capsys):
+    """The same scores as the untuned row beside its adapter, judged against every baseline."""
+    out, base = tmp_path / "out", adapter.parent / "base"
+    evaluate.main(f"--model_name_or_path {base} --lists {prepared.path} --output_dir {out} --device cpu".split())
+    printed = capsys.readouterr().out
+    assert "untuned - biased MF, NDCG@3: " in printed
+    document = json.loads((out / "results.json").read_text())
+    assert list(document) == [*CHEAP, "untuned", "about"]
+    assert {change["first"] for change in document["about"]["comparisons"]} == {"untuned"}
+    evaluate.main(f"--adapter {adapter} --lists {prepared.path} --output_dir {tmp_path / 'tuned'} --device cpu".split())
+    beside = json.loads((tmp_path / "tuned" / "results.json").read_text())["untuned"]
+    assert {name: value for name, value in document["untuned"].items() if name != "lists_per_second"} == {
+        name: value for name, value in beside.items() if name != "lists_per_second"
+    }
+    assert (out / "run.trec").is_file()
+    words = f"--model_name_or_path {base} --lists {prepared.path} --output_dir {tmp_path / 'more'} --answer ratings"
+    evaluate.main(f"{words} --template compact --limit 3 --bootstrap 0 --baselines none --device cpu".split())
+    document = json.loads((tmp_path / "more" / "results.json").read_text())
+    assert list(document) == ["random", "untuned", "about"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--lists x", "give --adapter DIR for a tuned model, or --model_name_or_path BASE"),
+        ("--lists x --adapter a --model_name_or_path b", "nothing to measure, or two things"),
+        ("--lists x --adapter a --template movies", "--template is recorded in the folder of --adapter"),
+        ("--preferences x --model_name_or_path b", "--preferences needs --adapter"),
+        ("--lists x --adapter a --baselines many", "--baselines 'many': expected one of cheap, all, none"),
+    ],
+)
+def test_what_to_measure_is_checked_first(words, said):
+    with pytest.raises(AlroFastError, match=said):
+        evaluate.main(words.split())
+
+
 def test_item_tokens_of_another_catalogue_are_refused(tmp_path):
     tokenizer, shelf, run = byte_tokenizer(), catalogue(9), tmp_path / "run"
     add_item_tokens(tokenizer, len(shelf))

@@ -80,6 +80,23 @@ def test_the_plan_says_which_signals_are_shown_and_they_reach_the_model(folder, 
     assert not np.array_equal(ranker.scores([one])[0], ranker.scores([other])[0])
 
 
+@pytest.mark.parametrize("objective", ["alro", "sft"])
+def test_lists_without_a_rating_are_left_out_of_grades(folder, capsys, objective):
+    """Those of a first stage whose target was missed: nothing to grade, and still ranked in the closing table."""
+    data = open_prepared(folder / "data")
+    splits = {split: list(data.lists(split)) for split in ("train", "valid", "test")}
+    for lists in splits.values():
+        lists[1] = replace(lists[1], ratings=(math.nan,) * len(lists[1].ratings))
+    write_prepared(folder / "some-unrated", data.items, splits, {"dataset": "made", "tie_rule": "none needed"})
+    more = ("--data_dir", folder / "some-unrated", "--answer", "ratings", "--objective", objective, "--max_steps", "3")
+    train.main(options(folder, "grades", "--overwrite_output_dir", "true", *more))
+    assert json.loads((folder / "grades" / "results.json").read_text())["about"]["lists"] == len(splits["test"])
+    unrated = [replace(one, ratings=(math.nan,) * len(one.ratings)) for one in splits["train"]]
+    write_prepared(folder / "unrated", data.items, splits | {"train": unrated}, {"dataset": "made"})
+    words = options(folder, "none", "--data_dir", folder / "unrated", "--answer", "ratings", "--objective", objective)
+    assert "holds no training list with a rated candidate to grade" in refused(words)
+
+
 def test_the_run_leaves_everything_it_promises(folder):
     run = folder / "run"
     left = {path.name for path in run.iterdir()}
