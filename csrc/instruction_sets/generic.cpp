@@ -2,6 +2,6 @@
 #define ALRO_ISA generic
 #define ALRO_LANES 4
 #define ALRO_NAME "generic"
-#include "kernels.inl.h"
+#include "instruction_sets/kernels.inl.h"
 
 const alro::Kernels* alro::kernels_generic() { return &generic::table; }

@@ -1,7 +1,7 @@
-// One pass over the vocabulary, and the gradient of a trainable head. Notation: alro_fast/backends/eager.py.
+// One pass over the vocabulary, and the gradient of a trainable head. Notation: alro_fast/ops/backends/eager.py.
 #pragma once
 
-#include "kernels.h"
+#include "instruction_sets/kernels.h"
 
 namespace alro {
 

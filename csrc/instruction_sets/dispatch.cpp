@@ -2,7 +2,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "kernels.h"
+#include "instruction_sets/kernels.h"
 
 namespace alro {
 namespace {

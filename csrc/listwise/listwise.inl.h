@@ -2,8 +2,8 @@
 // first-level cache, loss and gradient come out of one visit.
 #pragma once
 
-#include "listwise.h"
-#include "simd.h"
+#include "listwise/listwise.h"
+#include "common/simd.h"
 
 namespace alro::ALRO_ISA {
 

@@ -3,8 +3,8 @@
 
 #include <cmath>
 
-#include "layers.h"
-#include "simd.h"
+#include "layers/layers.h"
+#include "common/simd.h"
 
 namespace alro::ALRO_ISA {
 

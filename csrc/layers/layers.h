@@ -1,8 +1,9 @@
 // Layers between the matrix products of a decoder: RMS norm, gated activation and rotary position embedding, forward and
-// backward, one visit of memory each. Contract: alro_fast/layers.py. Sums and products are float32, storage is float32 or bfloat16.
+// backward, one visit of memory each. Sums and products are float32, storage is float32 or bfloat16. Contract:
+// alro_fast/modeling/layers.py.
 #pragma once
 
-#include "kernels.h"
+#include "instruction_sets/kernels.h"
 
 namespace alro {
 

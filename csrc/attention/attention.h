@@ -1,5 +1,5 @@
 // Attention over packed trees, forward and backward, float32. A row sees the prefix of its tree up to itself and its own
-// branch up to itself. Contract: alro_fast/backends/cpp_attention.py.
+// branch up to itself. Contract: alro_fast/modeling/cpp_attention.py.
 #pragma once
 
 #include <cstdint>

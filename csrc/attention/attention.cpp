@@ -1,11 +1,11 @@
-#include "attention.h"
+#include "attention/attention.h"
 
 #include <algorithm>
 #include <atomic>
 
-#include "buffer.h"
-#include "kernels.h"
-#include "threads.h"
+#include "common/buffer.h"
+#include "instruction_sets/kernels.h"
+#include "common/threads.h"
 
 namespace alro {
 

@@ -1,10 +1,10 @@
-#include "layers.h"
+#include "layers/layers.h"
 
 #include <algorithm>
 #include <vector>
 
-#include "buffer.h"
-#include "threads.h"
+#include "common/buffer.h"
+#include "common/threads.h"
 
 namespace alro {
 namespace {

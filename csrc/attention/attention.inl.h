@@ -2,9 +2,9 @@
 // softmax is vertical and the micro-kernels are those of the vocabulary pass: keys take the place of W's rows.
 #pragma once
 
-#include "attention.h"
-#include "simd.h"
-#include "vocab.inl.h"
+#include "attention/attention.h"
+#include "common/simd.h"
+#include "vocab/vocab.inl.h"
 
 namespace alro::ALRO_ISA {
 

@@ -1,12 +1,12 @@
 // Included once per instruction set, with ALRO_ISA (a namespace) and ALRO_LANES (floats per vector) defined.
 #pragma once
 
-#include "attention.inl.h"
-#include "kernels.h"
-#include "layers.inl.h"
-#include "listwise.inl.h"
-#include "simd.h"
-#include "vocab.inl.h"
+#include "attention/attention.inl.h"
+#include "instruction_sets/kernels.h"
+#include "layers/layers.inl.h"
+#include "listwise/listwise.inl.h"
+#include "common/simd.h"
+#include "vocab/vocab.inl.h"
 
 namespace alro::ALRO_ISA {
 static const Kernels table = {

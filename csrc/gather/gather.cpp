@@ -1,12 +1,12 @@
-#include "gather.h"
+#include "gather/gather.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
-#include "buffer.h"
-#include "threads.h"
+#include "common/buffer.h"
+#include "common/threads.h"
 
 namespace alro {
 namespace {

@@ -1,12 +1,12 @@
-#include "listwise.h"
+#include "listwise/listwise.h"
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "buffer.h"
-#include "kernels.h"
-#include "threads.h"
+#include "common/buffer.h"
+#include "instruction_sets/kernels.h"
+#include "common/threads.h"
 
 namespace alro {
 

@@ -1,5 +1,5 @@
-// What the instruction-set specific files provide (kernels_*.cpp, one copy of kernels.inl.h each) and what the shared
-// ones (vocab.cpp, listwise.cpp, gather.cpp) ask of them. Plain structs and pointers only.
+// What the files of one instruction set each provide (one copy of kernels.inl.h each) and what the shared
+// ones (vocab/, listwise/, gather/, ..) ask of them. Plain structs and pointers only.
 #pragma once
 
 #include <cstdint>

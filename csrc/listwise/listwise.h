@@ -1,4 +1,4 @@
-// Soft lambda loss, permutation divergence and their gradients. Formulas: alro_fast/backends/eager.py.
+// Soft lambda loss, permutation divergence and their gradients. Formulas: alro_fast/ops/backends/eager.py.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
-// Logits of a few columns per row, and their gradients. Contract: alro_fast/backends/eager.py, gather_logits.
+// Logits of a few columns per row, and their gradients. Contract: alro_fast/ops/backends/eager.py, gather_logits.
 #pragma once
 
-#include "kernels.h"
+#include "instruction_sets/kernels.h"
 
 namespace alro {
 
