@@ -14,12 +14,8 @@ from alro_fast.ops.head import _head, _head_backward
 INSIDE = {"alro_fast::head": _head, "alro_fast::head_backward": _head_backward}
 
 
-class Spy(TorchDispatchMode):
-    """The largest tensor any operation makes, looking inside this project's custom ops."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
+class Watch(TorchDispatchMode):
+    """Shows `see` every operation with its result, looking inside this project's custom ops."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
@@ -27,10 +23,21 @@ class Spy(TorchDispatchMode):
             with self:
                 return INSIDE[name]._init_fn(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
+        self.see(name, args, result)
+        return result
+
+
+class Spy(Watch):
+    """The largest tensor any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def see(self, name, args, result):
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.given:
                 self.largest = max(self.largest, tensor.numel())
-        return result
 
     def measure(self, function, *given) -> int:
         self.given = {tensor.untyped_storage().data_ptr() for tensor in given}
@@ -66,23 +73,17 @@ def test_the_spy_sees_full_logits():
     assert full >= 30 * 503
 
 
-class Products(TorchDispatchMode):
-    """Floating-point operations of matrix products, looking inside this project's custom ops."""
+class Products(Watch):
+    """Floating-point operations of matrix products."""
 
     def __init__(self):
         super().__init__()
         self.flops = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name
-        if name in INSIDE:
-            with self:
-                return INSIDE[name]._init_fn(*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
+    def see(self, name, args, result):
         if name.removesuffix("_") in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"):
             left = [tensor for tensor in args if isinstance(tensor, torch.Tensor)][-2]
             self.flops += 2 * result.numel() * left.shape[-1]
-        return result
 
     @classmethod
     def of(cls, function) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from random_lists import random_lists
+from list_tensors import random_list_tensors
 
 F64 = torch.float64
 
@@ -67,6 +67,6 @@ def assert_agree(actual, expected, *, values=1e-5, grads=1e-4):
 
 
 def listwise_case(form: str, sizes: list[int], twin: list[int], seed: int = 0):
-    lists = random_lists(sizes, twin, rows=sum(sizes), vocab=200, form=form, seed=seed)
+    lists = random_list_tensors(sizes, twin, rows=sum(sizes), vocab=200, form=form, seed=seed)
     logits = torch.randn(*lists.slot_rows.shape[:2], lists.slot_rows.shape[1] if form == "ranking" else 5)
     return lists, logits

@@ -8,7 +8,7 @@ from alro_fast.losses import Grades, RankingLists
 from alro_fast.ops import descending_ranks
 
 
-def random_lists(
+def random_list_tensors(
     sizes: list[int], twin: list[int], *, rows: int, vocab: int, form: str = "ranking", seed: int = 0, width: int = 0
 ) -> RankingLists:
     """Lists of the given sizes over distinct rows; ratings 0..5 with ties and, in lists of 4 or more, one ungraded.
