@@ -229,7 +229,7 @@ def plan_batches(
 class EpochPlans:
     """Plans of every epoch over the same trees: other neighbours each time, and always the same number of batches.
 
-    An epoch's plan is that of `plan_batches(sizes, token_budget, seed + epoch)`, the first one to the letter, brought to
+    An epoch's plan is that of `plan_batches(sizes, token_budget, seed + epoch)`, the first to the letter, brought to
     `num_batches`: packed pool by pool, one order of the trees needs a few batches more than another. A plan of fewer
     halves its batches of most trees; one of more packs its emptiest batches anew, together. That always suffices,
     because `num_batches` is no less than best-fit-decreasing over all trees needs, whatever their order.
