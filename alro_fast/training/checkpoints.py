@@ -41,8 +41,7 @@ def find_checkpoint(config: Config, folder: Path) -> str | None:
         return None
     path = newest_checkpoint(folder) if wanted is True else Path(wanted)
     if path is None:
-        newest = next(iter(_numbered(folder)), None)
-        why = "" if newest is None else f" ({newest.name}: {damage(newest)})"
+        why = "".join(f" ({newest.name}: {damage(newest)})" for newest in _numbered(folder)[:1])
         raise AlroFastError(
             f"--resume_from_checkpoint: no whole checkpoint in {folder}{why}; begin anew with "
             "--overwrite_output_dir true in place of it"
@@ -67,7 +66,7 @@ def settle_auto(config: Config, folder: Path | None) -> None:
     training.resume_from_checkpoint = None
     if folder is None or not folder.is_dir() or not any(folder.iterdir()):
         return
-    if newest_checkpoint(folder) is not None:
+    if any(damage(path) is None for path in _numbered(folder)):
         training.resume_from_checkpoint = True
     elif not any((folder / name).exists() for kind in WEIGHTS for name in kind):
         training.overwrite_output_dir = True
@@ -75,14 +74,11 @@ def settle_auto(config: Config, folder: Path | None) -> None:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint in `folder`, or None; a line is printed for each newer one that is damaged."""
-    skipped = []
     for path in _numbered(folder):
         reason = damage(path)
         if reason is None:
-            for line in skipped:
-                print(line)
             return path
-        skipped.append(f"{path} is skipped: {reason}")
+        print(f"{path} is skipped: {reason}")
     return None
 
 

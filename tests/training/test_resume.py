@@ -45,14 +45,14 @@ def test_a_run_stopped_twice_is_the_run_that_was_not(whole, tmp_path, stops):
 
 def test_processes_may_come_and_go_within_an_epoch(tmp_path):
     """1 -> 2 -> 1 processes, within one epoch, with steps of as many batches: the same run."""
-    small = {"lists": 100, "epochs": 2}
+    small = {"lists": 60, "epochs": 2}
     trainer, expected = long_run.train(tmp_path / "whole", **small)
     folder = tmp_path / "stopped"
-    _, seen = long_run.train(folder, stop=4, **small)
-    ranks = two_processes(folder, **small, accumulation=2, stop=9, resume=folder / "checkpoint-4")
-    assert ranks[0]["step"] == ranks[1]["step"] == 9
+    _, seen = long_run.train(folder, stop=3, **small)
+    ranks = two_processes(folder, **small, accumulation=2, stop=6, resume=folder / "checkpoint-3")
+    assert ranks[0]["step"] == ranks[1]["step"] == 6
     torch.testing.assert_close(ranks[0]["weights"], ranks[1]["weights"], rtol=0, atol=0)
-    resumed, rest = long_run.train(folder, resume=folder / "checkpoint-9", **small)
+    resumed, rest = long_run.train(folder, resume=folder / "checkpoint-6", **small)
     assert Counter(seen + ranks[0]["seen"] + ranks[1]["seen"] + rest) == Counter(expected)
     assert resumed.state.global_step == trainer.state.global_step
     torch.testing.assert_close(long_run.weights(resumed), long_run.weights(trainer), rtol=0, atol=1e-6)
@@ -60,14 +60,14 @@ def test_processes_may_come_and_go_within_an_epoch(tmp_path):
 
 @pytest.mark.parametrize("epochs", [2, 1.5])
 def test_steps_of_other_size_still_train_every_list_once(tmp_path, capsys, epochs):
-    small = {"lists": 100, "epochs": epochs}
+    small = {"lists": 60, "epochs": epochs}
     _, expected = long_run.train(tmp_path / "whole", **small, accumulation=1)
-    _, seen = long_run.train(tmp_path / "stopped", **small, stop=9)
+    _, seen = long_run.train(tmp_path / "stopped", **small, stop=6)
     capsys.readouterr()
-    resume = tmp_path / "stopped" / "checkpoint-9"
+    resume = tmp_path / "stopped" / "checkpoint-6"
     trainer, rest = long_run.train(tmp_path / "stopped", **small, resume=resume, accumulation=1)
     assert seen + rest == expected
-    left = trainer.state.global_step - 9
+    left = trainer.state.global_step - 6
     said = f"{resume} was trained by 1 x 4 batches a step, processes x accumulation; with 1 x 1, {left} steps are left"
     assert said in capsys.readouterr().out
 
