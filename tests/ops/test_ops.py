@@ -441,7 +441,8 @@ def test_lists_longer_than_the_kernel_takes(form, monkeypatch, caplog):
     want = ops.listwise(*arguments, backend="eager")
     with pytest.raises(AlroFastError, match=r"lists of 130 candidates .* backend 'triton' takes at most 128"):
         ops.listwise(*arguments, backend="triton")
-    monkeypatch.setattr(ops, "resolve_backend", lambda *_: triton)  # what "auto" is on CUDA
+    module = sys.modules["alro_fast.ops.listwise"]  # the package's attribute of that name is the function
+    monkeypatch.setattr(module, "resolve_backend", lambda *_: triton)  # what "auto" is on CUDA
     dispatch._say_once_long_lists.cache_clear()
     with caplog.at_level(logging.INFO, logger="alro_fast.ops"):
         for _ in range(2):
