@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ..errors import AlroFastError
 from ..objectives.base import Description, describe, objective_arguments
 from ..options import DataArguments, ModelArguments, ObjectiveArguments, RankerTrainingArguments, Where
 from .help import groups, help_text
-from .unread import WITHOUT_MEANING, objectives_of, stage_names, unread, without_meaning
+from .unread import WITHOUT_MEANING, Unread, objectives_of, unread, without_meaning
 
 _SECRETS = {"hub_token"}
 RECORDED = ("alro_fast_version", "learned_answers")  # in the config.yaml of a run beside its options
@@ -76,8 +77,7 @@ def parse(argv: Sequence[str]) -> Config:
     if {"-h", "--help"} & set(argv):
         print_help(argv)
     kinds = (ModelArguments, DataArguments, objective_arguments(), RankerTrainingArguments)
-    parser = _Parser(kinds, allow_abbrev=False, prog="python -m alro_fast.train", add_help=False)
-    parser.add_argument("--config")
+    parser = _parser(kinds)
     name = _config_name(argv)
     known = {entry.name: entry for part in kinds for entry in dataclasses.fields(part) if entry.init}
     flags = {_flag(word, known) for word in argv}
@@ -92,13 +92,18 @@ def parse(argv: Sequence[str]) -> Config:
     if extra:
         parser.error(f"unknown option {extra[0]!r}{_hint(_flag(extra[0], known), known)}")
     objectives = objectives_of(options)
+    found: dict[str, Unread] = {}
     for key in [key for key in known if key in flags or words.get(key)]:
         why = unread(key, options)
         if why is None or (key in WITHOUT_MEANING and not without_meaning(key, getattr(options, key))):
             continue
         if key in flags or not why.decided_by & flags:
-            raise AlroFastError(why.message)
-        del words[key]
+            found[key] = why
+        else:
+            del words[key]
+    if found:  # first what others depend on
+        causes = (key for key, why in found.items() if not (why.decided_by - {key}) & found.keys())
+        raise AlroFastError(found[next(causes, next(iter(found)))].message)
     try:
         *parts, _ = parser.parse_args_into_dataclasses(
             [*itertools.chain(*words.values()), *argv], look_for_args_file=False
@@ -108,14 +113,11 @@ def parse(argv: Sequence[str]) -> Config:
     except (ValueError, TypeError, KeyError, ImportError) as error:  # raised by TrainingArguments' own checks
         raise AlroFastError(str(error).strip().splitlines()[0]) from error
     config = Config(*parts[:4], recipe=Path(name).stem if name else "run")
-    chosen = config.objective.objective
-    if (
-        config.training.stages is not None
-        and "objective" in flags
-        and chosen not in stage_names(config.training.stages)
-    ):
-        raise AlroFastError(f"--objective {chosen} is none of --stages {config.training.stages}; leave one of them out")
-    config.objective.objective = next((one.name for one in objectives if chosen in (one.name, one.stands_for)), chosen)
+    chosen, stages = config.objective.objective, config.training.stages
+    trained = {named: one.name for one in objectives for named in (one.name, one.stands_for)}
+    if stages is not None and "objective" in flags and chosen not in trained:
+        raise AlroFastError(f"--objective {chosen} is none of --stages {stages}; leave one of them out")
+    config.objective.objective = trained.get(chosen, chosen)
     return config
 
 
@@ -151,6 +153,13 @@ def read_recipe(name: str) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise problem
     return {key: value for key, value in values.items() if key not in RECORDED}
+
+
+@functools.lru_cache(maxsize=1)
+def _parser(kinds: tuple[type, ...]) -> _Parser:
+    parser = _Parser(kinds, allow_abbrev=False, prog="python -m alro_fast.train", add_help=False)
+    parser.add_argument("--config")
+    return parser
 
 
 class _Parser(HfArgumentParser):

@@ -218,7 +218,7 @@ class Run:
         rows = {
             "data": f"{self.prepared.path}: {splits} lists",
             "model": f"{self.config.model.model_name_or_path}: {total:,} weights, {trainable:,} trained",
-            "objective": f"{self.config.objective.objective}, answers as {self.answers}",
+            "objective": f"{self.config.description.title}, answers as {self.answers}",
             "tokens": f"{tokens:,} distinct of {data.unshared_tokens:,} per epoch "
             f"({data.unshared_tokens / tokens:.2f}x shared), {data.answer_rows:,} head rows, "
             f"longest list {max(data.sizes):,}",
@@ -406,7 +406,7 @@ def model_card(config: Config, prepared: PreparedData, answers: str) -> str:
     lines = [
         f"---\n{yaml.safe_dump(front)}---\n",
         f"# A ranker tuned with alro_fast {__version__}\n",
-        f"Objective `{config.objective.objective}` on `{prepared.manifest.get('dataset', 'unnamed')}`, answers as "
+        f"Objective `{config.description.title}` on `{prepared.manifest.get('dataset', 'unnamed')}`, answers as "
         f"{answers}, candidates named by `{config.data.identifiers}`. Options: config.yaml; data: "
         "data_manifest.json; prompt: prompt_template.yaml and the JSON file beside it; figures: results.json.\n",
         "Rank with it: `python -m alro_fast.rank --adapter <this folder> lists.json`.\n"

@@ -52,8 +52,11 @@ WITHOUT_MEANING = {  # options of transformers.TrainingArguments that packed bat
     "bf16_full_eval": "evaluation computes in the precision of training; give --bf16",
     "fp16_full_eval": "evaluation computes in the precision of training; give --fp16",
 }
-_AS_IT_IS = {"do_train": True, "dataloader_in_order": True}  # what happens anyway; of all others, nothing
-_NOT_SAID_BY_ITS_VALUE = ("do_eval", "dataloader_pin_memory", "eval_do_concat_batches", "remove_unused_columns")
+_ON = (
+    "do_train",
+    "dataloader_in_order",
+    "average_tokens_across_devices",
+)  # what happens anyway; of all others, nothing
 _OFF = (None, 0, "no")
 
 
@@ -109,10 +112,10 @@ def unread(name: str, options: Any) -> Unread | None:
 
 
 def without_meaning(name: str, value: Any) -> bool:
-    """Whether giving this value to an option of transformers would say something that does not happen."""
-    if name in _NOT_SAID_BY_ITS_VALUE:
+    """Whether giving this value to an option of WITHOUT_MEANING says something that does not happen."""
+    if name == "do_eval":  # the Trainer's arguments set it themselves
         return True
-    return value != _AS_IT_IS[name] if name in _AS_IT_IS else not (value in _OFF or value == [])
+    return value is not True if name in _ON else not (value in _OFF or value == [])
 
 
 def _elsewhere(name: str, where: Where) -> Unread:
