@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..errors import AlroFastError
+from ..objectives.base import descriptions
 from . import metrics
 from .results import LABELS
 
@@ -30,15 +31,6 @@ COLOURS = {
     "pointwise": "#17a2b8",
     "pairwise": "#b07aa1",
     "listwise": "#e377c2",
-}
-PARTS = {
-    "loss": "loss",
-    "sft": "cross-entropy",
-    "soft_lambda": "soft lambda",
-    "permutation": "permutation",
-    "pointwise": "pointwise",
-    "pairwise": "pairwise",
-    "listwise": "listwise",
 }
 
 
@@ -147,7 +139,10 @@ def order_plot(axes: Any, predictions: list[dict]) -> bool:
 
 def loss_plot(axes: Any, history: list[dict]) -> bool:
     """The loss and its parts by optimiser step; nothing for a single point."""
-    return _curves(axes, history, PARTS)
+    parts = {"loss": "loss"}
+    for objective in descriptions().values():
+        parts |= objective.logs
+    return _curves(axes, history, parts)
 
 
 def validation_plot(axes: Any, history: list[dict]) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +13,14 @@ from ..data.records import RankingList
 from ..errors import AlroFastError
 from ..losses import Grades, RankingLists, alro_loss
 from ..modeling.packing import PackedBatch
-from .base import Example, LossTerm
-from .sft import SFTObjective
+from ..options import Where
+from ..prompts import PromptBuilder
+from .base import ALWAYS, Description, Example, LossTerm, describe
+from .sft import SFTObjective, answer_form
 
 if TYPE_CHECKING:
     from ..modeling.lm_head import Head
     from ..options import ObjectiveArguments
-    from ..prompts import PromptBuilder
 
 
 class ALROTargets(NamedTuple):
@@ -93,10 +94,9 @@ class ALROObjective(SFTObjective):
     def loss(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: ALROTargets) -> list[LossTerm]:
         """The three terms; docs/methods.md 1.4 weighs them 1, alpha, beta."""
         options = self.arguments
-        gamma = options.gamma if options.gamma is not None else (10.0 if options.score == "prob" else 1.0)
         out = alro_loss(
             hidden, head.weight, packed.labels, targets.lists,
-            alpha=options.alpha, beta=options.beta, gamma=gamma, sigma=options.sigma,
+            alpha=options.alpha, beta=options.beta, gamma=sharpness(options.gamma, options.score), sigma=options.sigma,
             score=options.score, score_space=options.score_space,
             psl=options.psl, psl_space=options.psl_space, psl_detach=options.psl_detach,
             bias=head.bias, softcap=head.softcap, scale=head.scale, backend=options.backend,
@@ -108,6 +108,27 @@ class ALROObjective(SFTObjective):
         ]
 
 
+class Scoring(NamedTuple):
+    """What the soft-argmax of an expected slot reads, and how sharply (docs/methods.md 1.2)."""
+
+    score: str = "logprob"  # or prob, logit
+    score_space: str = "candidates"  # or vocab
+    gamma: float = 1.0
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Scoring:
+        """As a run trained with these options does; the defaults for an objective that reads no `--score`."""
+        if "score" not in describe(options.get("objective", "alro")).reads:
+            return cls()
+        score = options.get("score", "logprob")
+        return cls(score, options.get("score_space", "candidates"), sharpness(options.get("gamma"), score))
+
+
+def sharpness(gamma: float | None, score: str) -> float:
+    """`--gamma`; where it is not given, what suits the score: at 1 the softmax of probabilities is nearly flat."""
+    return gamma if gamma is not None else (10.0 if score == "prob" else 1.0)
+
+
 def permutation(size: int, draw: random.Random) -> list[int]:
     """A uniform draw from the permutations of range(size) other than the identity; size >= 2."""
     identity = list(range(size))
@@ -115,3 +136,35 @@ def permutation(size: int, draw: random.Random) -> list[int]:
         order = draw.sample(identity, size)
         if order != identity:
             return order
+
+
+IN_ORDER = Where("with --answer ranking", lambda o: o.answer == "ranking", ("answer",))
+NORMALISED = Where(
+    "with --answer ranking and a --score that is normalised, not logit",
+    lambda o: o.answer == "ranking" and o.score != "logit",
+    ("answer", "score"),
+)
+TWINS = Where("with --permutations above 0", lambda o: o.permutations > 0, ("permutations",))
+ALRO = Description(
+    name="alro",
+    summary="ranks whole lists: cross-entropy, soft lambda and permutation-sensitive loss (arXiv 2403.19181)",
+    objective=ALROObjective,
+    run="lists",
+    prompts=PromptBuilder,
+    answers=("ranking", "ratings"),
+    reads={
+        "answer": ALWAYS,
+        "alpha": ALWAYS,
+        "beta": TWINS,
+        "gamma": IN_ORDER,
+        "sigma": ALWAYS,
+        "permutations": ALWAYS,
+        "score": IN_ORDER,
+        "score_space": NORMALISED,
+        "psl": TWINS,
+        "psl_space": TWINS,
+        "psl_detach": TWINS,
+    },
+    logs={"sft": "cross-entropy", "soft_lambda": "soft lambda", "permutation": "permutation"},
+    learns=answer_form,
+)

@@ -40,6 +40,8 @@ def options(folder, output, *more):
         "--output_dir": folder / output, "--tokens_per_batch": 40, "--max_steps": 2, "--lora_r": 2, "--use_cpu": True,
         "--disable_tqdm": True, "--save_strategy": "no",
     }  # fmt: skip
+    if "--use_peft" in more:  # false, wherever it is given here
+        del words["--lora_r"]
     return [str(word) for pair in words.items() for word in pair] + [str(word) for word in more]
 
 
@@ -157,7 +159,7 @@ def test_finished_stages_are_resumed_with_their_own_options_and_data(folder, tmp
         ({}, ["--dpo_beta", "0"], "--dpo_beta is 0; expected more than 0"),
         ({}, ["--dpo_beta", "nan"], "--dpo_beta is nan"),
         ({}, ["--ftx", "-1"], "--ftx is -1"),
-        ({}, ["--ref_log_probs", "kept.safetensors"], "add it"),
+        ({}, ["--ref_log_probs", "kept.safetensors"], "is read with --precompute_ref_log_probs true"),
         ({}, ["--init_adapter", "anywhere", "--use_peft", "false"], "leave one of them out"),
     ],
 )

@@ -224,7 +224,7 @@ def test_mistakes_before_any_work(tmp_path):
     for words, said in (
         ("", "holds no training list with a rated candidate"),
         ("--task_weights 1,1", "--task_weights '1,1': expected three numbers"),
-        ("--answer ratings", "--answer ratings has no meaning for --objective recranker"),
+        ("--answer ratings", "--answer has no meaning for --objective recranker"),
         ("--template film", "no prompt template 'film' for objective recranker: expected one of compact"),
         ("--points_per_list -1", "--points_per_list is -1"),
     ):
