@@ -248,6 +248,10 @@ class RankerTrainingArguments(TrainingArguments):
     stage_learning_rates: str | None = option(
         None, "Learning rate of each stage. Default: learning_rate for all.", read=STAGED
     )
+    resume_from_checkpoint: str | None = option(
+        None,
+        "A checkpoint to go on from; true: the newest whole one in output_dir; auto: that if there is one, or begin.",
+    )
     dry_run: bool = option(False, "Check everything, print the plan (lists, tokens, steps, memory), train nothing.")
     overwrite_output_dir: bool = option(False, "Replace an earlier run of alro_fast in output_dir.")
     learning_rate: float = option(2e-4, "Peak learning rate of AdamW.")
@@ -276,6 +280,8 @@ class RankerTrainingArguments(TrainingArguments):
             self.resume_from_checkpoint = None
         elif str(self.resume_from_checkpoint).lower() == "true":
             self.resume_from_checkpoint = True
+        elif str(self.resume_from_checkpoint).lower() == "auto":
+            self.resume_from_checkpoint = "auto"
         self._check_numbers()
         known = get_available_reporting_integrations() if self.report_to else []
         for name in self.report_to:

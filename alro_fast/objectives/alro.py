@@ -54,6 +54,7 @@ class ALROObjective(SFTObjective):
 
     def targets(self, packed: PackedBatch, examples: Sequence[Example]) -> tuple[ALROTargets, dict[str, int]]:
         """Rows, identifiers, ratings and target ranks of every presentation, padded to the longest list."""
+        # A view is one list in one order; the first view of an example is the stored order, the others are its twins.
         views = [(t, v) for t, example in enumerate(examples) for v in range(len(example.views))]
         width = max(len(example.source.candidates) for example in examples)
         slot_rows = torch.full((len(views), width), -1, dtype=torch.long)
@@ -62,7 +63,7 @@ class ALROObjective(SFTObjective):
         ranks = torch.zeros((len(views), width), dtype=torch.long)
         twin = torch.full((len(views),), -1, dtype=torch.long)
         grades = None
-        original = tree = 0
+        original = tree = 0  # of the example at hand: its first view's index, its first tree's index in the batch
         for l, (t, v) in enumerate(views):
             example, view = examples[t], examples[t].views[v]
             m = len(example.source.candidates)
@@ -70,12 +71,13 @@ class ALROObjective(SFTObjective):
                 original = l
             else:
                 twin[l] = original
-            if self.answer == "ranking":
+            if self.answer == "ranking":  # one tree for all views, a branch each; a row for every slot of the answer
                 ratings[l, :m] = torch.tensor(example.source.ratings)
                 ranks[l, :m] = torch.tensor(view.ranks)
                 slot_rows[l, :m] = packed.branch_rows[tree][v] + torch.tensor(view.slot_offsets)
                 candidate_ids[l, :m] = torch.tensor(view.candidate_ids)
-            else:  # an unrated candidate has no grade, hence no row: it is left out, ranks stay those of the rest
+            else:  # a tree per view, a branch per rated candidate, a row where its grade is predicted
+                # An unrated candidate has no grade, hence no row: it is left out, ranks stay those of the rest.
                 rated = [i for i, branch in enumerate(view.branches) if branch.answer_ids]
                 ratings[l, : len(rated)] = torch.tensor([example.source.ratings[i] for i in rated])
                 ranks[l, : len(rated)] = torch.tensor([view.ranks[i] for i in rated])

@@ -8,7 +8,7 @@ ranking is a full permutation of its candidates.
 | | `ranking` answers: the expected slot of each candidate along the greedy answer (soft-argmax) | m steps |
 | greedy | the best identifier left, slot after slot | m steps, KV cache |
 | beam | the likeliest order among `beams` partial ones | m steps, KV cache |
-| pointwise, pairwise, listwise, hybrid | RecRanker's tasks (`task_reading`, `hybrid`) | 1 |
+| pointwise, pairwise, listwise, hybrid | RecRanker's tasks (`ranking.tasks`, `ranking.hybrid`) | 1 |
 
 Scores are float64, higher is better: log-probability, grade, minus the expected slot, (greedy, beam) minus the slot,
 or (hybrid) utility.

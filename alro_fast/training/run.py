@@ -34,7 +34,7 @@ from ..prompts import add_item_tokens
 from ..ranking.orders import Ranking
 from ..ranking.ranker import Ranker
 from ..run_folder import check_writable
-from .checkpoints import check_same_data, find_checkpoint
+from .checkpoints import check_same_data, find_checkpoint, settle_auto
 from .config import Config
 from .stages import merge_adapter, stack_adapters, write_merged_base
 from .trainer import NonFiniteLoss, RankerTrainer, TreeDataset
@@ -74,6 +74,7 @@ class Run:
         """Everything up to the Trainer."""
         config = self.config
         with self.training.main_process_first(local=False):  # the others find the folder claimed and the data prepared
+            settle_auto(config, Path(self.training.output_dir) if self.training.output_dir else None)
             self.folder = claim_folder(config)
             self.checkpoint = find_checkpoint(config, self.folder)
             self.prepared = self.prepare()
@@ -333,7 +334,8 @@ def claim_folder(config: Config) -> Path:
         return folder
     check_writable(folder)
     if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / "config.yaml").is_file() or "alro_fast_version" not in (folder / "config.yaml").read_text():
+        recorded = [folder / "config.yaml", *folder.glob("checkpoint-*/config.yaml")]  # the first may be cut short
+        if not any(path.is_file() and "alro_fast_version" in path.read_text() for path in recorded):
             raise AlroFastError(
                 f"--output_dir {folder} holds something else than a run of alro_fast; give another folder"
             )

@@ -11,7 +11,7 @@ import sys
 import pytest
 import yaml
 from places import ROOT
-from tiny import byte_tokenizer, refused, tiny_llama
+from tiny import refused, save_base
 
 from alro_fast import train
 from alro_fast.data.preferences import read_preferences
@@ -26,10 +26,8 @@ from alro_fast.prompts.preference import PreferencePrompts
 def folder(tmp_path_factory):
     """A base model, and preference files of two domains."""
     folder = tmp_path_factory.mktemp("runs")
-    tokenizer = byte_tokenizer()
     small = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    tiny_llama(len(tokenizer), **small).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    save_base(folder / "base", **small)
     for name in ("movies", "games"):
         rows = [{"prompt": f"{name} {u}:", "chosen": f" N{u}", "rejected": [f" E{u}", f" G{u}"]} for u in range(4)]
         (folder / f"{name}.json").write_text(json.dumps(rows))

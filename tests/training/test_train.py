@@ -19,7 +19,7 @@ import yaml
 from peft import PeftModel
 from places import ROOT
 from safetensors.torch import load_file
-from tiny import byte_tokenizer, catalogue, random_lists, refused, tiny_llama
+from tiny import catalogue, random_lists, refused, save_base
 
 from alro_fast import cli, train
 from alro_fast.data.lists import write_prepared
@@ -33,9 +33,7 @@ from alro_fast.training import trainer
 def folder(tmp_path_factory):
     """A base model, prepared lists, and one finished run over them."""
     folder = tmp_path_factory.mktemp("train")
-    tokenizer = byte_tokenizer()
-    tiny_llama(len(tokenizer)).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    save_base(folder / "base")
     lists = random_lists(24, range(3, 6), seed=3, history=3, items=40)
     splits = {"train": lists[:12], "valid": lists[12:16], "test": lists[16:]}
     write_prepared(folder / "data", catalogue(40), splits, {"dataset": "made", "tie_rule": "none needed"})

@@ -12,7 +12,7 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_objective_dmpo import chat_tokenizer
-from tiny import byte_tokenizer, catalogue, random_lists, refused, tiny_llama
+from tiny import byte_tokenizer, catalogue, random_lists, refused, save_base, tiny_llama
 from transformers import LlamaForCausalLM
 
 from alro_fast import evaluate, train
@@ -34,8 +34,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("preferences")
     tokenizer = byte_tokenizer()
     for name, seed in (("base", 0), ("other", 1)):
-        tiny_llama(len(tokenizer), seed).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        save_base(folder / name, tokenizer, seed=seed)
     for name, good in (("movies", "North"), ("games", "Glass")):
         rows = [
             {"prompt": f"User {u} of {name}. Next:", "chosen": f" {good} {u}", "rejected": [f" Echo {u}", f" Gold {u}"]}
@@ -355,8 +354,7 @@ def test_the_authors_files_train_and_evaluate(folder, tmp_path, shared_data, dat
     """Every k, a few users each, the release's own switches; then another domain's evaluation rows."""
     files = shared_data / "dmpo-prompts"
     chat = chat_tokenizer()
-    tiny_llama(len(chat)).save_pretrained(tmp_path / "chat")
-    chat.save_pretrained(tmp_path / "chat")
+    save_base(tmp_path / "chat", chat)
     measured = [files / f"rec_{data}_eval_ranking.json", files / "rec_Amazon_Movie_sft_ranking.json"]
     for k in range(1, 6):
         argv = [
