@@ -95,7 +95,7 @@ def _values(entry: dataclasses.Field) -> str:
     """Its choices, or the type of its value."""
     if entry.metadata.get("choices"):
         return "{" + ",".join(entry.metadata["choices"]) + "}"
-    kind = _types()[entry.name]
+    kind = _types(_parts())[entry.name]
     names = [part.__name__ if isinstance(part, type) else str(part) for part in typing.get_args(kind) or (kind,)]
     names = [name.removeprefix("typing.") for name in names if name != "NoneType"]
     listed = typing.get_origin(kind) is list
@@ -112,7 +112,7 @@ def _default(entry: dataclasses.Field) -> str:
 
 
 def _row(name: str, text: str) -> str:
-    return f"  {name:<14}{text}"
+    return textwrap.fill(text, WIDTH, initial_indent=f"  {name:<14}", subsequent_indent=" " * 16)
 
 
 def _parts() -> tuple[type, ...]:
@@ -120,5 +120,5 @@ def _parts() -> tuple[type, ...]:
 
 
 @functools.cache
-def _types() -> dict[str, Any]:
-    return {name: kind for part in _parts() for name, kind in typing.get_type_hints(part).items()}
+def _types(parts: tuple[type, ...]) -> dict[str, Any]:
+    return {name: kind for part in parts for name, kind in typing.get_type_hints(part).items()}
