@@ -21,6 +21,7 @@ from ..data.records import RankingList
 from ..errors import AlroFastError
 from ..modeling.logprobs import answer_logprobs
 from ..modeling.packing import Tree
+from ..objectives.base import TEXTS, learned_answers
 from ..objectives.dmpo import branches_of
 from ..prompts import PromptBuilder
 from ..prompts.preference import PreferencePrompts
@@ -112,9 +113,8 @@ def evaluate_preferences(options: Any) -> None:
 
 
 def answers_with_texts(config: dict[str, Any]) -> bool:
-    """True for a run on preferences whose answers are titles: nothing that identifiers could be read from."""
-    tuned = config.get("objective") in ("dmpo", "sft_chosen")
-    return tuned and (config.get("preferences") is not None or config.get("preference_answer") != "identifiers")
+    """True for a run whose model has learned to answer with texts: nothing that a ranking could be read from."""
+    return learned_answers(config) in TEXTS
 
 
 def contests_of(folder: str, split: str, config: dict[str, Any]) -> tuple[str, list[RankingList]]:

@@ -273,17 +273,20 @@ def collate(trees: Sequence[Tree], indices: Sequence[int], pad_to_multiple: int 
     if not len(indices):
         raise AlroFastError("no trees to collate; a batch needs at least one")
     spans, ids, positions, answer_rows, labels, branch_rows = [], [], [], [], [], []
-    start = row = 0
+    start = row = 0  # of the tree at hand: its first row in the stream, its first answer row
     for index in indices:
         tree = trees[index]
         prefix = tree.prefix_length
         span = TreeSpan(start, prefix, tuple(len(branch) - prefix for branch in tree.ids))
         spans.append(span)
+        # The prefix once, then what each branch has of its own; positions count from each branch's own beginning.
         ids += [tree.ids[0][:prefix], *(branch[prefix:] for branch in tree.ids)]
         positions += [np.arange(prefix), *(np.arange(prefix, len(branch)) for branch in tree.ids)]
         offsets = [row]
-        own = start + prefix
+        own = start + prefix  # where the own rows of the branch at hand begin
         for branch, answer_start in zip(tree.ids, tree.answer_starts):
+            # Answer tokens are predicted one row earlier; by position in the branch, then by row of the stream. An
+            # answer that begins at or before the end of the prefix is predicted from rows all branches share.
             predicting = np.arange(answer_start - 1, len(branch) - 1)
             answer_rows.append(np.where(predicting < prefix, predicting + start, predicting + (own - prefix)))
             labels.append(branch[answer_start:])
@@ -292,6 +295,7 @@ def collate(trees: Sequence[Tree], indices: Sequence[int], pad_to_multiple: int 
             offsets.append(row)
         branch_rows.append(tuple(offsets))
         start = span.end
+    # From here on for the batch as a whole: which tree and which branch (of that tree) every answer row is of.
     padding = -start % pad_to_multiple
     branches = [branch for offsets in branch_rows for branch in range(len(offsets) - 1)]
     rows_per_branch = np.concatenate([np.diff(offsets) for offsets in branch_rows])

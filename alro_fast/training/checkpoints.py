@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import AlroFastError
 from .batches import Cursor
+from .config import RECORDED
+from .unread import unread
 
 if TYPE_CHECKING:
     from ..data.lists import PreparedData
@@ -100,7 +102,9 @@ def damage(checkpoint: Path) -> str | None:
 def check_same_options(checkpoint: Path, config: Config) -> None:
     """AlroFastError when a checkpoint was trained with other options than those at hand."""
     before, now = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8")), config.to_dict()
-    for key in sorted((before.keys() | now.keys()) - RESUMABLE - {"alro_fast_version"}):
+    options = config.flat()
+    keys = {key for key in before.keys() | now.keys() if unread(key, options) is None} - RESUMABLE - set(RECORDED)
+    for key in sorted(keys, key=lambda key: (key not in before or key not in now, key)):  # what one alone has, last
         if before.get(key) != now.get(key):
             raise AlroFastError(
                 f"--resume_from_checkpoint: {checkpoint} was trained with {key}={before.get(key)}, "

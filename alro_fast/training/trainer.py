@@ -40,8 +40,8 @@ SIZING_CHUNK = 512
 class TreeDataset(Dataset):
     """Ranking lists as packed batches, built when asked for: an index is (epoch, the lists of one batch).
 
-    The first epoch's trees are built once at the start for their sizes; what is drawn later may differ by a few
-    tokens, never in the number of trees of a batch. An index without lists is a batch that counts nothing.
+    The first epoch's trees are built once at the start for their sizes; what is drawn later may differ from them by
+    a few tokens, never in the number of trees of a batch. An index without lists is a batch that counts nothing.
     """
 
     def __init__(self, lists: Sequence[RankingList], objective: Objective, progress: bool = False) -> None:

@@ -185,5 +185,5 @@ def test_sft_has_one_presentation_and_no_other_term(tmp_path):
 
 
 def test_an_unknown_objective_is_named():
-    with pytest.raises(AlroFastError, match="--objective 'alroo' is unknown; expected one of sft, alro"):
+    with pytest.raises(AlroFastError, match="--objective 'alroo' is unknown; expected one of alro, dmpo, re"):
         make_objective("alroo")
