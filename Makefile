@@ -1,6 +1,7 @@
 # What a contributor runs, and what CI runs: .ci/run calls these. They use .venv; BIN=/path/to/bin takes another place.
 BIN ?= .venv/bin
 FUZZ_SECONDS ?= 60
+CPP = $(shell find csrc -name "*.cpp" -o -name "*.h")
 
 .PHONY: install style format types layers test bench docs sanitize ci
 
@@ -11,12 +12,12 @@ install: ## the environment: the package, the tests' packages, the tools of this
 style: ## ruff and clang-format, as .pre-commit-config.yaml runs them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: ## what `style` would complain of and a tool can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format -i $(CPP)
 
 types: ## strict in ops, objectives and training
 	$(BIN)/mypy
@@ -31,7 +32,7 @@ bench: ## beside peers, one file: make bench ARGS=bench/bench_step.py (needs the
 	$(BIN)/python -m pytest -s $(or $(ARGS),bench)
 
 docs: ## the site, in site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 sanitize: ## csrc under AddressSanitizer and UndefinedBehaviorSanitizer, and fuzzed: make sanitize FUZZ_SECONDS=600
 	PATH="$(abspath $(BIN)):$$PATH" csrc/sanitize.sh $(FUZZ_SECONDS)
