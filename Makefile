@@ -19,7 +19,7 @@ format: ## what `style` would complain of and a tool can mend
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-types: ## strict in ops, objectives and training
+types: ## mypy, strict in ops, objectives and training
 	$(BIN)/mypy
 
 layers: ## a room imports only rooms below it, and there are no circles
