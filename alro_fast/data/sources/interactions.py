@@ -149,13 +149,13 @@ def locate(
                 f"({', '.join(some) or 'none'}); one is expected: choose with --{flag}_file PATH",
             )
         return given[0] or folder / found[0][0], given[1] or folder / found[1][0]
-    names = FOLDERS[dataset][:2]
-    if not (folder / names[0]).is_file() and (folder / dataset / names[0]).is_file():
+    wanted = FOLDERS[dataset][:2]
+    if not (folder / wanted[0]).is_file() and (folder / dataset / wanted[0]).is_file():
         folder = folder / dataset
-    missing = [n for n, path in zip(names, given) if not path and not (folder / n).is_file()]
+    missing = [n for n, path in zip(wanted, given) if not path and not (folder / n).is_file()]
     held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
     _need(not missing, f"--raw_dir {folder} lacks {' and '.join(missing)} of {dataset} (it holds: {held})")
-    return given[0] or folder / names[0], given[1] or folder / names[1]
+    return given[0] or folder / wanted[0], given[1] or folder / wanted[1]
 
 
 def sha256_of(path: Path) -> str:
@@ -207,15 +207,15 @@ def _encode(raw: RawData, path: Path) -> tuple[pl.DataFrame, pl.Series, pl.Serie
         for fault, expression in faults.items():
             if bad := summary[fault].item():
                 _raise_fault(raw.ratings, path, fault, expression, bad)
-        users, items = sorted_ids(users.to_series()), sorted_ids(items.to_series())
+        user_ids, item_ids = sorted_ids(users.to_series()), sorted_ids(items.to_series())
         table = raw.ratings.select(
-            user.cast(pl.Enum(users)).to_physical().cast(pl.UInt32),
-            item.cast(pl.Enum(items)).to_physical().cast(pl.UInt32),
+            user.cast(pl.Enum(user_ids)).to_physical().cast(pl.UInt32),
+            item.cast(pl.Enum(item_ids)).to_physical().cast(pl.UInt32),
             rating.cast(pl.Float32),
             time,
         ).collect(engine="streaming")
-    counts = {"ratings": count, "users": len(users), "rated_items": len(items)}
-    return table, users.alias("user_id"), items.alias("item_id"), counts
+    counts = {"ratings": count, "users": len(user_ids), "rated_items": len(item_ids)}
+    return table, user_ids.alias("user_id"), item_ids.alias("item_id"), counts
 
 
 def _raise_fault(ratings: pl.LazyFrame, path: Path, fault: str, expression: pl.Expr, bad: int) -> None:

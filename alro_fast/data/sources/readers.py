@@ -13,11 +13,11 @@ import io
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import polars as pl
 
@@ -161,7 +161,7 @@ def read_amazon(edition: str, reviews: Path, metadata: Path, columns: Columns, w
     The 2014 metadata are Python literals rather than JSON; both are read. Products nobody reviewed are left out later.
     """
     names = columns.over(AMAZON_COLUMNS[edition])
-    parts = []
+    parts: list[Path] = []
     wanted = _rating_columns(names)
     for block in _blocks(reviews):
         if not parts:
@@ -216,7 +216,12 @@ def _scan_csv(path: Path, separator: str = ",", names: list[str] | None = None) 
     if path.stat().st_size == 0:
         raise AlroFastError(f"{path.name} is empty; a table is expected in it")
     header = names is None
-    how = {"separator": separator, "has_header": header, "infer_schema": False, "quote_char": '"' if header else None}
+    how: dict[str, Any] = {
+        "separator": separator,
+        "has_header": header,
+        "infer_schema": False,
+        "quote_char": '"' if header else None,
+    }
     with polars_errors(path):
         scan = pl.scan_csv(path, **how)
         found = scan.collect_schema().names()
@@ -345,7 +350,7 @@ def _amazon_category(record: dict) -> list[str]:
     return [main] if isinstance(main, str) and "<" not in main else []
 
 
-def _items(rows: object) -> pl.DataFrame:
+def _items(rows: Iterable[tuple[str, str | None, Sequence[str]]]) -> pl.DataFrame:
     """(item_id, title, category names) -> the item table; names joined by ", ", placeholders for none left out."""
     cells = [(i, title, ", ".join(n for n in names if n not in NO_GENRE)) for i, title, names in rows]
     return pl.DataFrame(cells, schema=ITEM_SCHEMA, orient="row")
