@@ -70,7 +70,7 @@ class Cursor:
         return dataclasses.asdict(self)
 
 
-class PlannedBatches(Sampler):
+class PlannedBatches(Sampler[list[tuple[int, list[int]]]]):
     """Batches of lists under a token budget, for one process of many; their order is a function of (seed, epoch).
 
     Every epoch has as many batches as any other. Batch b of what is left of an epoch goes to process b % world_size, so
@@ -140,21 +140,21 @@ class PlannedBatches(Sampler):
             return
         self.start, self.done = start, start.trained
         if start.old is not None:
-            self.done += len(self._old_plan(start.epoch, start.old[0])) - len(self._untrained_by_old_plan(start))
+            old = self._old_plan(start.epoch, start.old[0])
+            self.done += len(old) - len(self._untrained_by_old_plan(start.epoch, *start.old))
 
     def _untrained(self, start: Cursor) -> list[list[int]]:
-        plan = self.plans(start.epoch) if start.old is None else self._untrained_by_old_plan(start)
+        plan = self.plans(start.epoch) if start.old is None else self._untrained_by_old_plan(start.epoch, *start.old)
         return plan[start.trained :]
 
-    def _untrained_by_old_plan(self, start: Cursor) -> list[list[int]]:
+    def _untrained_by_old_plan(self, epoch: int, processes: int, share: float) -> list[list[int]]:
         """What version 0.1.0 left of an epoch; its share is of as many batches as its first epoch had."""
-        processes, share = start.old
         steps = round(share * (len(self._old_plan(0, processes)) // processes))
-        return self._old_plan(start.epoch, processes)[steps * processes :]
+        return self._old_plan(epoch, processes)[steps * processes :]
 
     def _old_plan(self, epoch: int, world_size: int) -> list[list[int]]:
         """An epoch as version 0.1.0 shared it out: the batch of most lists is halved, wherever it stands."""
-        plan = plan_batches(self.sizes, self.token_budget, self.seed + epoch)
+        plan = plan_batches(self.sizes, self.token_budget, None if self.seed is None else self.seed + epoch)
         while len(plan) % world_size:
             halve(plan, max(range(len(plan)), key=lambda b: len(plan[b])))
         return plan
