@@ -2,6 +2,7 @@
 
 `python -m alro_fast.evaluate --adapter DIR --lists PREPARED [--split test]` prints NDCG@1/3/5/10 with intervals, states
 every convention behind them, and writes results.json, predictions.jsonl, run.trec, qrels.trec and report.html.
+`--model_name_or_path BASE` in place of `--adapter DIR` measures a base as it is.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import numpy as np
 
 from .errors import AlroFastError
 from .evaluation import metrics
-from .evaluation.baselines import baseline_scores
+from .evaluation.baselines import baseline_scores, check_which
 from .evaluation.preferences import answers_with_texts, evaluate_preferences
 from .evaluation.rankings import evaluate_rankings
 from .evaluation.results import evaluate_lists
+from .evaluation.zero_shot import add_zero_shot_options, check_zero_shot
 from .ranking.options import add_ranking_options
 from .ranking.ranker import check_device, check_options
 from .ranking.tasks import check_tasks
@@ -42,6 +44,7 @@ WRITTEN = {  # what an evaluation leaves, and a later one may replace
 def main(argv: Sequence[str]) -> None:
     """Check, then measure rankings or preferences."""
     options = parser().parse_args(argv)
+    check_zero_shot(options)
     if options.lists and options.preferences:
         raise AlroFastError("--lists and --preferences are measured apart; give one of them")
     if not options.lists and not options.preferences:
@@ -52,11 +55,13 @@ def main(argv: Sequence[str]) -> None:
         raise AlroFastError(f"--bootstrap is at least 0 (no intervals); given {options.bootstrap}")
     check_options(options.method, options.shuffles, options.merge, options.beams, options.seed, options.token_budget)
     check_device(options.device)
-    options.output_dir = options.output_dir or str(Path(options.adapter) / "evaluation")
+    default = "out/zero-shot" if options.adapter is None else str(Path(options.adapter) / "evaluation")
+    options.output_dir = options.output_dir or default
     check_output(Path(options.output_dir))
-    if options.preferences or answers_with_texts(run_options(options.adapter)):
+    if options.adapter is not None and (options.preferences or answers_with_texts(run_options(options.adapter))):
         evaluate_preferences(options)
         return
+    check_which(options.baselines)
     check_tasks(options.hybrid or "code", options.pairing)
     metrics.gains(np.empty(0), options.gain)  # an unknown one is an error now, not after the ranking
     evaluate_rankings(options)
@@ -67,13 +72,21 @@ def parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="python -m alro_fast.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_ranking_options(parser)
+    add_ranking_options(parser, adapter_required=False)
+    add_zero_shot_options(parser)
     parser.add_argument("--lists", help="folder that alro_fast.prepare wrote")
     parser.add_argument("--preferences", nargs="+", help="preference files, in place of lists; of any data set")
     parser.add_argument("--split", default="test", help="train, valid or test (default)")
     parser.add_argument("--limit", type=int, help="only the first N lists")
-    parser.add_argument("--output_dir", help="where the files go; default: `evaluation` in the adapter's folder")
+    parser.add_argument(
+        "--output_dir", help="where the files go; default: `evaluation` in the adapter's folder, or out/zero-shot"
+    )
     parser.add_argument("--gain", default="exp2", help="exp2: 2^rating - 1 (default); linear: the rating")
+    parser.add_argument(
+        "--baselines",
+        default="cheap",
+        help="cheap (default): what is fitted in a few seconds; all: LambdaMART, SASRec too; none: random alone",
+    )
     parser.add_argument("--generate", action="store_true", help="also rank by generated text, parsed: the ordinary way")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples behind an interval (default 1000)")
     return parser

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 
-def add_ranking_options(parser: argparse.ArgumentParser) -> None:
+def add_ranking_options(parser: argparse.ArgumentParser, adapter_required: bool = True) -> None:
     """What `rank` and `evaluate` have in common."""
-    parser.add_argument("--adapter", required=True, help="folder that alro_fast.train wrote")
+    parser.add_argument("--adapter", required=adapter_required, help="folder that alro_fast.train wrote")
     parser.add_argument("--base_model", help="base model in place of the one the adapter names")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base model")
     parser.add_argument(

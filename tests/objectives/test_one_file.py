@@ -85,9 +85,13 @@ def listnet(tmp_path):
 def test_an_objective_is_one_file(listnet, tmp_path):
     """Options, --help, training, what was learned and ranking: all from its description."""
     assert "--temperature FLOAT" in help_text("listnet", [])
-    words = "--objective listnet --dataset demo --model_name_or_path demo --template demo --use_cpu true --max_steps 12 "
+    words = (
+        "--objective listnet --dataset demo --model_name_or_path demo --template demo --use_cpu true --max_steps 12 "
+    )
     words += "--max_train_lists 64 --max_eval_lists 4 --max_test_lists 8 --save_strategy no --disable_tqdm true "
-    words += f"--learning_rate 0.003 --warmup_steps 0 --logging_steps 1 --report_to none --output_dir {tmp_path / 'run'}"
+    words += (
+        f"--learning_rate 0.003 --warmup_steps 0 --logging_steps 1 --report_to none --output_dir {tmp_path / 'run'}"
+    )
     with pytest.raises(AlroFastError, match=r"--alpha has no meaning for --objective listnet; .* --objective alro"):
         train.main([*words.split(), "--alpha", "1"])
     with pytest.raises(AlroFastError, match=r"--temperature has no meaning for --objective alro; .* listnet"):
