@@ -31,7 +31,7 @@ from torch import nn
 from ..errors import AlroFastError
 from ..modeling.packing import Branch, Tree
 from ..objectives.alro import Scoring
-from ..objectives.base import describe, learned_answers
+from ..objectives.base import describe_run, learned_answers
 from ..run_folder import run_options
 from .decoding import decode
 from .orders import Ranking, check_finite, check_presentations, make_ranking, presentations, slide, unlabelled
@@ -114,7 +114,7 @@ class Ranker:
         return cls(
             model,
             tokenizer,
-            describe(config.get("objective", "alro")).prompts.load(folder, tokenizer),
+            describe_run(config).prompts.load(folder, tokenizer),
             answer=RANKED[learned],
             hybrid=config.get("hybrid") or "code",
             scoring=Scoring.of(config),
