@@ -28,7 +28,7 @@ from .. import __version__
 from ..errors import AlroFastError
 from ..run_folder import check_writable
 from .records import LARGEST_RATING, Item, RankingList, Signal
-from .signal_table import SIGNALS
+from .signal_table import OF_CANDIDATES, SIGNALS, signal_column
 
 SPLITS = ("train", "valid", "test")
 FORMAT, FORMAT_VERSION = "alro_fast ranking lists", 1
@@ -51,7 +51,7 @@ LIST_SCHEMA = {
     "last_time": pl.Int64,
 }
 SIGNAL_COLUMNS = dict.fromkeys(  # optional, aligned with history or candidates; null: a list without; within: unknown
-    ("hints", *(f"{part}_{name}" for name in SIGNALS if name != "hint" for part in ("history", "candidate"))),
+    (signal_column(name, part) for name in SIGNALS for part in ("history", "candidates")),
     pl.List(pl.Float32),
 )
 TARGET_SCHEMA = {
@@ -335,10 +335,8 @@ def _list_frame(lists: Sequence[RankingList] | pl.DataFrame) -> pl.DataFrame:
     for name in SIGNALS:
         found = [one.signal(name) for one in lists]
         if any(signal.candidates or signal.history for signal in found):
-            columns = {"hints": "candidates"} if name == "hint" else {
-                f"history_{name}": "history", f"candidate_{name}": "candidates"
-            }  # fmt: skip
-            for column, part in columns.items():
+            for part in ("candidates",) if name in OF_CANDIDATES else ("history", "candidates"):
+                column = signal_column(name, part)
                 values = [_nan_to_none(getattr(signal, part)) or None for signal in found]
                 beside[column] = pl.Series(values, dtype=SIGNAL_COLUMNS[column])
     return pl.DataFrame(rows, schema=LIST_SCHEMA, orient="row").with_columns(**beside)

@@ -8,9 +8,15 @@ SIGNALS = {  # name -> what it is; the names of columns, of fragments in templat
     "average": "mean rating of the item, shrunk towards the mean of all ratings; unknown for an item without ratings",
     "count": "number of ratings of the item",
     "hint": "predicted rating of the item by this user: biased matrix factorisation with the item's attributes",
+    "near": "how far above expectation the user rated the items most alike",
 }
-OF_CANDIDATES = ("hint",)  # what is predicted: items of the history have their rating beside them
+OF_CANDIDATES = ("hint", "near")  # what is predicted: items of the history have their rating beside them
 STEPS = (1, 2, 5)  # of every power of ten: where a new bucket of counts begins
+
+
+def signal_column(name: str, part: str) -> str:
+    """The column of a signal beside "history" or "candidates"."""
+    return "hints" if name == "hint" else {"history": f"history_{name}", "candidates": f"candidate_{name}"}[part]
 
 
 def bucket(count: float) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ import polars as pl
 
 from ..errors import AlroFastError
 from .rating_model import BIAS_RIDGE, FACTOR_RIDGE, FACTORS, fit_ratings
-from .signal_table import OF_CANDIDATES, SIGNALS
+from .signal_table import OF_CANDIDATES, SIGNALS, signal_column
 from .sources.interactions import Interactions
 from .windows import Built, ListOptions, Timeline, hash_ids, held_out, splitmix64
 
@@ -26,6 +27,9 @@ FOLDS = 10
 AVERAGE_PRIOR = 5.0  # as many ratings that say the mean of all, in the average
 ATTRIBUTE_RIDGE, YEAR_RIDGE = 8.0, 12.0  # of the user's own regression on categories and on decades
 MOST_ATTRIBUTES = 48  # the most frequent ones are kept
+OFFSET_PRIOR, OFFSET_ROUNDS = 5.0, 6  # of users' and items' offsets, where items are compared
+NEIGHBOURS, NEAR_SHRINK, NEAR_PRIOR = 40, 4.0, 0.5
+MOST_CELLS = 1 << 28  # of the table that items are compared in: 1 GiB
 DECADES, DECADE_WIDTH = np.arange(1920.0, 2030.0, 10.0), 8.0
 RULE = (
     "the fold of a user is splitmix64(splitmix64(blake2b64(user id)) + seed) mod folds; item side: fitted on ratings "
@@ -41,6 +45,12 @@ HOW = {
         f"length 1, decades of a year that ends the title); w_u: the user's ridge regression of rating - b_i, ridge "
         f"{BIAS_RIDGE:g}, {FACTOR_RIDGE:g}, {ATTRIBUTE_RIDGE:g}, {YEAR_RIDGE:g}; not cut to the rating scale; "
         "candidates only"
+    ),
+    "near": (
+        f"residuals e = rating - mean - offsets of user and item (shrunk by {OFFSET_PRIOR:g}); items are alike by "
+        f"max(0, sum over users of e_i e_j) / (sqrt(sum e_i^2 sum e_j^2) + {NEAR_SHRINK:g}); mean of the user's own e "
+        f"of the {NEIGHBOURS} items most alike among those rated before the list, weighted by likeness, "
+        f"{NEAR_PRIOR:g} more that says 0; null where none is alike; candidates only"
     ),
 }
 
@@ -91,11 +101,16 @@ def add_signals(
     fold = (key % np.uint64(options.folds)).astype(np.int64)
     categories, titles = (interactions.items[name].to_list() for name in ("category", "title"))
     attributes, ridge = item_attributes(titles, categories)
-    columns: dict[str, list[pl.Series]] = {}
+    cells = len(fold) * len(titles)
+    if "near" in options.names and cells > MOST_CELLS:
+        raise AlroFastError(
+            f"--signals near keeps a table of {len(fold):,} users x {len(titles):,} items, more than {MOST_CELLS:,} "
+            "cells; leave near out"
+        )
+    columns = {split: _Columns(built, split, options.names) for split in built.lists}
     with threadpool_limits(1):  # the same seed, the same numbers
         for splits, hidden in ((("train", "valid"), ("valid", "test")), (("test",), ("test",))):
             kept = ~held_out(timeline, built.windows, hidden, of_lists.list_size)
-            sides = []
             for k in range(options.folds):
                 rows = np.flatnonzero(kept & (fold[user_of_rating] != k))
                 if not len(rows):
@@ -103,17 +118,19 @@ def add_signals(
                         f"no rating is left to compute --signals with beside fold {k} of --signal_folds "
                         f"{options.folds}; give ratings of more users"
                     )
-                sides.append(ItemSide(timeline, user_of_rating, rows, attributes, ridge, "hint" in options.names))
-            for split in splits:
-                columns[split] = _columns(built, split, options, fold, sides)
-    return {split: built.lists[split].with_columns(columns[split]) for split in built.lists}
+                side = ItemSide(timeline, user_of_rating, rows, attributes, ridge, options.names)
+                for split in splits:
+                    columns[split].fill(side, timeline, fold == k)
+    return {split: built.lists[split].with_columns(columns[split].series()) for split in built.lists}
 
 
 class ItemSide:
     """What some ratings say of the items.
 
-    count: int64 [items]; average: float64 [items], NaN where count is 0; offset: float64 [items], the predicted rating
-    but for the user; features: float64 [items, d], what a user's weights are for, 1 first; ridge: [d, d].
+    count: int64 [items]; average: float64 [items], NaN where count is 0. For hints: offset, float64 [items], the
+    predicted rating but for the user; features, float64 [items, d], what a user's weights are for, 1 first; ridge,
+    [d, d]. For near: level, float64 [items], mean rating but for users' offsets; residual, float32 [users, items], what
+    is left of each rating; power, [items], its sum of squares.
     """
 
     def __init__(
@@ -123,19 +140,32 @@ class ItemSide:
         rows: np.ndarray,
         attributes: np.ndarray,
         attribute_ridge: list[float],
-        predicting: bool,
+        names: Sequence[str],
     ) -> None:
         items, users = len(attributes), len(timeline.offsets) - 1
         user, item = user_of_rating[rows], timeline.item[rows].astype(np.int64)
         rating = timeline.rating[rows].astype(np.float64)
+        mean = rating.mean()
         self.count = np.bincount(item, minlength=items)
-        total = np.bincount(item, weights=rating, minlength=items) + AVERAGE_PRIOR * rating.mean()
+        total = np.bincount(item, weights=rating, minlength=items) + AVERAGE_PRIOR * mean
         self.average = np.where(self.count > 0, total / (self.count + AVERAGE_PRIOR), np.nan)
-        if predicting:
+        if "hint" in names:
             model = fit_ratings(user, item, rating, users, items)
             self.offset = model.mean + model.item[:, 0]
             self.features = np.concatenate([np.ones((items, 1)), model.item[:, 1:], attributes], axis=1)
             self.ridge = np.diag([BIAS_RIDGE] + [FACTOR_RIDGE] * FACTORS + attribute_ridge)
+        if "near" in names:
+            of_item, of_user = np.zeros(items), np.zeros(users)
+            given = np.bincount(user, minlength=users)
+            for _ in range(OFFSET_ROUNDS):
+                left = np.bincount(item, rating - mean - of_user[user], minlength=items)
+                of_item = left / (self.count + OFFSET_PRIOR)
+                left = np.bincount(user, rating - mean - of_item[item], minlength=users)
+                of_user = left / (given + OFFSET_PRIOR)
+            self.level = mean + of_item
+            self.residual = np.zeros((users, items), dtype=np.float32)
+            self.residual[user, item] = rating - self.level[item] - of_user[user]
+            self.power = np.square(self.residual).sum(axis=0)
 
     def hints(
         self, past: np.ndarray, rating: np.ndarray, starts: np.ndarray, wanted: list[np.ndarray]
@@ -154,6 +184,26 @@ class ItemSide:
             grams[number], moments[number, :, 0] = gram, moment
         weights = np.linalg.solve(grams, moments)[:, :, 0]
         return [self.offset[items] + self.features[items] @ own for items, own in zip(wanted, weights)]
+
+    def near(
+        self, past: np.ndarray, rating: np.ndarray, starts: np.ndarray, wanted: list[np.ndarray]
+    ) -> list[np.ndarray]:
+        """As `hints`: how far the user's ratings of the items most alike were above expectation; NaN: none is alike."""
+        items, place = np.unique(np.concatenate(wanted), return_inverse=True)
+        products = self.residual[:, items].T @ self.residual[:, past]
+        scale = np.sqrt(np.outer(self.power[items], self.power[past])) + NEAR_SHRINK
+        alike = np.maximum(products, 0.0) / scale
+        left = rating - self.level[past]
+        found, cuts = [], np.cumsum([len(some) for some in wanted])[:-1]
+        for start, rows in zip(starts.tolist(), np.split(place, cuts)):
+            own = left[:start] - left[:start].sum() / (start + OFFSET_PRIOR)
+            weight = alike[rows, :start]
+            if start > NEIGHBOURS:
+                least = np.partition(weight, -NEIGHBOURS, axis=1)[:, [-NEIGHBOURS]]
+                weight = np.where(weight < least, 0.0, weight)
+            total = weight.sum(axis=1)
+            found.append(np.where(total > 0, weight @ own / (total + NEAR_PRIOR), np.nan))
+        return found
 
 
 def item_attributes(titles: list[str], categories: list[str]) -> tuple[np.ndarray, list[float]]:
@@ -182,38 +232,47 @@ def _of_length_one(rows: np.ndarray) -> np.ndarray:
     return np.divide(rows, length, out=np.zeros_like(rows), where=length > 1e-9)
 
 
-def _columns(
-    built: Built, split: str, options: SignalOptions, fold: np.ndarray, sides: list[ItemSide]
-) -> list[pl.Series]:
-    """The signals of one split as columns."""
-    frame, (users, starts) = built.lists[split], built.windows[split]
-    shown = {part: _Rows(frame[name]) for part, name in (("history", "history"), ("candidate", "candidates"))}
-    made = []
-    for name in (one for one in SIGNALS if one in options.names and one not in OF_CANDIDATES):
-        of_fold = np.stack([getattr(side, name).astype(np.float64) for side in sides])
-        for part, rows in shown.items():
-            values = of_fold[np.repeat(fold[users], rows.lengths), rows.items]
-            made.append(rows.series(f"{part}_{name}", values))
-    if "hint" in options.names:
-        made.append(shown["candidate"].series("hints", _hints(built.timeline, users, starts, fold, sides, shown)))
-    return made
+class _Columns:
+    """The signals of one split, filled in fold by fold."""
 
+    def __init__(self, built: Built, split: str, names: Sequence[str]) -> None:
+        self.users, self.starts = built.windows[split]
+        self.rows = {name: _Rows(built.lists[split][name]) for name in ("history", "candidates")}
+        self.values: dict[str, np.ndarray] = {}  # column -> float64, all lists end to end
+        for name in (one for one in SIGNALS if one in names):
+            for part in ("candidates",) if name in OF_CANDIDATES else ("history", "candidates"):
+                self.values[signal_column(name, part)] = np.full(len(self.rows[part].items), np.nan)
 
-def _hints(
-    timeline: Timeline, users: np.ndarray, starts: np.ndarray, fold: np.ndarray, sides: list[ItemSide], shown: dict
-) -> np.ndarray:
-    """float64, all candidates of all lists end to end; lists stand by user, then time."""
-    rows, values = shown["candidate"], np.empty(len(shown["candidate"].items))
-    cuts = np.concatenate([[0], np.cumsum(rows.lengths)])
-    first_lists = np.flatnonzero(np.diff(users, prepend=-1))
-    for first, last in itertools.pairwise([*first_lists.tolist(), len(users)]):
-        own = slice(*timeline.offsets[users[first] : users[first] + 2])
-        wanted = [rows.items[cuts[l] : cuts[l + 1]] for l in range(first, last)]
-        predicted = sides[fold[users[first]]].hints(
-            timeline.item[own].astype(np.int64), timeline.rating[own].astype(np.float64), starts[first:last], wanted
-        )
-        values[cuts[first] : cuts[last]] = np.concatenate(predicted)
-    return values
+    def fill(self, side: ItemSide, timeline: Timeline, mine: np.ndarray) -> None:
+        """What `side` says of the lists of users that are `mine`, bool [users]."""
+        for name in SIGNALS:
+            for part, rows in self.rows.items():
+                if name not in OF_CANDIDATES and (column := signal_column(name, part)) in self.values:
+                    here = np.repeat(mine[self.users], rows.lengths)
+                    self.values[column][here] = getattr(side, name)[rows.items[here]]
+        predicted = {name: signal_column(name, "candidates") for name in OF_CANDIDATES}
+        for name, compute in {"hint": side.hints, "near": side.near}.items():
+            if predicted[name] in self.values:
+                self._predict(self.values[predicted[name]], compute, timeline, mine)
+
+    def _predict(self, values: np.ndarray, compute: Callable, timeline: Timeline, mine: np.ndarray) -> None:
+        """Fill in what is computed user by user; lists stand by user, then time."""
+        rows, cuts = self.rows["candidates"], self.rows["candidates"].cuts
+        first_lists = np.flatnonzero(np.diff(self.users, prepend=-1))
+        for first, last in itertools.pairwise([*first_lists.tolist(), len(self.users)]):
+            user = self.users[first]
+            if not mine[user]:
+                continue
+            own = slice(*timeline.offsets[user : user + 2])
+            past, rating = timeline.item[own].astype(np.int64), timeline.rating[own].astype(np.float64)
+            wanted = [rows.items[cuts[l] : cuts[l + 1]] for l in range(first, last)]
+            values[cuts[first] : cuts[last]] = np.concatenate(compute(past, rating, self.starts[first:last], wanted))
+
+    def series(self) -> list[pl.Series]:
+        return [
+            self.rows["history" if column.startswith("history_") else "candidates"].series(column, values)
+            for column, values in self.values.items()
+        ]
 
 
 class _Rows:
@@ -221,6 +280,7 @@ class _Rows:
 
     def __init__(self, column: pl.Series) -> None:
         self.lengths = column.list.len().to_numpy().astype(np.int64)
+        self.cuts = np.concatenate([[0], np.cumsum(self.lengths)])
         self.items = column.filter(column.list.len() > 0).explode().to_numpy().astype(np.int64)
 
     def series(self, name: str, values: np.ndarray) -> pl.Series:

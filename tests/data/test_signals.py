@@ -12,7 +12,7 @@ from made_ratings import interactions, taste_rows
 
 from alro_fast import prepare
 from alro_fast.data import signals as module
-from alro_fast.data.lists import open_prepared, write_prepared
+from alro_fast.data.lists import SIGNAL_COLUMNS, open_prepared, write_prepared
 from alro_fast.data.records import Signal
 from alro_fast.data.signal_table import SIGNALS, bucket
 from alro_fast.data.signals import AVERAGE_PRIOR, ItemSide, SignalOptions, add_signals, item_attributes
@@ -23,7 +23,7 @@ from alro_fast.evaluation import metrics
 ITEMS, FOLDS = 120, 4
 ROWS = taste_rows(users=60, items=ITEMS)
 OPTIONS = ListOptions(list_size=5, history_length=8)
-ALL = SignalOptions(("average", "count", "hint"), FOLDS)
+ALL = SignalOptions(tuple(SIGNALS), FOLDS)
 
 
 def made(rows=ROWS, options=OPTIONS, signals=ALL):
@@ -62,6 +62,7 @@ def test_every_signal_tells_something_of_real_tastes(built):
     assert frames["train"].height > 300
     assert above_chance(frames["train"], "average") > 4  # every seventh item is disliked by all
     assert above_chance(frames["train"], "hint") > above_chance(frames["train"], "average")
+    assert above_chance(frames["train"], "near") > 4
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -81,8 +82,8 @@ def test_a_planted_leak_is_found(monkeypatch):
 
     monkeypatch.setattr(module, "ItemSide", Leaking)
     _, frames = made(shuffled())
-    assert above_chance(frames["train"], "average") > 4
-    assert above_chance(frames["train"], "hint") > 4
+    for name in ("average", "hint", "near"):
+        assert above_chance(frames["train"], name) > 4, name
 
     class Late(ItemSide):
         def hints(self, past, rating, starts, wanted):
@@ -100,7 +101,7 @@ def altered(where):
 
 
 def values(frames, split):
-    names = [name for name in frames[split].columns if name == "hints" or "_average" in name or "_count" in name]
+    names = [name for name in frames[split].columns if name in SIGNAL_COLUMNS]
     return [frames[split][name].to_list() for name in names]
 
 
@@ -129,7 +130,7 @@ def test_a_users_own_and_later_ratings_stay_out_of_its_lists(built):
         start = int(one["list_id"].split("-")[1])
         assert one["candidate_average"] == other["candidate_average"]  # no rating of the user at any time
         if start <= 20:
-            assert one["hints"] == other["hints"], row
+            assert (one["hints"], one["candidate_near"]) == (other["hints"], other["candidate_near"]), row
             kept += 1
         else:
             moved += one["hints"] != other["hints"]
@@ -160,7 +161,7 @@ def test_a_hint_is_the_users_own_ridge_regression(built):
     timeline = built[0].timeline
     user_of = np.repeat(np.arange(60), np.diff(timeline.offsets))
     attributes, ridge = item_attributes(["Film"] * ITEMS, ["A, B" if i % 3 else "" for i in range(ITEMS)])
-    item_side = ItemSide(timeline, user_of, np.flatnonzero(user_of % 2 == 0), attributes, ridge, True)
+    item_side = ItemSide(timeline, user_of, np.flatnonzero(user_of % 2 == 0), attributes, ridge, ["hint"])
     own = slice(*timeline.offsets[7:9])
     past, rating = timeline.item[own].astype(int), timeline.rating[own].astype(float)
     found = item_side.hints(past, rating, np.array([6, 6, 11]), [np.arange(9), np.arange(3), np.arange(9)])
@@ -171,6 +172,35 @@ def test_a_hint_is_the_users_own_ridge_regression(built):
         weights = np.linalg.lstsq(rows, wanted, rcond=None)[0]
         items = np.arange(len(hints))
         np.testing.assert_allclose(hints, item_side.offset[items] + item_side.features[items] @ weights, atol=1e-9)
+
+
+def test_near_is_the_weighted_mean_of_the_users_residuals_of_like_items(built):
+    timeline = built[0].timeline
+    user_of = np.repeat(np.arange(60), np.diff(timeline.offsets))
+    rows = np.flatnonzero(user_of % 2 == 0)
+    item_side = ItemSide(timeline, user_of, rows, np.zeros((ITEMS, 0)), [], ["near"])
+    own = slice(*timeline.offsets[7:9])
+    past, rating = timeline.item[own].astype(int), timeline.rating[own].astype(float)
+    residual = item_side.residual.astype(float)
+    assert np.count_nonzero(residual[1::2]) == 0
+    held = item_side.near(past, rating, np.array([6, len(past)]), [np.arange(9), np.arange(40, 43)])
+    for start, items, found in zip((6, len(past)), (range(9), range(40, 43)), held):
+        left = rating[:start] - item_side.level[past[:start]]
+        left -= left.sum() / (start + module.OFFSET_PRIOR)
+        for item, value in zip(items, found):
+            one, others = residual[:, item], residual[:, past[:start]].T
+            alike = [max(0.0, one @ o) / (np.sqrt((one @ one) * (o @ o)) + module.NEAR_SHRINK) for o in others]
+            nearest = np.argsort(alike)[::-1][: module.NEIGHBOURS]
+            weight = np.array(alike)[nearest]
+            expected = weight @ left[nearest] / (weight.sum() + module.NEAR_PRIOR)
+            assert value == pytest.approx(expected, abs=1e-5) if weight.sum() > 0 else np.isnan(value)
+
+
+def test_a_table_too_large_for_near_is_refused(monkeypatch):
+    monkeypatch.setattr(module, "MOST_CELLS", 60 * ITEMS - 1)
+    with pytest.raises(AlroFastError, match="--signals near keeps a table of 60 users x 120 items, more than 7,199"):
+        made()
+    made(signals=SignalOptions(("average", "hint"), FOLDS))
 
 
 def test_attributes_are_categories_and_decades_of_length_one():
@@ -246,7 +276,7 @@ def test_without_signals_the_folder_is_what_it_was(ratings_file, tmp_path):
 
 
 def test_records_with_signals_come_back(ratings_file, tmp_path):
-    prepare.main(command(ratings_file, tmp_path / "out", "--signals", "average,count,hint", "--signal_folds", "3"))
+    prepare.main(command(ratings_file, tmp_path / "out", "--signals", "average,count,hint,near", "--signal_folds", "3"))
     data = open_prepared(tmp_path / "out")
     lists = [data.lists("train")[i] for i in range(4)]
     lists[2] = replace(lists[2], hints=(), signals=lists[2].signals[:1])
@@ -265,7 +295,7 @@ def test_records_with_signals_come_back(ratings_file, tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--signals", "average,fame"), "--signals average,fame: expected some of average, count, hint"),
+        (("--signals", "average,fame"), "--signals average,fame: expected some of average, count, hint, near"),
         (("--signals", ""), "--signals : expected some of"),
         (("--signals", "count,count"), "each once"),
         (("--signals", "count", "--signal_folds", "1"), "--signal_folds 1 is too small"),
