@@ -13,6 +13,7 @@ The first three compare answers of one user to one prompt. All arithmetic is flo
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -65,11 +66,14 @@ def preference_metrics(records: Sequence[Scored], seed: int = 42) -> dict[str, f
     }
 
 
-def accuracy_interval(records: Sequence[Scored]) -> Interval:
-    """`user_auc` of the valid records (pair accuracy where all have one size), with its 95 % interval over users."""
+def accuracy_interval(records: Sequence[Scored], resamples: int = 1000) -> Interval:
+    """`user_auc` of the valid records (pair accuracy where all have one size), with its 95 % interval over users; its
+    ends are NaN where resamples is 0."""
     records = [one for one in records if one.valid()]
     values = np.array([one.wins().mean() for one in records])
-    return bootstrap_interval(values, np.array([one.user_id for one in records]))
+    if not resamples:
+        return Interval(float(values.mean()) if len(values) else math.nan, math.nan, math.nan)
+    return bootstrap_interval(values, np.array([one.user_id for one in records]), resamples=resamples)
 
 
 def pooled_coin_auc(records: Sequence[Scored], seed: int = 42) -> float:

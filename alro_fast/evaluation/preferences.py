@@ -49,11 +49,11 @@ def score_preferences(
     ]
 
 
-def measure(records: dict[str, list[Scored]]) -> dict[str, dict[str, Any]]:
-    """Ranker -> metrics, with the bootstrap interval of the users' mean accuracy."""
+def measure(records: dict[str, list[Scored]], bootstrap: int = 1000) -> dict[str, dict[str, Any]]:
+    """Ranker -> metrics, with the bootstrap interval of the users' mean accuracy; bootstrap: its resamples."""
     found = {}
     for name, scored in records.items():
-        _, low, high = accuracy_interval(scored)
+        _, low, high = accuracy_interval(scored, bootstrap)
         found[name] = preference_metrics(scored) | {"interval": [low, high], "records": len(scored)}
     return found
 
@@ -101,7 +101,7 @@ def evaluate_preferences(options: Any) -> None:
             with model.disable_adapter() if ranker == "untuned" else contextlib.nullcontext():
                 scored[ranker] = score_preferences(model, prompts, people, options.token_budget)
             answers += sum(len(one.chosen) + len(one.rejected) for one in scored[ranker])
-        results[name] = measure(scored)
+        results[name] = measure(scored, options.bootstrap)
     seconds = time.perf_counter() - started
     print(table(results))
     print(f"{answers:,} answers in {seconds:.1f} s")
