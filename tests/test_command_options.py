@@ -221,6 +221,8 @@ def test_methods_that_the_model_does_not_answer_cost_no_loading(folder, loads, m
     ):
         for main, rest in ((rank.main, "lists.json"), (evaluate.main, "--lists data")):
             assert said in refusal(main, f"{words} {rest}", capsys)
+    said = refusal(rank.main, "--adapter titles lists.json", capsys)
+    assert "was tuned on answers that are titles" in said
     assert loads == []
 
 
@@ -607,7 +609,7 @@ def test_help_is_short_and_tells_defaults(module, monkeypatch):
 
 
 def test_help_does_not_wait_for_torch():
-    names = ("rank", "client", "prepare", "report")
+    names = ("rank", "client", "prepare")
     words = "; ".join(f"import alro_fast.{name} as c; c.parser().format_help()" for name in names)
     done = subprocess.run([sys.executable, "-c", f"import sys; {words}; sys.exit('torch' in sys.modules)"])
     assert done.returncode == 0

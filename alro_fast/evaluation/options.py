@@ -10,10 +10,10 @@ import numpy as np
 
 from ..cli import Reader, refuse_unread
 from ..errors import AlroFastError
-from ..ranking.options import READERS, RankingOptions, answer_form, check_model_options, settled_options
+from ..objectives.base import TEXTS, learned_answers
+from ..ranking.options import READERS, RankingOptions, check_model_options, settled_options
 from ..run_folder import check_writable, run_options
 from . import metrics
-from .preferences import answers_with_texts
 
 WRITTEN = {  # what an evaluation leaves, and a later one may replace
     "results.json",
@@ -27,7 +27,7 @@ WRITTEN = {  # what an evaluation leaves, and a later one may replace
 
 
 class Measured(NamedTuple):
-    """What an evaluation reads its options by; answer: ranking, ratings or tasks."""
+    """What an evaluation reads its options by; answer: what the model has learned, of objectives.base.LEARNED."""
 
     lists: bool  # of --lists, not --preferences
     rankings: bool  # not preferences
@@ -64,10 +64,10 @@ def check_evaluation(options: argparse.Namespace) -> RankingOptions | None:
         raise AlroFastError(f"--bootstrap is at least 0 (no intervals); given {options.bootstrap}")
     metrics.gains(np.empty(0), options.gain)  # an unknown one is an error now, not after the ranking
     check_model_options(options)
-    run = run_options(options.adapter)
-    ranks = not options.preferences and not answers_with_texts(run)
+    learned = learned_answers(run_options(options.adapter))
+    ranks = not options.preferences and learned not in TEXTS
     for readers in (LISTS_READ, ANSWERS_READ):
-        refuse_unread(options.given, readers, Measured(bool(options.lists), ranks, answer_form(run)))
+        refuse_unread(options.given, readers, Measured(bool(options.lists), ranks, learned))
     how = settled_options(options, generate=options.generate) if ranks else None
     options.output_dir = options.output_dir or str(Path(options.adapter) / "evaluation")
     check_output(Path(options.output_dir))

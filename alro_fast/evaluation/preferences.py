@@ -111,12 +111,6 @@ def evaluate_preferences(options: Any) -> None:
     print(f"preference_results.json is in {folder}")
 
 
-def answers_with_texts(config: dict[str, Any]) -> bool:
-    """True for a run on preferences whose answers are titles: nothing that identifiers could be read from."""
-    tuned = config.get("objective") in ("dmpo", "sft_chosen")
-    return tuned and (config.get("preferences") is not None or config.get("preference_answer") != "identifiers")
-
-
 def contests_of(folder: str, split: str, config: dict[str, Any]) -> tuple[str, list[RankingList]]:
     """The data set's name, and a positive with its negatives out of every list of a split, drawn as in training.
 

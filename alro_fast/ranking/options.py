@@ -18,6 +18,12 @@ from .orders import MERGES, check_presentations
 
 METHODS = ("first", "expected", "greedy", "beam")
 TASK_METHODS = ("pointwise", "pairwise", "listwise", "hybrid")
+RANKED = {  # answers that a model has learned (objectives.base.LEARNED) -> the form in which a ranking is read
+    "ranking": "ranking",
+    "identifiers": "ranking",
+    "ratings": "ratings",
+    "tasks": "tasks",
+}
 METHODS_OF = {"ranking": METHODS, "ratings": ("expected",), "tasks": TASK_METHODS}  # by the form of a model's answers
 DEFAULT_METHOD = {"ranking": "first", "ratings": "expected", "tasks": "hybrid"}
 
@@ -128,21 +134,32 @@ def _whole_weights(folder: Path) -> bool:
     return (folder / "config.json").is_file() and not (folder / ADAPTER_CONFIG).is_file()
 
 
-def answer_form(run: Mapping[str, Any]) -> str:
-    """What the model of a run gives rankings by, from the run's options: ranking, ratings or tasks."""
-    return "tasks" if run.get("objective") == "recranker" else run.get("answer", "ranking")
+def ranked_answers(folder: str | Path, run: Mapping[str, Any]) -> str:
+    """The form of answers in which rankings are read from the model of a run, from the run's options.
+
+    AlroFastError for one that has learned to answer with texts.
+    """
+    from ..objectives.base import learned_answers  # imports torch
+
+    learned = learned_answers(run)
+    if learned not in RANKED:
+        raise AlroFastError(
+            f"{folder} was tuned on answers that are titles, not identifiers, which a ranking is read from; "
+            "measure it with alro_fast.evaluate, or tune with --preference_answer identifiers"
+        )
+    return RANKED[learned]
 
 
 def settled_options(options: argparse.Namespace, *, generate: bool = False) -> RankingOptions:
     """How a command line's model ranks, from its run's config.yaml: no weights are read.
 
-    generate: RecRanker's texts are generated too, and read as its hybrid. AlroFastError for a method that asks the
-    model for other answers, or an option that the method does not read. A folder without config.yaml settles nothing.
+    generate: RecRanker's texts are generated too, and read as its hybrid. A folder without config.yaml settles nothing.
+    AlroFastError for a method that asks for answers the model has not learned, or an option that it does not read.
     """
     how, run = RankingOptions.of(options), run_options(options.adapter)
     if not run:
         return how
-    answer, hybrid = answer_form(run), run.get("hybrid") or "code"
+    answer, hybrid = ranked_answers(options.adapter, run), run.get("hybrid") or "code"
     how = how.settled(answer, hybrid)
     texts = [replace(how, method="hybrid", shuffles=1)] if generate and answer == "tasks" else []
     refuse_unread(options.given, READERS, how, *texts)

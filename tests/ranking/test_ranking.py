@@ -17,7 +17,8 @@ from alro_fast.data.records import Item, RankingList
 from alro_fast.errors import AlroFastError
 from alro_fast.modeling.lm_head import Head
 from alro_fast.prompts import PromptBuilder
-from alro_fast.ranking import decoding, ranker, reading
+from alro_fast.ranking import decoding, reading
+from alro_fast.ranking import ranker as ranking
 from alro_fast.ranking.decoding import decode, ordinary_attention, token_logits
 from alro_fast.ranking.options import METHODS
 from alro_fast.ranking.orders import MERGES, Ranking, kemeny_order, merge, presentations, slide
@@ -268,7 +269,7 @@ def test_ratings_of_candidates_cannot_matter():
 
 
 def test_rankings_come_as_they_are_ready(monkeypatch):
-    monkeypatch.setattr(ranker, "CHUNK", 2)
+    monkeypatch.setattr(ranking, "CHUNK", 2)
     taken = []
 
     def endless():

@@ -63,6 +63,17 @@ def tiny_llama(vocab_size: int, seed: int = 0, **overrides) -> LlamaForCausalLM:
     return model
 
 
+def save_base(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None, **options) -> PreTrainedTokenizerFast:
+    """A model of random weights and its tokenizer (bytes, unless given) as files of a folder; returns the tokenizer.
+
+    options: those of `tiny_llama`.
+    """
+    tokenizer = tokenizer or byte_tokenizer()
+    tiny_llama(len(tokenizer), **options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 def make_run(folder: Path, *, answer: str = "ranking", seed: int = 0) -> Path:
     """A base model and, over it, the folder a training run leaves: a LoRA adapter that changes the scores."""
     tokenizer = byte_tokenizer()

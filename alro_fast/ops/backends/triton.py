@@ -20,11 +20,10 @@ CPU, which is how the tests check it. `count_gemm_work` counts products with the
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 import triton
@@ -32,7 +31,9 @@ from torch import Tensor
 
 from ...kernels import configs, expected, gather, row_kernel, vocab_stats
 from ...kernels import listwise as listwise_kernel
+from . import gemm_work
 from .eager import Listwise, VocabPass
+from .gemm_work import count_gemm_work as count_gemm_work
 
 log = logging.getLogger(__name__)
 
@@ -268,14 +269,14 @@ def _fused(hidden, weight, bias, softcap, scale, first, second, entropy, want_ex
         hidden, weight, bias, softcap, scale, first, second, entropy=entropy, tile_stats=want_expected,
         single=config.single, paired=config.paired,
     )  # fmt: skip
-    _count("logits", rows if pair_count == 0 else (rows, first, second), weight.shape[0])
+    gemm_work.count("logits", rows if pair_count == 0 else (rows, first, second), weight.shape[0])
     embedding = None
     if want_expected:
         embedding, kept = expected.expected(
             hidden, weight, bias, softcap, scale, stats.lse, stats.row_max, stats.tile_lse, mass_bound, config.expected
         )
         for kind in ("logits again", "embedding"):
-            _count_kept(kind, kept, rows, weight.shape[0], config.expected)
+            gemm_work.count_kept(kind, kept, rows, weight.shape[0], config.expected)
     return VocabPass(stats.lse, embedding, stats.cross, None, None)
 
 
@@ -283,6 +284,12 @@ def _tiled(
     hidden, weight, bias, softcap, scale, first, second, entropy, want_expected, want_mixed, want_spread, mass_bound,
     config,
 ):  # fmt: skip
+    """The tiled engine: one buffer of [N, T] products that every tile of the vocabulary goes through in turn.
+
+    A tile takes three steps: its products (GEMM); the row kernel, which turns them into p~ = exp(z - row maximum so
+    far) and carries the statistics along; p~ @ W, added to the sums. What was summed under an older maximum is rescaled
+    by the row kernel where the maximum moves; dividing by the final sum comes last.
+    """
     rows, size_h = hidden.shape
     size_v = weight.shape[0]
     pair_count = None if first is None else len(first)
@@ -293,11 +300,13 @@ def _tiled(
         spread=want_spread,
     )  # fmt: skip
     columns = min(config.columns, triton.next_power_of_2(size_v))
+    # p~ takes the bytes of the products it came from, but for pairs: their first row reads the second's products, which
+    # another program would have overwritten.
     products, p = _tile_buffers(hidden, columns, shared=pairs is None)
     mixed_out, spread_out = (
         hidden.new_zeros(pair_count, columns) if wanted else None for wanted in (want_mixed, want_spread)
     )
-    sub = config.expected.block_v
+    sub = config.expected.block_v  # skipping drops columns by this many, the width of a tile of `expected`'s kernels
     probe = floor = tile_lse = selection = None
     if skipping:
         tile_lse = running.row_max.new_empty(rows, triton.cdiv(columns, sub))
@@ -309,10 +318,10 @@ def _tiled(
     for start, stop in _tiles(size_v, columns) if rows else ():
         width = stop - start
         tile, w = products[:, :width], weight[start:stop]
-        if probe is not None:
+        if probe is not None:  # the products of the first rows are known from the search for heavy columns
             tile[:known] = probe[:, start:stop]
         _product(hidden[known:], w.T, tile[known:])
-        _count("logits", rows - known, width)
+        gemm_work.count("logits", rows - known, width)
         parts = triton.cdiv(width, sub)
         row_kernel.advance(
             tile, p[:, :width] if want_expected else None, running, bias, softcap, scale, start, pairs=pairs,
@@ -325,20 +334,21 @@ def _tiled(
                 first_tile=start // sub, all_tiles=triton.cdiv(size_v, sub),
             )  # fmt: skip
             expected.accumulate(p[:, :width], w, selection, running.sums, config.expected, packed=False)
-            _count_kept("embedding", selection.kept_count, rows, width, config.expected)
+            gemm_work.count_kept("embedding", selection.kept_count, rows, width, config.expected)
         elif want_expected:
             _add_product(p[:, :width], w, running.sums)
-            _count("embedding", rows, width)
+            gemm_work.count("embedding", rows, width)
         for out, sums in ((mixed_out, running.mixed), (spread_out, running.spread)):
             if out is not None:
                 _add_product(out[:, :width], w, sums)
-                _count("pairs", pair_count, width)
+                gemm_work.count("pairs", pair_count, width)
 
+    # Sums are of p~ and unscaled columns: U = scale * sum / row_sum; a pair's by its first row, the teacher.
     factor = scale / running.row_sum
     if want_expected:
         running.sums.mul_(factor[:, None])
     if pairs is not None:
-        row = first.clamp(min=0)
+        row = first.clamp(min=0)  # a pad's sums are zeros, whatever they are divided by
         running.cross.div_(running.row_sum[row])
         for sums in (running.mixed, running.spread):
             if sums is not None:
@@ -354,12 +364,12 @@ def _floor(hidden, weight, bias, softcap, scale, probe_rows: int, columns: int) 
     probe = hidden.new_empty(probe_rows, size_v, dtype=torch.float32)
     for start, stop in _tiles(size_v, columns):
         _product(hidden[:probe_rows], weight[start:stop].T, probe[:, start:stop])
-    _count("logits", probe_rows, size_v)
+    gemm_work.count("logits", probe_rows, size_v)
     heavy = torch.softmax(_to_logits(probe, bias, softcap, scale), dim=1).amax(dim=0)
     hot = heavy.topk(min(HOT_COLUMNS, max(size_v // 256, 1))).indices
     few = hidden.new_empty(len(hidden), len(hot), dtype=torch.float32)
     _product(hidden, weight[hot].T, few)
-    _count("heavy columns", len(hidden), len(hot))
+    gemm_work.count("heavy columns", len(hidden), len(hot))
     few = _to_logits(few, None if bias is None else bias[hot], softcap, scale)
     return probe, torch.logsumexp(few, dim=1)
 
@@ -437,60 +447,3 @@ def _architecture(device: torch.device) -> str | None:
         return "gfx942"
     major = torch.cuda.get_device_capability(device)[0]
     return None if major < 8 else {8: "sm80", 9: "sm90"}.get(major, "sm100")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Counting products with the vocabulary.
-
-
-class GemmWork:
-    """Products between rows and vocabulary columns, by kind; 1 unit per row = one product with the whole vocabulary."""
-
-    def __init__(self) -> None:
-        self._products: dict[str, list] = {}
-
-    def products(self) -> dict[str, int]:
-        """Row x column products per kind; reads counters from the device."""
-        return {kind: sum(int(part) for part in parts) for kind, parts in self._products.items()}
-
-    def units(self, rows: int, vocab_size: int) -> float:
-        """Products with the whole vocabulary per row."""
-        return sum(self.products().values()) / (rows * vocab_size)
-
-
-_work: GemmWork | None = None
-
-
-@contextlib.contextmanager
-def count_gemm_work() -> Iterator[GemmWork]:
-    """Counts the vocabulary products of this backend's calls inside the block."""
-    global _work
-    outer, _work = _work, GemmWork()
-    try:
-        yield _work
-    finally:
-        _work = outer
-
-
-def _count(kind: str, rows, columns: int) -> None:
-    if _work is None:
-        return
-    if isinstance(rows, tuple):  # paired statistics: rows of every pair, and the rows in none
-        count, first, second = rows
-        held = (first >= 0) & (second >= 0)
-        alone = torch.ones(count, dtype=torch.bool, device=first.device)
-        alone[first[held]] = False
-        alone[second[held]] = False
-        rows = alone.sum() + 2 * held.sum()
-    _work._products.setdefault(kind, []).append(rows * columns)
-
-
-def _count_kept(kind: str, kept_count: Tensor, rows: int, columns: int, config) -> None:
-    """Whole kept tiles, clipped at the edges of rows and vocabulary by their share of it."""
-    if _work is None:
-        return
-    block_rows = torch.full_like(kept_count, config.block_m)
-    block_rows[-1] = rows - (len(kept_count) - 1) * config.block_m
-    tiles = triton.cdiv(columns, config.block_v)
-    share = (kept_count * block_rows).sum().double() / tiles
-    _work._products.setdefault(kind, []).append(share * columns)
