@@ -2,6 +2,7 @@
 
 `python -m alro_fast.evaluate --adapter DIR --lists PREPARED [--split test]` prints NDCG@1/3/5/10 with intervals, states
 every convention behind them, and writes results.json, predictions.jsonl, run.trec, qrels.trec and report.html.
+`--model_name_or_path BASE` in place of `--adapter DIR` measures a base as it is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .evaluation.options import add_evaluation_options, check_evaluation
 from .evaluation.preferences import evaluate_preferences
 from .evaluation.rankings import evaluate_rankings
 from .evaluation.results import evaluate_lists
+from .evaluation.zero_shot import add_zero_shot_options
 from .ranking.options import add_model_options, add_ranking_options
 from .ranking.ranker import check_device
 
@@ -37,9 +39,10 @@ def main(argv: Sequence[str]) -> None:
 def parser() -> OneLineParser:
     """The command's options."""
     parser = OneLineParser(prog="python -m alro_fast.evaluate", description=__doc__)
-    add_model_options(parser)
+    add_model_options(parser, adapter_required=False)
     add_evaluation_options(parser)
     add_ranking_options(parser)
+    add_zero_shot_options(parser)
     return parser
 
 

@@ -171,6 +171,12 @@ class DataArguments:
     max_train_lists: int | None = option(None, "Use at most this many training lists (seeded draw).")
     max_eval_lists: int | None = option(None, "Use at most this many validation lists during training.")
     max_test_lists: int | None = option(None, "Use at most this many test lists for the closing table.")
+    baselines: str = option(
+        "cheap",
+        "Rankers without a language model in the closing table. cheap: what is fitted in a few seconds; all: also "
+        "LambdaMART, or SASRec for lists with one target; none: random alone.",
+        ["cheap", "all", "none"],
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_train_lists", "max_eval_lists", "max_test_lists"):

@@ -7,10 +7,13 @@ from dataclasses import fields
 
 from .cli import OneLineParser, Reader, refuse_unread, run
 from .data.prepared import FileOptions, add_file_options, prepare_lists
+from .data.signal_table import SIGNALS
+from .data.signals import FOLDS, SignalOptions
 from .data.windows import ListOptions
 
 READERS = {
-    "negatives_by": Reader("with --negatives 1 or more", "lists without negatives", lambda options: options.negatives)
+    "negatives_by": Reader("with --negatives 1 or more", "lists without negatives", lambda options: options.negatives),
+    "signal_folds": Reader("with --signals", "lists without signals", lambda options: options.signals is not None),
 }
 
 
@@ -18,8 +21,9 @@ def main(argv: Sequence[str]) -> None:
     """Download if need be, read, cut into lists, write; one line per stage."""
     arguments = parser().parse_args(argv)
     options = ListOptions(**{f.name: getattr(arguments, f.name) for f in fields(ListOptions)})
-    refuse_unread(arguments.given, READERS, options)
-    prepare_lists(FileOptions.of(arguments), options)
+    refuse_unread(arguments.given, READERS, arguments)
+    signals = SignalOptions.of(arguments.signals, arguments.signal_folds)
+    prepare_lists(FileOptions.of(arguments), options, signals)
 
 
 def parser() -> OneLineParser:
@@ -34,6 +38,7 @@ def parser() -> OneLineParser:
         ("min_history", "no list with fewer before it"),
         ("train_stride", "ratings from one training list to the next (default: list_size)"),
         ("max_train_lists_per_user", "keep the latest ones (default: all)"),
+        ("test_lists", "test lists of a user"),
         ("negatives", "unrated candidates added to a list"),
         ("seed", "of ties, presented order and negatives"),
     ):
@@ -45,6 +50,11 @@ def parser() -> OneLineParser:
         metavar="HOW",
         help="--negatives 1 or more: drawn by uniform or popularity",
     )
+    beside = parser.add_argument_group("signals")
+    beside.add_argument(
+        "--signals", metavar="NAMES", help=f"numbers beside every item, such as {','.join(SIGNALS)} (default: none)"
+    )
+    beside.add_argument("--signal_folds", type=int, default=FOLDS, metavar="N", help="--signals: folds of the users")
     return parser
 
 

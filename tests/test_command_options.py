@@ -27,7 +27,7 @@ from alro_fast.data.first_stage.retrieval import DEFAULTS
 from alro_fast.data.lists import TARGET_SCHEMA, write_prepared
 from alro_fast.errors import AlroFastError
 from alro_fast.evaluation import options as evaluation_options
-from alro_fast.evaluation import preferences, rankings
+from alro_fast.evaluation import preferences, rankings, zero_shot
 from alro_fast.modeling import loading
 from alro_fast.prompts.recranker import RecRankerPrompts
 from alro_fast.ranking.generation import Generated
@@ -92,7 +92,7 @@ def folder(tmp_path_factory):
         (folder / name / "config.yaml").write_text(options)
     RecRankerPrompts(tokenizer, "movies").save(folder / "tasks")
     shutil.copytree(folder / "run", folder / "whole", ignore=shutil.ignore_patterns("adapter*"))
-    tiny_llama(len(tokenizer)).save_pretrained(folder / "whole")
+    tiny_llama(len(tokenizer), seed=7).save_pretrained(folder / "whole")
     titles = ("Casino", "Clueless", "Babe", "Alien", "Brazil")
     documents = [
         {"history": [{"title": past, "rating": 4.5}], "candidates": [{"title": title} for title in titles]}
@@ -230,24 +230,36 @@ def test_every_rank_reader_has_refused():
     assert {row.option for row in RANK_REFUSED} == READERS.keys() | MODEL_READERS.keys()
 
 
-LISTS = "--lists data --bootstrap 9"
+LISTS = "--lists data --bootstrap 9 --baselines none"
+BASE = f"--model_name_or_path base {LISTS}"
 EVALUATE_READ = [
     *(row._replace(stage=f"{row.stage} {LISTS}") for row in {row.option: row for row in RANK_READ}.values()),
-    Read("lists", "--adapter run --lists data --bootstrap 9", "--lists more"),
+    Read("lists", f"--adapter run {LISTS}", "--lists more"),
     Read("preferences", "--adapter run --preferences movies.json", "--preferences movies.json games.json"),
-    Read("split", "--adapter run --lists data --bootstrap 9", "--split valid"),
+    Read("baselines", f"--adapter run {LISTS}", "--baselines cheap"),
+    Read("model_name_or_path", BASE, "--model_name_or_path whole"),
+    Read("template", BASE, "--template music"),
+    Read("identifiers", BASE, "--identifiers items"),
+    Read("answer", BASE, "--answer ratings"),
+    Read("output_dir", BASE, "--output_dir elsewhere"),
+    Read("shuffles", BASE, "--shuffles 2"),
+    Read("split", f"--adapter run {LISTS}", "--split valid"),
     Read("split", "--adapter titles --lists data --bootstrap 9", "--split valid"),
-    Read("limit", "--adapter run --lists data --bootstrap 9", "--limit 2"),
+    Read("limit", f"--adapter run {LISTS}", "--limit 2"),
     Read("limit", "--adapter run --preferences movies.json", "--limit 2"),
-    Read("output_dir", "--adapter run --lists data --bootstrap 9", "--output_dir elsewhere"),
+    Read("output_dir", f"--adapter run {LISTS}", "--output_dir elsewhere"),
     Read("output_dir", "--adapter run --preferences movies.json", "--output_dir elsewhere"),
-    Read("bootstrap", "--adapter run --lists data --bootstrap 9", "--bootstrap 0"),
+    Read("bootstrap", f"--adapter run {LISTS}", "--bootstrap 0"),
     Read("bootstrap", "--adapter titles --lists data --bootstrap 9", "--bootstrap 0"),
     Read("bootstrap", "--adapter run --preferences movies.json", "--bootstrap 0"),
-    Read("gain", "--adapter run --lists data --bootstrap 9", "--gain linear"),
-    Read("generate", "--adapter run --lists data --bootstrap 9", "--generate"),
-    Read("generate", "--adapter tasks --lists data --bootstrap 9", "--generate"),
-    Read("hybrid", "--adapter tasks --method pointwise --generate --lists data --bootstrap 9", "--hybrid paper"),
+    Read("gain", f"--adapter run {LISTS}", "--gain linear"),
+    Read("generate", f"--adapter run {LISTS}", "--generate"),
+    Read("generate", f"--adapter tasks {LISTS}", "--generate"),
+    Read(
+        "hybrid",
+        f"--adapter tasks --method pointwise --generate {LISTS}",
+        "--hybrid paper",
+    ),
     Read("token_budget", "--adapter titles --lists data --bootstrap 9", "--token_budget 100"),
     Read("device", "--adapter titles --lists data --bootstrap 9", "--device cpu"),
     Read("base_model", "--adapter run --preferences movies.json", "--base_model base"),
@@ -256,6 +268,7 @@ EVALUATE_READ = [
 GIVEN = {
     "method": "--method first", "shuffles": "--shuffles 1", "merge": "--merge mean", "beams": "--beams 4",
     "seed": "--seed 0", "hybrid": "--hybrid code", "pairing": "--pairing matching", "gain": "--gain exp2",
+    "baselines": "--baselines cheap",
     "generate": "--generate",
 }  # fmt: skip
 EVALUATE_REFUSED = [
@@ -266,6 +279,14 @@ EVALUATE_REFUSED = [
         for option, words in GIVEN.items()
     ),
     Refused("split", "--adapter run --preferences movies.json", "--split test", "with --lists"),
+    *(
+        Refused(option, f"--adapter run {LISTS}", f"--{option} {value}", "with --model_name_or_path")
+        for option, value in zero_shot.OPTIONS.items()
+    ),
+    Refused("base_model", BASE, "--base_model whole", "with --adapter"),
+    Refused("preferences", "--model_name_or_path base", "--preferences movies.json", "with --adapter"),
+    Refused("beams", BASE, "--beams 3", "by method beam"),
+    Refused("generate", f"{BASE} --answer ratings", "--generate", "for models that answer with an order"),
     Refused("generate", "--adapter ratings --lists data", "--generate", "for models that answer with an order"),
     Refused("gain", "--adapter run --lists hinted", "--gain linear", "for graded lists"),
     Refused("pairing", "--adapter run --lists data --generate", "--pairing all", "by methods pairwise and hybrid"),
@@ -275,7 +296,7 @@ EVALUATE_REFUSED = [
 def written(folder) -> dict:
     """What evaluations wrote, but for times; removed."""
     files = {}
-    for place in (*folder.glob("*/evaluation"), folder / "elsewhere"):
+    for place in (*folder.glob("*/evaluation"), folder / "out" / "zero-shot", folder / "elsewhere"):
         for path in place.glob("*.json*"):
             files[str(path)] = [timeless(json.loads(line)) for line in joined(path)]
         shutil.rmtree(place, ignore_errors=True)
@@ -290,7 +311,10 @@ def test_every_option_of_evaluate_is_read(folder, loads, monkeypatch, capsys):
         if words in known:
             return known[words]
         loads.clear()
-        evaluate.main(words.split())
+        try:
+            evaluate.main(words.split())
+        except AlroFastError as error:
+            return str(error)
         files = written(folder)
         assert files
         capsys.readouterr()
@@ -326,7 +350,9 @@ def test_what_evaluate_does_not_read_is_refused_before_weights_are(folder, loads
 
 
 def test_every_evaluate_reader_has_refused():
-    readers = READERS | MODEL_READERS | evaluation_options.LISTS_READ | evaluation_options.ANSWERS_READ
+    readers = (
+        READERS | MODEL_READERS | evaluation_options.LISTS_READ | evaluation_options.ANSWERS_READ | zero_shot.READERS
+    )
     assert {row.option for row in EVALUATE_REFUSED} == readers.keys() | {"gain"}
 
 
@@ -426,6 +452,9 @@ PREPARE_READ = [
     Read("max_train_lists_per_user", f"{CSV} --list_size 3", "--max_train_lists_per_user 1"),
     Read("negatives", CSV, "--negatives 2"),
     Read("negatives_by", f"{CSV} --negatives 2", "--negatives_by popularity"),
+    Read("test_lists", CSV, "--test_lists 2"),
+    Read("signals", CSV, "--signals average"),
+    Read("signal_folds", f"{CSV} --signals average", "--signal_folds 2"),
     Read("seed", CSV, "--seed 1"),
 ]
 FILES_REFUSED = [
@@ -450,6 +479,7 @@ FILES_REFUSED = [
 PREPARE_REFUSED = [
     *FILES_REFUSED,
     Refused("negatives_by", CSV, "--negatives_by popularity", "with --negatives 1 or more"),
+    Refused("signal_folds", CSV, "--signal_folds 5", "with --signals"),
     Refused("negatives_by", f"{CSV} --negatives 0", "--negatives_by uniform", "with --negatives 1 or more"),
 ]
 

@@ -126,9 +126,12 @@ class Negatives:
         order = self._generator(one, epoch, "order").permutation(len(candidates)).tolist()
         candidates = [candidates[i] for i in order]
         ratings = tuple(rating_of.get(item.index, math.nan) for item in candidates)
-        hint_of = {item.index: hint for item, hint in zip(one.candidates, one.hints)}
-        hints = tuple(hint_of.get(item.index, math.nan) for item in candidates) if one.hints else ()
-        return replace(one, candidates=tuple(candidates), ratings=ratings, hints=hints)
+        place_of = {item.index: place for place, item in enumerate(one.candidates)}
+        if all(item.index in place_of for item in candidates):
+            return one.select(place_of[item.index] for item in candidates)
+        # Hints and signals are unknown of items from the catalogue: shown of the others, they would name the positive.
+        signals = tuple(signal._replace(candidates=()) for signal in one.signals)
+        return replace(one, candidates=tuple(candidates), ratings=ratings, hints=(), signals=signals)
 
     def _below(self, one: RankingList) -> list[int]:
         best = positive(one)

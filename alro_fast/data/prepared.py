@@ -14,10 +14,11 @@ import numpy as np
 from ..cli import Reader, refuse_unread
 from ..errors import AlroFastError
 from .lists import check_output_folder, read_manifest, seen_frame, write_prepared
+from .signals import SignalOptions, add_signals, signal_rules
 from .sources.download import LICENCES, cache_folder, download
 from .sources.interactions import DATASETS, MOVIELENS, TABLES, Interactions, read_interactions
 from .sources.readers import NO_TIME, Columns
-from .windows import ORDER_RULE, SPLIT_RULE, TIE_RULE, ListOptions, build_lists
+from .windows import ORDER_RULE, TIE_RULE, ListOptions, build_lists
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,12 @@ class FileOptions:
         }
 
 
-def prepare_lists(files: FileOptions, options: ListOptions) -> None:
-    """Download if need be, read, cut into lists, write; a line for every stage.
+def prepare_lists(files: FileOptions, options: ListOptions, signals: SignalOptions | None = None) -> None:
+    """Download if need be, read, cut into lists, put signals beside their items, write; a line for every stage.
 
     Raises AlroFastError for files that cannot be read, or an output folder that holds something else.
     """
-    recorded = asdict(options) | files.recorded
+    recorded = options.recorded | files.recorded | (signals.recorded if signals else {})
     check_output(files, recorded)
 
     stage = Stages()
@@ -70,10 +71,15 @@ def prepare_lists(files: FileOptions, options: ListOptions) -> None:
     lists = ", ".join(f"{split} {count:,}" for split, count in built.counts["lists"].items())
     stage.done(f"cut lists: {lists}; users skipped: {built.counts['users_skipped']:,}")
 
-    rules = {"tie_rule": TIE_RULE, "split_rule": SPLIT_RULE, "order_rule": ORDER_RULE}
+    rules = {"tie_rule": TIE_RULE, "split_rule": options.split_rule, "order_rule": ORDER_RULE}
     manifest = manifest_of(files, interactions, recorded, options.seed, rules, built.counts)
+    lists = built.lists
+    if signals:
+        lists = add_signals(built, interactions, signals, options)
+        manifest["signals"] = signal_rules(signals, options.seed)
+        stage.done(f"computed signals: {', '.join(signals.names)}")
     seen = seen_frame(interactions.user, interactions.item, interactions.user_ids)
-    write_prepared(files.output_dir, built.items, built.lists, manifest, seen=seen)
+    write_prepared(files.output_dir, built.items, lists, manifest, seen=seen)
     stage.done(f"wrote {files.output_dir}")
 
 

@@ -1,7 +1,8 @@
 """Ratings -> ranking lists: `build_lists`.
 
-A user's ratings in chronological order are cut into windows of `list_size` candidates. The last window is the test
-list, the one before it the validation list; training windows slide back from there, `train_stride` ratings at a time.
+A user's ratings in chronological order are cut into windows of `list_size` candidates. The last `test_lists` windows
+are the test lists, the one before them the validation list; training windows slide back from there, `train_stride`
+ratings at a time.
 The history of a list is the last `history_length` ratings before its window. So an item of a held-out list stands in no
 earlier list or history of its user (each user rates an item once, see interactions.py), and no history item is later
 than a candidate. Equal timestamps are ordered by TIE_RULE.
@@ -11,9 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -31,6 +32,12 @@ SPLIT_RULE = (
     "list, training lists end where the validation list begins and slide back by train_stride; "
     "history = the last history_length ratings before a list"
 )
+SPLIT_RULE_OF_MORE = (
+    "per user and by time: the last {test_lists} x list_size ratings are {test_lists} test lists one after the other "
+    "(those with min_history ratings before them), the list_size before them the validation list, training lists "
+    "end where the validation list begins and slide back by train_stride; history = the last history_length ratings "
+    "before a list, so a later test list shows the ratings of an earlier one"
+)
 ORDER_RULE = "candidates are presented in the order of a hash of (seed, user id, list position, item id)"
 SORT_ROWS = 4_000_000
 CHUNK_LISTS = 1 << 16
@@ -46,12 +53,13 @@ class ListOptions:
     min_history: int = 5  # a list with fewer earlier ratings is not made
     train_stride: int | None = None  # ratings between the starts of two training lists; None: list_size (no overlap)
     max_train_lists_per_user: int | None = None  # the latest ones are kept; None: all
+    test_lists: int = 1  # per user, one after the other
     negatives: int = 0  # unrated candidates added to every list: items the user never rated, without a grade
     negatives_by: str = "uniform"  # or "popularity": drawn with probability proportional to train_count
     seed: int = 0
 
     def __post_init__(self) -> None:
-        lowest = {"history_length": 1, "list_size": 2, "min_history": 1, "negatives": 0, "seed": 0}
+        lowest = {"history_length": 1, "list_size": 2, "min_history": 1, "test_lists": 1, "negatives": 0, "seed": 0}
         for name in ("train_stride", "max_train_lists_per_user"):
             if getattr(self, name) is not None:
                 lowest[name] = 1
@@ -61,13 +69,16 @@ class ListOptions:
         if self.negatives_by not in {"uniform", "popularity"}:
             raise AlroFastError(f"--negatives_by {self.negatives_by!r}; expected 'uniform' or 'popularity'")
 
+    @property
+    def split_rule(self) -> str:
+        """What the manifest says of how ratings are split."""
+        return SPLIT_RULE if self.test_lists == 1 else SPLIT_RULE_OF_MORE.format(test_lists=self.test_lists)
 
-class Built(NamedTuple):
-    """items: frame of lists.ITEM_SCHEMA; lists: split -> frame of lists.LIST_SCHEMA; counts for the manifest."""
-
-    items: pl.DataFrame
-    lists: dict[str, pl.DataFrame]
-    counts: dict[str, int | dict[str, int]]
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What the manifest says of these options; `test_lists` where there are several: older ones do not have it."""
+        known = asdict(self)
+        return known if self.test_lists > 1 else {name: value for name, value in known.items() if name != "test_lists"}
 
 
 class Timeline(NamedTuple):
@@ -77,6 +88,19 @@ class Timeline(NamedTuple):
     item: np.ndarray
     rating: np.ndarray
     time: np.ndarray
+
+
+class Built(NamedTuple):
+    """items: frame of lists.ITEM_SCHEMA; lists: split -> frame of lists.LIST_SCHEMA; counts for the manifest.
+
+    timeline: what was cut; windows: split -> (user, position of the first candidate among the user's ratings) per list.
+    """
+
+    items: pl.DataFrame
+    lists: dict[str, pl.DataFrame]
+    counts: dict[str, int | dict[str, int]]
+    timeline: Timeline
+    windows: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def build_lists(interactions: Interactions, options: ListOptions, notice: Callable[[str], None] = print) -> Built:
@@ -114,7 +138,7 @@ def build_lists(interactions: Interactions, options: ListOptions, notice: Callab
             for split, (users, starts) in windows.items()
         },
     }
-    return Built(items, lists, counts)
+    return Built(items, lists, counts, timeline, windows)
 
 
 def hash_ids(ids: pl.Series) -> np.ndarray:
@@ -159,18 +183,31 @@ def plan_windows(ratings_of: np.ndarray, options: ListOptions) -> dict[str, tupl
     """
     size, stride = options.list_size, options.train_stride or options.list_size
     windows = {}
-    for split, lists_from_the_end in (("test", 1), ("valid", 2)):
-        start = ratings_of - lists_from_the_end * size
-        users = np.flatnonzero(start >= options.min_history)
-        windows[split] = users, start[users]
-    room = ratings_of - 3 * size - options.min_history
+    for split, from_the_end in (("test", np.arange(options.test_lists, 0, -1)), ("valid", options.test_lists + 1)):
+        start = ratings_of[:, None] - np.atleast_1d(from_the_end) * size
+        users, which = np.nonzero(start >= options.min_history)
+        windows[split] = users, start[users, which]
+    last = ratings_of - (options.test_lists + 2) * size  # where a user's last training list begins
+    room = last - options.min_history
     many = np.where(room >= 0, room // stride + 1, 0)
     if options.max_train_lists_per_user is not None:
         many = np.minimum(many, options.max_train_lists_per_user)
     users = np.repeat(np.arange(len(ratings_of)), many)
     nth = np.arange(len(users)) - np.repeat(np.cumsum(many) - many, many)
-    windows["train"] = users, (ratings_of - 3 * size)[users] - (many[users] - 1 - nth) * stride
+    windows["train"] = users, last[users] - (many[users] - 1 - nth) * stride
     return windows
+
+
+def held_out(
+    timeline: Timeline, windows: dict[str, tuple[np.ndarray, np.ndarray]], splits: Sequence[str], size: int
+) -> np.ndarray:
+    """bool [ratings of the timeline]: in the window of a list of one of these splits."""
+    held = np.zeros(len(timeline.item), dtype=bool)
+    for split in splits:
+        users, starts = windows[split]
+        for k in range(size):
+            held[timeline.offsets[users] + starts + k] = True
+    return held
 
 
 def _whole_user_slices(offsets: np.ndarray, rows: int) -> list[slice]:
@@ -185,12 +222,8 @@ def _whole_user_slices(offsets: np.ndarray, rows: int) -> list[slice]:
 def _with_statistics(
     items: pl.DataFrame, timeline: Timeline, windows: dict[str, tuple[np.ndarray, np.ndarray]], options: ListOptions
 ) -> pl.DataFrame:
-    held_out = np.zeros(len(timeline.item), dtype=bool)
-    for split in ("valid", "test"):
-        users, starts = windows[split]
-        for k in range(options.list_size):
-            held_out[timeline.offsets[users] + starts + k] = True
-    count, mean = train_statistics(timeline.item[~held_out], timeline.rating[~held_out], items.height)
+    held = held_out(timeline, windows, ("valid", "test"), options.list_size)
+    count, mean = train_statistics(timeline.item[~held], timeline.rating[~held], items.height)
     return items.with_columns(train_count=count, train_mean=mean)
 
 

@@ -14,6 +14,8 @@ from ..objectives.base import TEXTS, learned_answers
 from ..ranking.options import READERS, RankingOptions, check_model_options, settled_options
 from ..run_folder import check_writable, run_options
 from . import metrics
+from .baselines import check_which
+from .zero_shot import check_zero_shot
 
 WRITTEN = {  # what an evaluation leaves, and a later one may replace
     "results.json",
@@ -36,7 +38,7 @@ class Measured(NamedTuple):
 
 OF_RANKINGS = Reader("where rankings are measured", "a measurement of preferences", lambda what: what.rankings)
 LISTS_READ = {
-    **dict.fromkeys(("method", *READERS, "gain", "generate"), OF_RANKINGS),
+    **dict.fromkeys(("method", *READERS, "gain", "baselines", "generate"), OF_RANKINGS),
     "split": Reader("with --lists", "--preferences", lambda what: what.lists),
 }
 ANSWERS_READ = {
@@ -54,6 +56,7 @@ def check_evaluation(options: argparse.Namespace) -> RankingOptions | None:
     AlroFastError for a value nobody takes, an option that is not read, or a folder that cannot be written: no weights
     are read for it.
     """
+    check_zero_shot(options)
     if options.lists and options.preferences:
         raise AlroFastError("--lists and --preferences are measured apart; give one of them")
     if not options.lists and not options.preferences:
@@ -63,13 +66,17 @@ def check_evaluation(options: argparse.Namespace) -> RankingOptions | None:
     if options.bootstrap < 0:
         raise AlroFastError(f"--bootstrap is at least 0 (no intervals); given {options.bootstrap}")
     metrics.gains(np.empty(0), options.gain)  # an unknown one is an error now, not after the ranking
+    check_which(options.baselines)
     check_model_options(options)
-    learned = learned_answers(run_options(options.adapter))
+    base = options.adapter is None
+    learned = options.answer if base else learned_answers(run_options(options.adapter))
     ranks = not options.preferences and learned not in TEXTS
     for readers in (LISTS_READ, ANSWERS_READ):
         refuse_unread(options.given, readers, Measured(bool(options.lists), ranks, learned))
-    how = settled_options(options, generate=options.generate) if ranks else None
-    options.output_dir = options.output_dir or str(Path(options.adapter) / "evaluation")
+    answer = learned if base else None
+    how = settled_options(options, answer=answer, generate=options.generate) if ranks else None
+    default = "out/zero-shot" if base else str(Path(options.adapter) / "evaluation")
+    options.output_dir = options.output_dir or default
     check_output(Path(options.output_dir))
     return how
 
@@ -82,13 +89,19 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N lists, or rows of a preference file")
     parser.add_argument(
-        "--output_dir", metavar="DIR", help="where the files go (default: `evaluation` in the adapter's folder)"
+        "--output_dir", metavar="DIR", help="where the files go (default: evaluation in --adapter, or out/zero-shot)"
     )
     parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples of an interval; 0: none")
     lists = parser.add_argument_group("lists")
     lists.add_argument("--split", default="test", metavar="NAME", help="train, valid or test")
     lists.add_argument(
         "--gain", default="exp2", metavar="NAME", help="graded lists: exp2 (2^rating - 1) or linear (the rating)"
+    )
+    lists.add_argument(
+        "--baselines",
+        default="cheap",
+        metavar="WHICH",
+        help="cheap (fitted in a few seconds), all (LambdaMART, SASRec too) or none (random alone)",
     )
     lists.add_argument("--generate", action="store_true", help="also rank by generated text, parsed: the ordinary way")
 

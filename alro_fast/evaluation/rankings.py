@@ -1,4 +1,4 @@
-"""A tuned model's rankings beside the untuned model's and the baselines', on the lists of a prepared folder."""
+"""A model's rankings, tuned or as it is, beside the baselines', on the lists of a prepared folder."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from . import metrics
 from .baselines import baseline_scores
 from .report import report_line
 from .targets import evaluate_rankers, has_targets, save_measurement
+from .zero_shot import zero_shot_ranker
 
 GRADED = Reader("for graded lists", "a first stage's lists, of one target each", lambda targets: not targets)
 
@@ -41,14 +42,17 @@ def evaluate_rankings(options: argparse.Namespace, how: RankingOptions) -> None:
     targets = has_targets(prepared, options.split)
     refuse_unread(options.given, {"gain": GRADED}, targets)
     lists = [lists[i] for i in range(min(options.limit or len(lists), len(lists)))]
-    ranker = Ranker.load(
-        options.adapter,
-        device=options.device,
-        base_model=options.base_model,
-        trust_remote_code=options.trust_remote_code,
-        token_budget=options.token_budget,
-    )
-    if ranker.prompts.identifiers == "items":
+    if options.adapter is None:
+        ranker = zero_shot_ranker(options, prepared)
+    else:
+        ranker = Ranker.load(
+            options.adapter,
+            device=options.device,
+            base_model=options.base_model,
+            trust_remote_code=options.trust_remote_code,
+            token_budget=options.token_budget,
+        )
+    if options.adapter is not None and ranker.prompts.identifiers == "items":
         check_catalogue(Path(options.adapter), prepared)
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +65,8 @@ def evaluate_rankings(options: argparse.Namespace, how: RankingOptions) -> None:
     if ranker.answer == "tasks" and options.method is None:  # the hybrid, and a row for each of its tasks
         for task in TASK_METHODS[:-1]:
             rankings[task], seconds[task] = timed(ranker, lists, dataclasses.replace(how, method=task))
-    rankings["tuned"], seconds["tuned"] = timed(ranker, lists, how)
+    judged = "untuned" if options.adapter is None else "tuned"
+    rankings[judged], seconds[judged] = timed(ranker, lists, how)
     scores = {name: [ranking.scores for ranking in each] for name, each in rankings.items()}
     notes = {"device": str(ranker.device), "peak_memory_gib": peak_memory(ranker.device) / 2**30}
     if options.generate:
@@ -75,7 +80,7 @@ def evaluate_rankings(options: argparse.Namespace, how: RankingOptions) -> None:
         notes["generate_invalid_rate"] = generated.invalid_rate
     results = evaluate_rankers(
         lists,
-        baseline_scores(prepared, lists) | scores,
+        baseline_scores(prepared, lists, options.baselines, split=options.split) | scores,
         targets=targets,
         prepared=prepared,
         split=options.split,

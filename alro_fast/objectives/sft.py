@@ -83,7 +83,7 @@ SFT = Description(
     run="lists",
     prompts=PromptBuilder,
     answers=("ranking", "ratings"),
-    reads={"answer": ALWAYS},
+    reads={"answer": ALWAYS, "baselines": ALWAYS},
     logs={"sft": "cross-entropy"},
     learns=answer_form,
 )

@@ -108,6 +108,11 @@ class PromptBuilder:
         return len(self.labels)
 
     @property
+    def signals(self) -> dict[str, tuple[str, ...]]:
+        """Names of the signals that "history" and "candidates" lines show, where a list has them."""
+        return self._page.signals
+
+    @property
     def end(self) -> int:
         """The token that ends an answer."""
         return self._turns.end

@@ -22,7 +22,7 @@ from ..data.records import RankingList
 from ..errors import AlroFastError
 from .builder import PromptBuilder
 from .encoding import Encoder
-from .line import Line, clean, marker_pattern, shown_rating
+from .line import Line, clean, marker_pattern
 from .template import PromptTemplate
 from .turns import find_turns
 
@@ -205,19 +205,21 @@ class ListWords:
         self._template = template
         self._markers = marker_pattern(markers)
         self._history = Line(template, "letters.history_line", self._markers)
+        self._candidate = Line(template, "letters.candidate_line", self._markers)
 
     def preference(self, contest: RankingList, form: str, dropped: int = 0) -> Preference:
         """`titles` or `pairs` of one contest, its `dropped` oldest history items left out."""
         template, best = self._template, positive(contest)
         head = [template[key] for key in ("introduction", "history") if template[key]]
         text = "".join(f"{line}\n" for line in head)
-        for item, rating in list(zip(contest.history, contest.history_ratings))[dropped:]:
-            text += self._history.body(item) + self._history.ending(shown_rating(rating))
+        for item, beside in list(zip(contest.history, self._history.beside(contest, "history")))[dropped:]:
+            text += self._history.body(item) + self._history.ending(beside)
         titles = [clean(item.title, self._markers) or item.item_id for item in contest.candidates]
         others = [i for i in range(len(titles)) if i != best]
         if form == "titles":
             text += f"{template['candidates']}\n" if template["candidates"] else ""
-            text += "".join(f"- {title}\n" for title in titles) + ASK_TITLE
+            shown = self._candidate.beside(contest, "candidates")
+            text += "".join(f"- {title}{''.join(one.signals)}\n" for title, one in zip(titles, shown)) + ASK_TITLE
             prompts, chosen = (self._prompt(text),), (titles[best],)
             rejected = tuple(titles[i] for i in others)
         else:

@@ -125,7 +125,7 @@ MODEL_READERS = {
     "base_model": Reader(
         "with an adapter",
         "{0.adapter}, which holds whole weights",
-        lambda options: not _whole_weights(Path(options.adapter)),
+        lambda options: options.adapter is None or not _whole_weights(Path(options.adapter)),
     ),
 }
 
@@ -150,25 +150,29 @@ def ranked_answers(folder: str | Path, run: Mapping[str, Any]) -> str:
     return RANKED[learned]
 
 
-def settled_options(options: argparse.Namespace, *, generate: bool = False) -> RankingOptions:
+def settled_options(
+    options: argparse.Namespace, *, answer: str | None = None, generate: bool = False
+) -> RankingOptions:
     """How a command line's model ranks, from its run's config.yaml: no weights are read.
 
-    generate: RecRanker's texts are generated too, and read as its hybrid. A folder without config.yaml settles nothing.
-    AlroFastError for a method that asks for answers the model has not learned, or an option that it does not read.
+    answer: the form of its answers, where there is no run to ask. generate: RecRanker's texts are generated too, and
+    read as its hybrid. A folder without config.yaml settles nothing. AlroFastError for a method that asks for answers
+    the model has not learned, or an option that it does not read.
     """
-    how, run = RankingOptions.of(options), run_options(options.adapter)
-    if not run:
+    how, run = RankingOptions.of(options), run_options(options.adapter) if answer is None else {}
+    if run:
+        answer = ranked_answers(options.adapter, run)
+    if answer is None:
         return how
-    answer, hybrid = ranked_answers(options.adapter, run), run.get("hybrid") or "code"
-    how = how.settled(answer, hybrid)
+    how = how.settled(answer, run.get("hybrid") or "code")
     texts = [replace(how, method="hybrid", shuffles=1)] if generate and answer == "tasks" else []
     refuse_unread(options.given, READERS, how, *texts)
     return how
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser, adapter_required: bool = True) -> None:
     """The model of a run's folder, and where it computes."""
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="folder that alro_fast.train wrote")
+    parser.add_argument("--adapter", required=adapter_required, metavar="DIR", help="folder that alro_fast.train wrote")
     model = parser.add_argument_group("model")
     model.add_argument("--base_model", metavar="NAME", help="base model in place of the one the adapter names")
     model.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base model")

@@ -31,7 +31,7 @@ from torch import nn
 from ..errors import AlroFastError
 from ..modeling.packing import Branch, Tree
 from ..objectives.alro import Scoring
-from ..objectives.base import describe
+from ..objectives.base import describe_run
 from ..run_folder import run_options
 from .decoding import decode
 from .options import TASK_METHODS, RankingOptions, check_answer, check_token_budget, ranked_answers
@@ -103,7 +103,7 @@ class Ranker:
         return cls(
             model,
             tokenizer,
-            describe(config.get("objective", "alro")).prompts.load(folder, tokenizer),
+            describe_run(config).prompts.load(folder, tokenizer),
             answer=answer,
             hybrid=config.get("hybrid") or "code",
             scoring=Scoring.of(config),

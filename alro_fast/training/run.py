@@ -17,7 +17,7 @@ from transformers import set_seed
 
 from .. import __version__
 from ..data.demo import make_demo
-from ..data.lists import PreparedData, open_prepared
+from ..data.lists import PreparedData, open_prepared, with_ratings
 from ..data.prepared import FileOptions, prepare_lists
 from ..data.records import RankingList
 from ..data.sources.interactions import TABLES
@@ -36,6 +36,7 @@ from ..ranking.ranker import Ranker
 from ..run_folder import check_writable
 from .checkpoints import check_same_data, find_checkpoint, settle_auto
 from .config import Config
+from .signals import signals_shown
 from .stages import merge_adapter, stack_adapters, write_merged_base
 from .trainer import NonFiniteLoss, RankerTrainer, TreeDataset
 
@@ -117,13 +118,23 @@ class Run:
         """What an answer is, for the plan."""
         return learned_answers(self.config.to_dict())
 
+    @property
+    def signals(self) -> dict[str, tuple[str, ...]]:
+        """Names of the signals that prompts show beside "history" and "candidates", where the lists carry them."""
+        return getattr(self.builder, "signals", {})
+
     def splits(self) -> dict[str, Sequence[RankingList]]:
         """What to train, validate and test on."""
         return {split: self.prepared.lists(split) for split in ("train", "valid", "test")}
 
     def asked(self, split: str) -> Sequence[RankingList]:
-        """The lists of a split that the loss is taken over."""
-        return self.lists[split]
+        """The lists of a split that the loss is taken over: for grades, those that hold one."""
+        if self.config.data.answer != "ratings":
+            return self.lists[split]
+        graded = with_ratings(self.lists[split])
+        if split == "train" and not graded:
+            raise AlroFastError(f"{self.prepared.path} holds no training list with a rated candidate to grade")
+        return graded
 
     def build_prompts(self) -> Any:
         """Of the class that the objective's description names."""
@@ -227,6 +238,8 @@ class Run:
             "memory": f"about {self.estimate_memory() / 2**30:.2f} GiB for weights, optimiser and activations",
             "output": str(self.folder),
         }
+        if shown := signals_shown(self.signals, self.prepared.lists("train") if self.prepared.items else ()):
+            rows["signals"] = shown
         if data.dropped_history:
             rows["histories"] = f"{data.dropped_history:,} oldest items dropped to fit --max_length"
         for name, text in rows.items():
@@ -254,8 +267,9 @@ class Run:
             return
         if test:
             scores = {name: [ranking.scores for ranking in each] for name, each in rankings.items()}
-            scores_of_all, targets = baseline_scores(self.prepared, test) | scores, has_targets(self.prepared, "test")
-            results = evaluate_rankers(test, scores_of_all, targets=targets, prepared=self.prepared)
+            scores = baseline_scores(self.prepared, test, self.config.data.baselines) | scores
+            targets = has_targets(self.prepared, "test")
+            results = evaluate_rankers(test, scores, targets=targets, prepared=self.prepared)
             results = results.noting(rankings=self.ranker.described())
             results = save_measurement(self.folder, results, test, rankings, targets=targets)
             print(f"\n{results.table()}\n")
@@ -298,7 +312,7 @@ class Run:
         """NDCG of the model as it stands, on the validation lists."""
         lists, targets = self.lists["valid"], has_targets(self.prepared, "valid")
         scores = {"model": self.ranker.scores(lists)}
-        results = evaluate_rankers(lists, scores, targets=targets, split="valid", bootstrap=0)
+        results = evaluate_rankers(lists, scores, targets=targets, prepared=self.prepared, split="valid", bootstrap=0)
         return {name: results.mean("model", name) for name in ("ndcg@1", "ndcg@3", "ndcg@5", "ndcg@10")}
 
     def save_extras(self, folder: Path) -> None:

@@ -97,6 +97,13 @@ class PreferenceRun(Run):
         if self.negatives is not None and self.negatives.by == "hardest":
             self.trainer.add_callback(_MineEveryEpoch(self))
 
+    @property
+    def signals(self) -> dict[str, tuple[str, ...]]:
+        """Candidates have them where all are the list's own, and shown."""
+        data, places = self.config.data, super().signals
+        shown = data.negatives_from == "candidates" and data.preference_answer != "pairs"
+        return places if shown else {part: names for part, names in places.items() if part == "history"}
+
     # ---- data
 
     def load(self, work: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 
 import pytest
@@ -32,6 +33,24 @@ def test_hints_are_read_and_checked():
         AlroFastError, match=r"""list 1, candidate 3: expected a "hint" that is a number, found the text"""
     ):
         parse_list(hinted, 1)
+
+
+def test_signals_are_read_for_history_and_candidates():
+    known = json.loads(json.dumps(HEAT))
+    known["candidates"][0] |= {"average": 3.5, "count": 20}
+    known["candidates"][2]["average"] = 4
+    known["history"][0]["count"] = 7
+    found = parse_list(known, 1)
+    past = (7.0, *[math.nan] * (len(found.history) - 1))
+    assert repr(found.signal("average").candidates) == "(3.5, nan, 4.0)"
+    assert found.signal("average").history == ()
+    assert repr(found.signal("count").candidates) == "(20.0, nan, nan)"
+    assert repr(found.signal("count").history) == repr(past)
+    known["history"][0]["average"] = [4]
+    with pytest.raises(
+        AlroFastError, match=r"""list 1, history 1: expected a "average" that is a number, found an arr"""
+    ):
+        parse_list(known, 1)
 
 
 MANY = [{"id": "a", "title": "One"}, {"title": "Two"}, {"id": "a", "title": "Three"}]

@@ -18,10 +18,10 @@ from ..prepared import FileOptions, Stages, check_output, manifest_of, read_file
 from ..records import RankingList
 from ..sources.interactions import Interactions
 from ..windows import TIE_RULE
+from .hints import FoldedModels
 from .likes import LIKE_SPLIT_RULE, LikeSplit, split_likes
 from .list_maker import ListMaker
 from .options import HintOptions
-from .rating_model import FoldedModels
 from .retrieval import Retrieved, Retriever, fit_retriever, need_libraries, retrieval_metrics, retrieve, seen_items
 from .sampling import UserSample, candidates_for_sampling, describe, sample_users
 

@@ -12,8 +12,8 @@ import numpy as np
 from ...errors import AlroFastError
 from ..records import Item, RankingList
 from ..sources.interactions import Interactions
+from .hints import FoldedModels
 from .likes import LikeSplit
-from .rating_model import FoldedModels
 from .retrieval import Retrieved
 
 if TYPE_CHECKING:

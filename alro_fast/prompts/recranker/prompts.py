@@ -143,6 +143,11 @@ class RecRankerPrompts:
         self._list = _ListTask(self)
 
     @property
+    def signals(self) -> dict[str, tuple[str, ...]]:
+        """Names of the signals that prompts show, where a list has them."""
+        return {"candidates": ("hint",)}
+
+    @property
     def max_candidates(self) -> int:
         """The longest list that can be asked about listwise."""
         return self._list.max_candidates
