@@ -12,6 +12,7 @@ from torch import Tensor
 from ..data.records import RankingList
 from ..errors import AlroFastError
 from ..losses import Grades, RankingLists, alro_loss
+from ..losses.alro import term_weights
 from ..modeling.packing import PackedBatch
 from .base import Example, LossTerm
 from .sft import SFTObjective
@@ -23,12 +24,10 @@ if TYPE_CHECKING:
 
 
 class ALROTargets(NamedTuple):
-    """The lists of a batch in tensors, and the counts its means run over (Python ints: no sync)."""
+    """The lists of a batch in tensors, and what the mean of each term runs over (Python ints: no sync)."""
 
     lists: RankingLists
-    rows: int
-    presented: int
-    twins: int
+    counts: dict[str, int]
 
 
 class ALROObjective(SFTObjective):
@@ -83,13 +82,12 @@ class ALROObjective(SFTObjective):
                 grades = Grades(torch.tensor(view.grade_ids), torch.tensor(view.grade_values))
             tree += len(example.trees) if v == len(example.views) - 1 else 0
         twins = sum(len(example.views) - 1 for example in examples)
-        targets = ALROTargets(
-            RankingLists(slot_rows, candidate_ids, ratings, ranks, twin, grades), len(packed.labels), len(views), twins
-        )
-        return targets, {"sft": targets.rows, "soft_lambda": targets.presented, "permutation": targets.twins}
+        counts = {"sft": len(packed.labels), "soft_lambda": len(views), "permutation": twins}
+        lists = RankingLists(slot_rows, candidate_ids, ratings, ranks, twin, grades)
+        return ALROTargets(lists, counts), counts
 
     def loss(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: ALROTargets) -> list[LossTerm]:
-        """The three terms; docs/methods.md 1.4 weighs them 1, alpha, beta."""
+        """The three terms of `alro_loss`, with their weights."""
         options = self.arguments
         gamma = options.gamma if options.gamma is not None else (10.0 if options.score == "prob" else 1.0)
         out = alro_loss(
@@ -97,13 +95,10 @@ class ALROObjective(SFTObjective):
             alpha=options.alpha, beta=options.beta, gamma=gamma, sigma=options.sigma,
             score=options.score, score_space=options.score_space,
             psl=options.psl, psl_space=options.psl_space, psl_detach=options.psl_detach,
-            bias=head.bias, softcap=head.softcap, scale=head.scale, backend=options.backend,
+            **head.terms, backend=options.backend,
         )  # fmt: skip
-        return [
-            LossTerm("sft", out.sft, 1.0, targets.rows),
-            LossTerm("soft_lambda", out.soft_lambda, options.alpha, targets.presented),
-            LossTerm("permutation", out.permutation, options.beta, targets.twins),
-        ]
+        weights = term_weights(options.alpha, options.beta)
+        return [LossTerm(name, getattr(out, name), weight, targets.counts[name]) for name, weight in weights.items()]
 
 
 def permutation(size: int, draw: random.Random) -> list[int]:

@@ -19,7 +19,6 @@ from torch import Tensor
 from ..data.records import RankingList
 from ..errors import AlroFastError
 from ..modeling.packing import Branch, PackedBatch, Tree
-from ..ops import linear_logprobs
 from ..prompts.recranker import Ask, Question, RecRankerPrompts, TaskPrompts
 from .base import Example, LossTerm
 
@@ -96,10 +95,7 @@ class RecRankerObjective:
 
     def loss(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: TaskRows) -> list[LossTerm]:
         """A term per task: the mean cross-entropy of its answers' tokens, full vocabulary."""
-        logprobs, _ = linear_logprobs(
-            hidden, head.weight, packed.labels,
-            bias=head.bias, softcap=head.softcap, scale=head.scale, backend=self.arguments.backend,
-        )  # fmt: skip
+        logprobs = head.logprobs(hidden, packed.labels, backend=self.arguments.backend)
         sums = logprobs.new_zeros(len(TASKS)).index_add(0, targets.task, logprobs)
         return [
             LossTerm(name, -total / max(count, 1), weight, count)
