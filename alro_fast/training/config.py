@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..errors import AlroFastError
+from ..ops import DIVERGENCES
 from ..options import DataArguments, ModelArguments, ObjectiveArguments, RankerTrainingArguments
 
 _SECRETS = {"hub_token"}
@@ -69,6 +70,7 @@ def parse(argv: Sequence[str]) -> Config:
     """
     argv = list(argv)
     parser = _Parser(ARGUMENTS, allow_abbrev=False, prog="python -m alro_fast.train", description=__doc__)
+    parser._option_string_actions["--psl"].choices = list(DIVERGENCES)  # what the ops know
     parser.add_argument("--config", help=f"YAML file, or one of: {', '.join(recipe_names())}. Default: demo.")
     name = _config_name(argv)
     if name is None and not any(_flag(a) in {"model_name_or_path", "data_dir", "dataset", "preferences"} for a in argv):

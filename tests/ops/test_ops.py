@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import dataclasses
 import itertools
 import logging
 import sys
@@ -18,6 +18,7 @@ from alro_fast import ops
 from alro_fast.errors import AlroFastError
 from alro_fast.losses import reference
 from alro_fast.ops import dispatch
+from alro_fast.ops.backends import eager, serves
 from alro_fast.ops.head import _head, _head_backward
 from alro_fast.ops.listwise import _listwise
 
@@ -439,14 +440,16 @@ def test_lists_longer_than_the_kernel_takes(form, monkeypatch, caplog):
     values = None if lists.grades is None else lists.grades.values
     arguments = (logits, lists.ratings, lists.ranks, torch.tensor([130]), lists.twin, values)
     want = ops.listwise(*arguments, backend="eager")
-    with pytest.raises(AlroFastError, match=r"lists of 130 candidates .* backend 'triton' takes at most 128"):
+    refused = r"backend 'triton' does not serve lists of more than 128 candidates or grades: use 'auto' or 'eager'"
+    with pytest.raises(AlroFastError, match=refused):
         ops.listwise(*arguments, backend="triton")
-    monkeypatch.setattr(ops, "resolve_backend", lambda *_: triton)  # what "auto" is on CUDA
-    dispatch._say_once_long_lists.cache_clear()
+    monkeypatch.setattr(dispatch, "resolve_backend", lambda *_: triton)  # what "auto" is on CUDA
+    dispatch._say_once_declined.cache_clear()
     with caplog.at_level(logging.INFO, logger="alro_fast.ops"):
         for _ in range(2):
             torch.testing.assert_close(ops.listwise(*arguments)[:3], want[:3])
-    assert [record.message for record in caplog.records] == ["backend eager serves lists of more than 128 candidates"]
+    said = "backend eager serves lists of more than 128 candidates or grades, which triton does not"
+    assert [record.message for record in caplog.records] == [said]
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
@@ -645,7 +648,7 @@ def test_one_pass_forward_and_none_backward_on_every_backend(backend, monkeypatc
     n, h, v = 32, 16, 301
     hidden, weight, bias = make_head(n, h, v, bias=True)
     module, calls = ops.resolve_backend(backend, torch.device("cpu"), torch.float32), []
-    for name in ("vocab_pass", "weight_grad"):
+    for name in ("paired_vocab_pass", "paired_weight_grad"):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, _n=name, _f=original, **k: calls.append(_n) or _f(*a, **k))
     first = torch.arange(n // 2)
@@ -658,12 +661,12 @@ def test_one_pass_forward_and_none_backward_on_every_backend(backend, monkeypatc
         return (stats.lse - stats.target_logits[:, 0]).sum() + stats.cross.sum()
 
     frozen = loss(weight)
-    assert calls == ["vocab_pass"]
+    assert calls == ["paired_vocab_pass"]
     flops = Products.of(frozen.backward)
-    assert calls == ["vocab_pass"]
+    assert calls == ["paired_vocab_pass"]
     assert flops < 0.01 * 2 * n * h * v  # nor multiplies with it itself
     loss(weight.clone().requires_grad_()).backward()
-    assert calls == ["vocab_pass", "vocab_pass", "weight_grad"]
+    assert calls == ["paired_vocab_pass", "paired_vocab_pass", "paired_weight_grad"]
 
 
 def test_two_products_with_the_vocabulary_forward_none_backward():
@@ -708,10 +711,10 @@ def test_float64_is_served_by_eager_alone_and_automatically():
 def stand_in(monkeypatch):
     """A backend module named cpp that records its calls; `reason` makes it unavailable."""
     module = types.ModuleType("alro_fast.ops.backends.cpp")
-    eager = importlib.import_module("alro_fast.ops.backends.eager")
     module.calls, module.reason = [], None
     module.unavailable = lambda device, dtype: module.reason
-    for name in ("vocab_pass", "weight_grad", "listwise"):
+    module.SERVES = serves.Serves(("cpu",), (torch.float32,))
+    for name in serves.FUNCTIONS:
 
         def forward(*args, _name=name, **kwargs):
             module.calls.append(_name)
@@ -728,7 +731,7 @@ def test_auto_prefers_the_cpp_backend_on_the_cpu(stand_in):
     hidden, weight, _ = make_head(3, 32, 101)
     weight.requires_grad_()
     ops.linear_logprobs(hidden, weight, torch.tensor([1, 2, 3]))[0].sum().backward()
-    assert stand_in.calls == ["vocab_pass", "weight_grad"]
+    assert stand_in.calls == ["vocab_pass", "gather_logits", "weight_grad", "gather_backward"]
 
 
 def test_backends_run_on_the_device_of_their_tensors(monkeypatch):
@@ -769,6 +772,69 @@ def test_a_backend_that_cannot_serve_is_refused_by_name_and_skipped_by_auto(stan
         ops.linear_logprobs(hidden, weight, torch.tensor([1, 2, 3]), backend="cpp")
     ops.linear_logprobs(hidden, weight, torch.tensor([1, 2, 3]))
     assert stand_in.calls == []
+
+
+@pytest.mark.parametrize("limit", [{"functions": ("vocab_pass", "gather_logits")}, {"softcap": False}])
+def test_what_a_backend_leaves_out_of_the_head_is_served_by_eager(stand_in, caplog, limit):
+    """The trainable head, or the soft-cap: said once under "auto", refused where the backend was asked for."""
+    stand_in.SERVES = dataclasses.replace(stand_in.SERVES, **limit)
+    hidden, weight, _ = make_head(3, 32, 101)
+    weight.requires_grad_()
+
+    def grad(backend):
+        logprobs, _ = ops.linear_logprobs(hidden, weight, torch.tensor([1, 2, 3]), softcap=3.0, backend=backend)
+        return torch.autograd.grad(logprobs.sum(), weight)[0]
+
+    dispatch._say_once_declined.cache_clear()
+    with caplog.at_level(logging.INFO, logger="alro_fast.ops"):
+        for _ in range(2):
+            torch.testing.assert_close(grad("auto"), grad("eager"))
+    said = ["backend cpp serves float32 tensors on cpu"]
+    left_out = ["weight_grad", "gather_backward"] if "functions" in limit else ["a soft-cap"]
+    said += [f"backend eager serves {name}, which cpp does not" for name in left_out]
+    assert [record.message for record in caplog.records] == said
+    assert stand_in.calls == (2 * ["vocab_pass", "gather_logits"] if "functions" in limit else [])
+    with pytest.raises(AlroFastError, match=f"backend 'cpp' does not serve {left_out[0]}: use 'auto' or 'eager'"):
+        grad("cpp")
+
+
+@pytest.mark.parametrize(
+    ("limit", "form", "options"),
+    [
+        ({"functions": ("vocab_pass",)}, "ranking", {}),
+        ({"forms": ("ranking",)}, "ratings", {}),
+        ({"divergences": ("kl",)}, "ranking", {"divergence": "ce"}),
+        ({"mask_emitted": False}, "ranking", {"divergence": "kl", "mask_emitted": True}),
+        ({"longest_list": 4}, "ranking", {}),
+    ],
+)
+def test_what_a_backend_leaves_out_of_lists_is_served_by_eager(stand_in, limit, form, options):
+    lists, logits = listwise_case(form, [5, 5], [-1, 0])
+    values = None if form == "ranking" else lists.grades.values
+    arguments = (logits, lists.ratings, lists.ranks, torch.tensor([5, 5]), lists.twin, values)
+    ops.listwise(*arguments, **options)
+    assert stand_in.calls == ["listwise"]
+    stand_in.SERVES = dataclasses.replace(stand_in.SERVES, **limit)
+    got = ops.listwise(*arguments, **options)
+    assert stand_in.calls == ["listwise"]
+    torch.testing.assert_close(got[:3], ops.listwise(*arguments, **options, backend="eager")[:3])
+    with pytest.raises(AlroFastError, match=r"backend 'cpp' does not serve .*: use 'auto' or 'eager'"):
+        ops.listwise(*arguments, **options, backend="cpp")
+
+
+def test_a_divergence_that_nobody_knows():
+    lists, logits = listwise_case("ranking", [4], [-1])
+    with pytest.raises(AlroFastError, match="divergence is 'js'; expected 'none' or one of 'kl', 'ce', 'symmetric'"):
+        ops.listwise(logits, lists.ratings, lists.ranks, torch.tensor([4]), lists.twin, divergence="js")
+
+
+@pytest.mark.parametrize("name", ops.BACKENDS)
+def test_declarations_name_what_the_modules_have(name):
+    module = pytest.importorskip(f"alro_fast.ops.backends.{name}")
+    assert set(module.SERVES.functions) <= set(serves.FUNCTIONS)
+    assert all(callable(getattr(module, function)) for function in module.SERVES.functions)
+    assert set(module.SERVES.forms) <= set(serves.FORMS)
+    assert set(module.SERVES.divergences or ()) <= {"none", *ops.DIVERGENCES}
 
 
 def test_a_backend_that_is_not_there(monkeypatch):
