@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.records import RankingList
+from ..data.seeds import draw
 from ..errors import AlroFastError
 from ..losses import Grades, RankingLists, alro_loss
 from ..losses.alro import term_weights
@@ -47,8 +48,8 @@ class ALROObjective(SFTObjective):
     def orders(self, ranking_list: RankingList, index: int, epoch: int) -> list[list[int] | None]:
         """The stored order, then `permutations` others, never the identity."""
         size = len(ranking_list.candidates)
-        draw = random.Random(f"{self.seed}/{epoch}/{index}")
-        return [None, *(permutation(size, draw) for _ in range(self.arguments.permutations if size > 1 else 0))]
+        drawn = draw(self.seed, epoch, index)
+        return [None, *(permutation(size, drawn) for _ in range(self.arguments.permutations if size > 1 else 0))]
 
     def targets(self, packed: PackedBatch, examples: Sequence[Example]) -> tuple[ALROTargets, dict[str, int]]:
         """Rows, identifiers, ratings and target ranks of every presentation, padded to the longest list."""
@@ -101,10 +102,10 @@ class ALROObjective(SFTObjective):
         return [LossTerm(name, getattr(out, name), weight, targets.counts[name]) for name, weight in weights.items()]
 
 
-def permutation(size: int, draw: random.Random) -> list[int]:
+def permutation(size: int, generator: random.Random) -> list[int]:
     """A uniform draw from the permutations of range(size) other than the identity; size >= 2."""
     identity = list(range(size))
     while True:
-        order = draw.sample(identity, size)
+        order = generator.sample(identity, size)
         if order != identity:
             return order
