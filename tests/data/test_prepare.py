@@ -15,6 +15,7 @@ from places import SHARED
 
 from alro_fast import prepare
 from alro_fast.cli import run
+from alro_fast.data import prepared
 from alro_fast.data.lists import FILES, open_prepared
 from alro_fast.data.sources.download import download as real_download
 from alro_fast.errors import AlroFastError
@@ -182,7 +183,7 @@ def test_download_happens_without_raw_dir_and_needs_acceptance(tmp_path, monkeyp
         (folder / "u.item").write_text("|".join(["1", "One", "", "", "", *["0"] * 19]))
         return real_download(dataset, folder, accept_licence=False)  # both files at hand: nothing is asked for
 
-    monkeypatch.setattr(prepare, "download", fetched)
+    monkeypatch.setattr(prepared, "download", fetched)
     with pytest.raises(AlroFastError, match="not the files of ml-100k as published: 1 ratings"):
         prepare.main(["--dataset", "ml-100k", "--output_dir", str(tmp_path / "out"), "--accept_licence"])
     assert asked == [("ml-100k", True)]

@@ -20,6 +20,7 @@ from alro_fast.data.lists import open_prepared, write_prepared
 from alro_fast.errors import AlroFastError
 from alro_fast.evaluation import metrics
 from alro_fast.evaluation.baselines import baseline_scores
+from alro_fast.evaluation.rankings import order_sensitivity
 from alro_fast.evaluation.results import evaluate_lists, write_trec
 from alro_fast.prompts import PromptBuilder, add_item_tokens
 from alro_fast.ranking.orders import Ranking
@@ -258,15 +259,15 @@ def test_order_sensitivity_is_the_mean_tau():
         return Ranking("l", (0, 1, 2), rows[0], np.tile(np.arange(3), (len(rows), 1)), rows)
 
     same, turned = of([[3, 2, 1], [30, 20, 10]]), of([[3, 2, 1], [1, 2, 3]])
-    assert evaluate.order_sensitivity([same]) == 1.0
-    assert evaluate.order_sensitivity([same, turned]) == 0.0
-    assert evaluate.order_sensitivity([of([[3, 2, 1], [2, 3, 1], [1, 2, 3]])]) == pytest.approx((1 / 3 - 1 - 1 / 3) / 3)
-    assert math.isnan(evaluate.order_sensitivity([of([[3, 2, 1]])]))
+    assert order_sensitivity([same]) == 1.0
+    assert order_sensitivity([same, turned]) == 0.0
+    assert order_sensitivity([of([[3, 2, 1], [2, 3, 1], [1, 2, 3]])]) == pytest.approx((1 / 3 - 1 - 1 / 3) / 3)
+    assert math.isnan(order_sensitivity([of([[3, 2, 1]])]))
     # a model that ignores order: identifiers are blind to the page when the head reads nothing
     tokenizer = byte_tokenizer()
     model = tiny_llama(len(tokenizer))
     blind = Ranker(model, tokenizer, PromptBuilder(tokenizer, "movies"))
-    tau = evaluate.order_sensitivity(blind.rank(random_lists(6, 6), shuffles=3))
+    tau = order_sensitivity(blind.rank(random_lists(6, 6), shuffles=3))
     assert tau < 0.9  # a random model clings to letters, not to items
 
 

@@ -8,7 +8,7 @@ import pytest
 
 CODE = """
 import resource, torch
-from alro_fast.memory import keep_freed_memory
+from alro_fast.modeling.memory import keep_freed_memory
 if {keep}:
     assert keep_freed_memory()
 def step():

@@ -17,7 +17,7 @@ from alro_fast.data.records import Item, RankingList
 from alro_fast.errors import AlroFastError
 from alro_fast.modeling.lm_head import Head
 from alro_fast.prompts import PromptBuilder
-from alro_fast.ranking import decoding
+from alro_fast.ranking import decoding, reading
 from alro_fast.ranking import ranker as ranking
 from alro_fast.ranking.decoding import decode, ordinary_attention, token_logits
 from alro_fast.ranking.orders import MERGES, Ranking, kemeny_order, merge, presentations, slide
@@ -175,8 +175,8 @@ def test_grades_give_their_expectation():
 def test_presentations_that_are_graded_share_their_candidates(monkeypatch):
     """Every presentation costs what it costs alone: its candidates are read once, not once per grade."""
     ranker, entry = Ranker(MODEL, TOKENIZER, PROMPTS, answer="ratings"), random_lists(1, 6, seed=5)[0]
-    rows, read = [], ranker.read_branches
-    monkeypatch.setattr(ranker, "read_branches", lambda groups, tokens: rows.append(groups) or read(groups, tokens))
+    rows, read = [], ranker.reader.read
+    monkeypatch.setattr(ranker.reader, "read", lambda groups, tokens: rows.append(groups) or read(groups, tokens))
     ranker.rank([entry])
     ranker.rank([entry], shuffles=3)
     ((alone,),), together = rows
@@ -355,7 +355,7 @@ def test_what_cannot_be_computed_is_said(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(ranking, "collate", full)
+    monkeypatch.setattr(reading, "collate", full)
     with pytest.raises(AlroFastError, match="list l0: not enough memory"):
         RANKER.rank(random_lists(1, 3))
 

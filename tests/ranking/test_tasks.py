@@ -13,8 +13,8 @@ from tiny import byte_tokenizer, random_lists, tiny_llama
 from alro_fast.data.seeds import generator
 from alro_fast.errors import AlroFastError
 from alro_fast.prompts import PromptBuilder
-from alro_fast.prompts.recranker.prompts import Ask, RecRankerPrompts
-from alro_fast.ranking import ranker as ranking
+from alro_fast.prompts.recranker import Ask, RecRankerPrompts
+from alro_fast.ranking import reading as reading_module
 from alro_fast.ranking.hybrid import HYBRIDS, pairs_of, utilities, win_shares
 from alro_fast.ranking.orders import presentations
 from alro_fast.ranking.ranker import Ranker
@@ -51,7 +51,7 @@ def test_readings_are_those_of_the_unshared_prompts(kind):
     ranker, entry = RANKERS[kind], hinted(1)[0]
     prompts, shown = ranker.prompts, presentations(entry, 2, 7)
     with torch.no_grad():
-        (reading,) = read_tasks(ranker, [entry], [shown], seed=7)
+        (reading,) = read_tasks(ranker.reader, ranker.prompts, [entry], [shown], seed=7)
 
     made = prompts.encode([Ask(entry, points=range(6), orders=shown.tolist())])[0]
     grades = [np.exp(after(made.rated_ids + one.ids)[prompts.grade_ids]) for one in made.points]
@@ -89,8 +89,8 @@ def test_the_hybrid_combines_what_is_read(hybrid):
 
 
 def test_a_user_is_one_forward_pass(monkeypatch):
-    calls, forward = [], ranking.tree_hidden_states
-    monkeypatch.setattr(ranking, "tree_hidden_states", lambda *a: calls.append(a[1]) or forward(*a))
+    calls, forward = [], reading_module.tree_hidden_states
+    monkeypatch.setattr(reading_module, "tree_hidden_states", lambda *a: calls.append(a[1]) or forward(*a))
     alone = Ranker(MODEL, TOKENIZER, RANKER.prompts, answer="tasks", token_budget=0)
     alone.rank(hinted(3, sizes=10), shuffles=2)
     assert len(calls) == 3

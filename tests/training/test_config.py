@@ -89,7 +89,7 @@ def test_processes_that_would_not_train_together_are_refused(tmp_path, monkeypat
     ],
 )
 def test_numbers_and_names_that_would_fail_later_are_refused(words, said, tmp_path, monkeypatch):
-    monkeypatch.setattr("alro_fast.training.config.is_deepspeed_available", lambda: False)
+    monkeypatch.setattr("alro_fast.options.is_deepspeed_available", lambda: False)
     with pytest.raises(AlroFastError) as caught:
         parse(["--output_dir", str(tmp_path), *words.split()])
     assert str(caught.value).startswith(said)

@@ -93,7 +93,7 @@ def test_predictions_are_those_of_the_reloaded_adapter(folder):
 
 def test_a_killed_run_resumes_as_if_nothing_had_happened(folder):
     """SIGKILL after the first checkpoint, then --resume_from_checkpoint: the same adapter and losses, bit for bit."""
-    code = "import sys, time; from alro_fast import train, trainer\n" + (
+    code = "import sys, time; from alro_fast import train; from alro_fast.training import trainer\n" + (
         "step = trainer.RankerTrainer.training_step\n"
         "def slow(self, *given):\n"
         "    time.sleep(0.5 if self.state.global_step >= 5 else 0)\n"
