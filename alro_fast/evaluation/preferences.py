@@ -22,7 +22,7 @@ from ..errors import AlroFastError
 from ..modeling.logprobs import answer_logprobs
 from ..modeling.packing import Tree
 from ..objectives.dmpo import branches_of
-from ..prompts import PromptBuilder
+from ..prompts import PromptBuilder, saved
 from ..prompts.preference import PreferencePrompts
 from ..run_folder import run_options
 from .preference_metrics import Scored, accuracy_interval, preference_metrics
@@ -88,7 +88,7 @@ def evaluate_preferences(options: Any) -> None:
         base_model=options.base_model,
         trust_remote_code=options.trust_remote_code,
     )
-    builder = PromptBuilder.load(options.adapter, tokenizer) if options.lists else None
+    builder = saved.load(options.adapter, tokenizer, PromptBuilder) if options.lists else None
     form = config.get("preference_answer", "titles")
     prompts = PreferencePrompts(tokenizer, builder, form=form, max_length=config.get("max_length"))
     results: dict[str, dict[str, dict[str, Any]]] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ from ..errors import AlroFastError
 from .encoding import Encoder
 from .identifiers import Grading, prove_answers, prove_grading
 from .page import Page
-from .template import TEMPLATE_FILE, PromptTemplate, load_template, parse_template, placeholders, save_settings
+from .template import PromptTemplate, load_template, placeholders
 from .turns import find_turns
 
-IDENTIFIERS_FILE = "identifiers.json"
 CHUNK = 1024  # lists whose new pieces are encoded together
 
 
@@ -151,41 +149,8 @@ class PromptBuilder:
         answer = self._separator.join(labels[i] for i in sorted(labels, key=lambda i: built.ranks[i]))
         return page + self._tail("ranking"), answer
 
-    def save(self, directory: str | Path) -> None:
-        """Write prompt_template.yaml and identifiers.json."""
-        save_settings(directory, self.template.source, IDENTIFIERS_FILE, self._record())
-
-    @classmethod
-    def load(cls, directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> PromptBuilder:
-        """The builder saved there; AlroFastError if the tokenizer is not the one it was saved with."""
-        directory = Path(directory)
-        try:
-            source = (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
-            record = json.loads((directory / IDENTIFIERS_FILE).read_text(encoding="utf-8"))
-            kind, max_length, name = record["identifiers"], record["max_length"], record["template"]
-            known = record["tokenizer"]["fingerprint"]
-        except OSError as error:
-            raise AlroFastError(
-                f"{directory} holds no prompt settings: {Path(error.filename).name} cannot be read; "
-                "expected the output folder of a training run"
-            ) from None
-        except (ValueError, KeyError, TypeError):
-            raise AlroFastError(
-                f"{directory / IDENTIFIERS_FILE} is damaged: expected what PromptBuilder.save wrote"
-            ) from None
-        encoder = Encoder(tokenizer)
-        if encoder.fingerprint() != known:
-            raise AlroFastError(
-                f"tokenizer {encoder.name!r} is not the one {directory} was made with "
-                f"({record['tokenizer']['name']!r}); load the tokenizer saved in that folder"
-            )
-        template = parse_template(source, name=name, origin=str(directory / TEMPLATE_FILE))
-        builder = cls(tokenizer, template, identifiers=kind, max_length=max_length)
-        if builder._record() | {"tokenizer": record["tokenizer"]} != record:  # its folder may have moved
-            raise AlroFastError(f"{directory / IDENTIFIERS_FILE} does not fit {TEMPLATE_FILE} beside it; restore both")
-        return builder
-
-    def _record(self) -> dict:
+    def record(self) -> dict:
+        """What the prompts depend on besides the template's text (see saved.py), in JSON's types."""
         try:
             grade_ids = self.grade_ids
         except AlroFastError:

@@ -86,7 +86,7 @@ class Ranker:
     ) -> Ranker:
         """The ranker that a training run left in `folder`; `base_model` replaces the base recorded there."""
         from ..modeling.loading import load_for_inference
-        from ..prompts import PromptBuilder
+        from ..prompts import saved
         from ..prompts.recranker import RecRankerPrompts
 
         folder = Path(folder)
@@ -99,8 +99,8 @@ class Ranker:
                 f"{folder}: no config.yaml, which says what answers the model was tuned to give; "
                 "copy it from the run's folder"
             )
-        tasks = config.get("objective") == "recranker"
-        prompts = (RecRankerPrompts if tasks else PromptBuilder).load(folder, tokenizer)
+        prompts = saved.load(folder, tokenizer)
+        tasks = isinstance(prompts, RecRankerPrompts)
         if config.get("objective") in ("dmpo", "sft_chosen") and config.get("preference_answer") != "identifiers":
             raise AlroFastError(
                 f"{folder} was tuned on answers that are titles, not identifiers, which a ranking is read from; "

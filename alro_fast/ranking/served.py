@@ -58,7 +58,7 @@ class RankingClient:
         """A client with the tokenizer and the prompt format of a run's folder; no weights are read."""
         from transformers import AutoTokenizer
 
-        from ..prompts import PromptBuilder
+        from ..prompts import PromptBuilder, saved
 
         if not Path(folder).is_dir():
             raise AlroFastError(f"{folder}: no such folder; expected one written by alro_fast.train")
@@ -77,7 +77,8 @@ class RankingClient:
             raise AlroFastError(
                 f"{folder} was tuned to answer with grades, and the client reads identifiers; rank with alro_fast.rank"
             )
-        return cls(url, model, PromptBuilder.load(folder, AutoTokenizer.from_pretrained(folder)), **options)
+        prompts = saved.load(folder, AutoTokenizer.from_pretrained(folder), PromptBuilder)
+        return cls(url, model, prompts, **options)
 
     def stream(
         self, lists: Sequence[RankingList], *, shuffles: int = 1, merge_by: str = "mean", seed: int = 0

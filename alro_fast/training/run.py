@@ -29,7 +29,7 @@ from ..evaluation.targets import evaluate_rankers, has_targets, save_measurement
 from ..modeling.lm_head import head_of
 from ..modeling.loading import add_lora, base_path, load_base, load_tokenizer, make_scratch, resolve_dtype
 from ..objectives.base import Objective, build_objective
-from ..prompts import PromptBuilder, add_item_tokens
+from ..prompts import PromptBuilder, add_item_tokens, saved
 from ..ranking.orders import Ranking
 from ..ranking.ranker import Ranker
 from ..run_folder import check_writable
@@ -299,7 +299,7 @@ class Run:
     def save_extras(self, folder: Path) -> None:
         """What a run leaves beside the weights: prompt format, data manifest, options, model card."""
         if self.builder is not None:
-            self.builder.save(folder)
+            saved.save(self.builder, folder)
         (folder / "data_manifest.json").write_text(
             json.dumps(self.prepared.manifest, indent=2) + "\n", encoding="utf-8"
         )

@@ -22,7 +22,7 @@ from alro_fast.evaluation import metrics
 from alro_fast.evaluation.baselines import baseline_scores
 from alro_fast.evaluation.rankings import order_sensitivity
 from alro_fast.evaluation.results import evaluate_lists, write_trec
-from alro_fast.prompts import PromptBuilder, add_item_tokens
+from alro_fast.prompts import PromptBuilder, add_item_tokens, saved
 from alro_fast.ranking.orders import Ranking
 from alro_fast.ranking.ranker import Ranker
 
@@ -326,7 +326,7 @@ def test_limit_and_a_model_without_adapter(adapter, prepared, tmp_path, capsys):
     full = tmp_path / "full"
     tiny_llama(len(tokenizer)).save_pretrained(full)
     tokenizer.save_pretrained(full)
-    PromptBuilder(tokenizer, "movies").save(full)
+    saved.save(PromptBuilder(tokenizer, "movies"), full)
     (full / "config.yaml").write_text("answer: ranking\n")
     evaluate.main(f"--adapter {full} --lists {prepared.path} --limit 5 --bootstrap 0 --generate".split())
     assert not (full / "results.json").exists()  # the training run's own stays what it was
@@ -357,7 +357,7 @@ def test_item_tokens_of_another_catalogue_are_refused(tmp_path):
     add_item_tokens(tokenizer, len(shelf))
     tiny_llama(len(tokenizer)).save_pretrained(run)
     tokenizer.save_pretrained(run)
-    PromptBuilder(tokenizer, "movies", identifiers="items", items=shelf).save(run)
+    saved.save(PromptBuilder(tokenizer, "movies", identifiers="items", items=shelf), run)
     (run / "config.yaml").write_text("answer: ranking\n")
     entries = {"test": random_lists(2, 3, history=2, items=9)}
     write_prepared(tmp_path / "own", shelf, entries)

@@ -13,7 +13,8 @@ from alro_fast.losses import alro as losses
 from alro_fast.ops.backends import eager
 
 backend = pytest.importorskip("alro_fast.ops.backends.triton")
-from alro_fast.ops.backends.warmup import warmup  # noqa: E402 - it needs Triton
+from alro_fast.ops.backends.gemm_work import count_gemm_work  # noqa: E402 - both need Triton
+from alro_fast.ops.backends.warmup import warmup  # noqa: E402
 
 
 def run(case: Head, **options) -> eager.VocabPass | eager.PairedVocabPass:
@@ -108,7 +109,7 @@ def joint(case: Head, **options) -> tuple[float, eager.VocabPass]:
     half = len(case.hidden) // 2
     case.first = torch.arange(half, device=DEVICE)
     case.second = case.first + half
-    with backend.count_gemm_work() as work:
+    with count_gemm_work() as work:
         result = run(case, **options)
     return work.units(*case.logits().shape), result
 
@@ -163,7 +164,7 @@ def test_peaked_rows_take_little_more_than_one_product_as_shipped(
     start = int(place * 100) * width
     case = peaked(rows, 100 * width, list(range(start, start + width)))
     monkeypatch.setattr(backend.row_kernel, "advance", advance_in_torch)
-    with backend.count_gemm_work() as work:
+    with count_gemm_work() as work:
         result = run(case, mass_bound=2.0**-12, engine="tiled", config=config)
     assert work.units(*case.logits().shape) <= 1.2
     lost = (result.expected - case.expected()).norm(dim=1)
@@ -173,7 +174,7 @@ def test_peaked_rows_take_little_more_than_one_product_as_shipped(
 def test_statistics_alone_take_one_product() -> None:
     case = head(20, 32, 640)
     for engine in ("tiled", "fused"):
-        with backend.count_gemm_work() as work:
+        with count_gemm_work() as work:
             run(case, want_expected=False, engine=engine)
         assert work.units(20, 640) == 1.0
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alro_fast.data.records import Item, RankingList, target_ranks
 from alro_fast.errors import AlroFastError
-from alro_fast.prompts import PromptBuilder, add_item_tokens, item_token, load_template, ready_templates
+from alro_fast.prompts import PromptBuilder, add_item_tokens, item_token, load_template, ready_templates, saved
 from alro_fast.prompts.encoding import Encoder
 from alro_fast.prompts.line import clean
 from alro_fast.prompts.template import TEMPLATES, parse_template
@@ -624,9 +624,9 @@ def test_many_at_once_equal_one_by_one(monkeypatch):
 def test_saved_and_loaded_with_the_saved_tokenizer(tmp_path, identifiers):
     tokenizer = tokenizer_of("llama3", 64 if identifiers == "items" else 0)
     builder = PromptBuilder(tokenizer, "movies", identifiers=identifiers, max_length=300)
-    builder.save(tmp_path)
+    saved.save(builder, tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    loaded = PromptBuilder.load(tmp_path, AutoTokenizer.from_pretrained(tmp_path))
+    loaded = saved.load(tmp_path, AutoTokenizer.from_pretrained(tmp_path))
     assert (loaded.identifiers, loaded.max_length) == (identifiers, 300)
     for one in (make_list(), make_list(10, 24)):
         assert loaded.ranking(one) == builder.ranking(one)
@@ -636,27 +636,29 @@ def test_saved_and_loaded_with_the_saved_tokenizer(tmp_path, identifiers):
     assert record["labels"][:2] == (["A", "B"] if identifiers == "letters" else ["<item_0>", "<item_1>"])
     assert record["token_ids"][0] == builder.ranking(make_list()).candidate_ids[0]
     first = (tmp_path / "identifiers.json").read_bytes()
-    builder.save(tmp_path)
+    saved.save(builder, tmp_path)
     assert (tmp_path / "identifiers.json").read_bytes() == first
 
 
 def test_loading_refuses_another_tokenizer_and_damaged_files(tmp_path):
-    with pytest.raises(AlroFastError, match=r"holds no prompt settings: prompt_template\.yaml"):
-        PromptBuilder.load(tmp_path, tokenizer_of("qwen"))
-    builder_of("qwen").save(tmp_path)
+    with pytest.raises(
+        AlroFastError, match=r"holds no prompt settings: expected prompt_template\.yaml with identifiers\.json or"
+    ):
+        saved.load(tmp_path, tokenizer_of("qwen"))
+    saved.save(builder_of("qwen"), tmp_path)
     others = [tokenizer_of("llama3"), new_tokenizer("qwen", 3), new_tokenizer("qwen", chat_template=LLAMA3)]
     lower = new_tokenizer("qwen")
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
     for tokenizer in (*others, lower):
         with pytest.raises(AlroFastError, match="is not the one"):
-            PromptBuilder.load(tmp_path, tokenizer)
+            saved.load(tmp_path, tokenizer)
     template = tmp_path / "prompt_template.yaml"
     template.write_text(template.read_text().replace('"9": 5}', '"9": 5.5}'))
     with pytest.raises(AlroFastError, match=r"does not fit prompt_template\.yaml"):
-        PromptBuilder.load(tmp_path, tokenizer_of("qwen"))
+        saved.load(tmp_path, tokenizer_of("qwen"))
     (tmp_path / "identifiers.json").write_text("{}")
     with pytest.raises(AlroFastError, match=r"identifiers\.json is damaged"):
-        PromptBuilder.load(tmp_path, tokenizer_of("qwen"))
+        saved.load(tmp_path, tokenizer_of("qwen"))
 
 
 def test_a_builder_travels_to_worker_processes():

@@ -18,7 +18,7 @@ from alro_fast.cli import run
 from alro_fast.data.lists import write_prepared
 from alro_fast.data.records import RankingList
 from alro_fast.errors import AlroFastError
-from alro_fast.prompts import PromptBuilder, add_item_tokens
+from alro_fast.prompts import PromptBuilder, add_item_tokens, saved
 from alro_fast.ranking.ranker import Ranker
 
 HEAT = {
@@ -151,7 +151,7 @@ def test_a_model_with_a_token_per_item(capsys, tmp_path):
     tiny_llama(len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     prompts = PromptBuilder(tokenizer, "movies", identifiers="items", items=shelf)
-    prompts.save(tmp_path)
+    saved.save(prompts, tmp_path)
     (tmp_path / "config.yaml").write_text("answer: ranking\ndata_dir: null\n")
     document = {
         "history": [{"id": "m8", "title": "h", "rating": 4}],

@@ -16,7 +16,7 @@ from alro_fast import train
 from alro_fast.data.records import Item, RankingList
 from alro_fast.errors import AlroFastError
 from alro_fast.modeling.attention import use_tree_attention
-from alro_fast.prompts import PromptBuilder
+from alro_fast.prompts import PromptBuilder, saved
 
 
 def refused(argv) -> str:
@@ -74,7 +74,7 @@ def make_run(folder: Path, *, answer: str = "ranking", seed: int = 0) -> Path:
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False, r=4)
     get_peft_model(base, lora).save_pretrained(folder / "run")
     tokenizer.save_pretrained(folder / "run")
-    PromptBuilder(tokenizer, "movies").save(folder / "run")
+    saved.save(PromptBuilder(tokenizer, "movies"), folder / "run")
     (folder / "run" / "config.yaml").write_text(f"answer: {answer}\ngamma: null\n", encoding="utf-8")
     return folder / "run"
 
