@@ -1,15 +1,17 @@
 """The options of `alro_fast.train`, as dataclasses: a field is a command-line flag is a YAML key.
 
-`training/config.py` parses them; every room may read them.
+`training/config.py` parses them; every room may read them. A field says beside its help where it is read, if not
+everywhere; who reads those of the objectives, their descriptions say (`objectives/base.py`). What is given and not read
+is refused (`training/unread.py`).
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainingArguments
@@ -18,9 +20,50 @@ from transformers.integrations import get_available_reporting_integrations, is_d
 from .errors import AlroFastError
 
 
-def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """A dataclass field with its help text."""
-    return field(default=default, metadata={"help": help} | ({"choices": list(choices)} if choices else {}))
+class Where(NamedTuple):
+    """A circumstance in which an option is read. `said` completes "--option is read ...".
+
+    holds: of all options of a run, as attributes. decided_by: the options it looks at.
+    """
+
+    said: str
+    holds: Callable[[Any], bool]
+    decided_by: tuple[str, ...]
+
+
+SCRATCH = Where(
+    "with --model_name_or_path scratch", lambda o: o.model_name_or_path == "scratch", ("model_name_or_path",)
+)
+LOADED = Where(
+    "with a base model that is loaded, not scratch",
+    lambda o: o.model_name_or_path != "scratch",
+    ("model_name_or_path",),
+)
+LORA = Where("with --use_peft true", lambda o: o.use_peft, ("use_peft",))
+FOLLOWED = Where(
+    "with --init_adapter or --stages, and --use_peft true",
+    lambda o: o.use_peft and (o.init_adapter is not None or o.stages is not None),
+    ("init_adapter", "stages", "use_peft"),
+)
+STAGED = Where("with --stages", lambda o: o.stages is not None, ("stages",))
+LISTS = Where("without --preferences, on ranking lists", lambda o: o.preferences is None, ("preferences",))
+FILES = Where("with --preferences", lambda o: o.preferences is not None, ("preferences",))
+UNPREPARED = Where(
+    "without --data_dir, whose lists are prepared, and without --preferences",
+    lambda o: o.data_dir is None and o.preferences is None,
+    ("data_dir", "preferences"),
+)
+PREPARING = Where(
+    "when lists are prepared: with a --dataset other than the demo, and without --data_dir and --preferences",
+    lambda o: o.data_dir is None and o.preferences is None and o.dataset != "demo",
+    ("data_dir", "preferences", "dataset"),
+)
+
+
+def option(default: Any, help: str, choices: Sequence[str] | None = None, read: Where | None = None) -> Any:
+    """A dataclass field with its help text; `read`: where, if not everywhere."""
+    metadata: dict[str, Any] = {"help": help} | ({"choices": list(choices)} if choices else {})
+    return field(default=default, metadata=metadata | ({"read": read} if read else {}))
 
 
 @dataclass
@@ -34,14 +77,16 @@ class ModelArguments:
         "auto",
         "Type of the base weights. auto: bfloat16 on CUDA, float32 on the CPU.",
         ["auto", "float32", "bfloat16"],
+        read=LOADED,
     )
-    trust_remote_code: bool = option(False, "Run code that comes with the model.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model.", read=LOADED)
     use_peft: bool = option(True, "Train a LoRA adapter. false: train every weight.")
-    lora_r: int = option(16, "Rank of the LoRA matrices.")
-    lora_alpha: int = option(32, "LoRA scale: updates are multiplied by lora_alpha / lora_r.")
-    lora_dropout: float = option(0.0, "Dropout before the LoRA matrices, 0..1.")
+    lora_r: int = option(16, "Rank of the LoRA matrices.", read=LORA)
+    lora_alpha: int = option(32, "LoRA scale: updates are multiplied by lora_alpha / lora_r.", read=LORA)
+    lora_dropout: float = option(0.0, "Dropout before the LoRA matrices, 0..1.", read=LORA)
     lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "Modules to adapt: names, or all-linear."}
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Modules to adapt: names, or all-linear.", "read": LORA},
     )
     init_adapter: str | None = option(
         None, "Adapter folder of an earlier stage: merged into the base, which a new adapter is trained over."
@@ -51,10 +96,13 @@ class ModelArguments:
         "With init_adapter. stacked: the output is one adapter over the original base, both in one; merged: an "
         "adapter over a merged base, which is written beside it.",
         ["stacked", "merged"],
+        read=FOLLOWED,
     )
-    scratch_hidden_size: int = option(128, "Width of a `scratch` model.")
-    scratch_layers: int = option(4, "Layers of a `scratch` model.")
-    scratch_vocab_size: int = option(2048, "Text vocabulary of a `scratch` model's tokenizer, learned from the titles.")
+    scratch_hidden_size: int = option(128, "Width of a `scratch` model.", read=SCRATCH)
+    scratch_layers: int = option(4, "Layers of a `scratch` model.", read=SCRATCH)
+    scratch_vocab_size: int = option(
+        2048, "Text vocabulary of a `scratch` model's tokenizer, learned from the titles.", read=SCRATCH
+    )
 
     def __post_init__(self) -> None:
         if self.init_adapter is not None and not self.use_peft:
@@ -73,21 +121,24 @@ class ModelArguments:
 class DataArguments:
     """Ranking lists: a prepared folder, or raw ratings to prepare first."""
 
-    data_dir: str | None = option(None, "Folder written by alro_fast.prepare. Leave out to prepare `dataset` first.")
+    data_dir: str | None = option(
+        None, "Folder written by alro_fast.prepare. Leave out to prepare `dataset` first.", read=LISTS
+    )
     dataset: str = option(
-        "demo", "With no data_dir: `demo`, or a dataset name alro_fast.prepare knows (needs raw_dir)."
+        "demo", "With no data_dir: `demo`, or a dataset name alro_fast.prepare knows (needs raw_dir).", read=UNPREPARED
     )
-    raw_dir: str | None = option(None, "Folder with the raw files of `dataset`.")
-    history_length: int = option(20, "Rated items shown before a list (when preparing).")
-    list_size: int = option(10, "Candidates in a list (when preparing).")
+    raw_dir: str | None = option(None, "Folder with the raw files of `dataset`.", read=PREPARING)
+    history_length: int = option(20, "Rated items shown before a list.", read=PREPARING)
+    list_size: int = option(10, "Candidates in a list.", read=PREPARING)
     train_stride: int | None = option(
-        None, "Rated items between two training windows (when preparing; default: list_size)."
+        None, "Rated items between two training windows. Default: list_size.", read=PREPARING
     )
-    template: str = option("movies", "Prompt template: the name of a ready one, or a YAML file.")
+    template: str = option("movies", "Prompt template: the name of a ready one, or a YAML file.", read=LISTS)
     identifiers: str = option(
         "letters",
         "How candidates are named: letters of the page, or one token per item; objective recranker: or their titles.",
         ["letters", "items", "titles"],
+        read=LISTS,
     )
     answer: str = option(
         "ranking", "ranking: identifiers in order; ratings: one grade per candidate.", ["ranking", "ratings"]
@@ -100,12 +151,13 @@ class DataArguments:
     )
     eval_preferences: list[str] = field(
         default_factory=list,
-        metadata={"help": "Preference files to measure before and after training; the first one validates."},
+        metadata={
+            "help": "Preference files to measure before and after training; the first one validates.",
+            "read": FILES,
+        },
     )
-    preference_answer: str = option(
-        "titles", "objective dmpo on ranking lists: what an answer is.", ["titles", "identifiers", "pairs"]
-    )
-    num_negatives: int = option(5, "Rejected items beside each positive (objective dmpo on ranking lists).")
+    preference_answer: str = option("titles", "What an answer is.", ["titles", "identifiers", "pairs"])
+    num_negatives: int = option(5, "Rejected items beside each positive.")
     negatives: str = option(
         "uniform",
         "How they are drawn; hardest: the likeliest for the model at the start of each epoch.",
@@ -123,14 +175,6 @@ class DataArguments:
     def __post_init__(self) -> None:
         for name in ("max_train_lists", "max_eval_lists", "max_test_lists"):
             _at_least(name, getattr(self, name), 1)
-        cut = [name for name in ("history_length", "list_size", "train_stride") if getattr(self, name) != _CUT[name]]
-        if self.data_dir is not None and self.raw_dir:
-            raise AlroFastError("--raw_dir is for preparing; the lists of --data_dir are prepared: give one of the two")
-        if self.data_dir is None and self.dataset == "demo" and (cut or self.raw_dir):
-            raise AlroFastError(f"--{(cut or ['raw_dir'])[0]} needs a --dataset other than the demo")
-
-
-_CUT = {"history_length": 20, "list_size": 10, "train_stride": None}
 
 
 @dataclass
@@ -145,18 +189,18 @@ class ObjectiveArguments:
     permutations: int = option(1, "Re-ordered presentations per list and step (0: none, and no permutation loss).")
     score: str = option("logprob", "Score of item i at slot k (docs/methods.md 1.2).", ["logprob", "prob", "logit"])
     score_space: str = option("candidates", "What scores are normalised over.", ["candidates", "vocab"])
-    psl: str = option("kl", "Distance of the permutation loss (docs/methods.md 1.3).")  # choices: ops.DIVERGENCES
+    psl: str = option("kl", "Distance of the permutation loss, such as kl, ce, symmetric (docs/methods.md 1.3).")
     psl_space: str = option("candidates", "Distributions compared by the permutation loss.", ["candidates", "vocab"])
     psl_detach: bool = option(True, "No gradient through the original order's distribution.")
-    dpo_beta: float = option(0.1, "objective dmpo: strength of the preference, times the log-ratio to the reference.")
+    dpo_beta: float = option(0.1, "Strength of the preference, times the log-ratio to the reference.")
     dmpo_variant: str = option(
         "dmpo",
         "dmpo: mean over negatives inside the sigmoid; mean_outside: DPO over pairs; sdpo: softmax over negatives; "
         "mult: several positives.",
         ["dmpo", "mean_outside", "sdpo", "mult"],
     )
-    reference_free: bool = option(False, "objective dmpo: leave out the reference model.")
-    ftx: float = option(0.0, "objective dmpo: weight of the cross-entropy of the chosen answer, per token.")
+    reference_free: bool = option(False, "Leave out the reference model.")
+    ftx: float = option(0.0, "Weight of the cross-entropy of the chosen answer, per token.")
     precompute_ref_log_probs: bool = option(
         False, "Compute the reference's log-probabilities once, before training; negatives are then drawn once too."
     )
@@ -164,21 +208,17 @@ class ObjectiveArguments:
         None, "File they are kept in and taken from (.safetensors). Default: reference.safetensors of the output."
     )
     resample_negatives: bool = option(True, "Draw the negatives of ranking lists anew every epoch.")
-    task_weights: str = option("1,1,1", "objective recranker: weights of the pointwise, pairwise and listwise task.")
-    points_per_list: int = option(5, "objective recranker: rated candidates of a list that are graded in one epoch.")
-    pairs_per_list: int = option(5, "objective recranker: pairs of a liked and another candidate in one epoch.")
-    position_shifting: bool = option(
-        True, "objective recranker: swap pairs and shuffle candidates and history, anew every epoch."
-    )
+    task_weights: str = option("1,1,1", "Weights of the pointwise, pairwise and listwise task.")
+    points_per_list: int = option(5, "Rated candidates of a list that are graded in one epoch.")
+    pairs_per_list: int = option(5, "Pairs of a liked and another candidate in one epoch.")
+    position_shifting: bool = option(True, "Swap pairs and shuffle candidates and history, anew every epoch.")
     hybrid: str = option(
-        "code", "objective recranker: utilities of the hybrid, with the constants of the released code or the paper.",
+        "code", "Utilities of the hybrid, with the constants of the released code or the paper.",
         ["code", "paper"],
     )  # fmt: skip
     backend: str = option("auto", "Backend of the fused ops.", ["auto", "eager", "cpp", "triton"])
 
     def __post_init__(self) -> None:
-        if self.ref_log_probs is not None and not self.precompute_ref_log_probs:
-            raise AlroFastError("--ref_log_probs is read and written by --precompute_ref_log_probs true; add it")
         for name in ("alpha", "beta", "ftx", "permutations", "points_per_list", "pairs_per_list"):
             _at_least(name, getattr(self, name), 0)
         for name in ("gamma", "sigma", "dpo_beta"):
@@ -202,8 +242,16 @@ class RankerTrainingArguments(TrainingArguments):
     stages: str | None = option(
         None, "Objectives one after the other, such as sft,dmpo: each stage starts from the adapter of the one before."
     )
-    stage_epochs: str | None = option(None, "Epochs of each stage, such as 5,3. Default: num_train_epochs for all.")
-    stage_learning_rates: str | None = option(None, "Learning rate of each stage. Default: learning_rate for all.")
+    stage_epochs: str | None = option(
+        None, "Epochs of each stage, such as 5,3. Default: num_train_epochs for all.", read=STAGED
+    )
+    stage_learning_rates: str | None = option(
+        None, "Learning rate of each stage. Default: learning_rate for all.", read=STAGED
+    )
+    resume_from_checkpoint: str | None = option(
+        None,
+        "A checkpoint to go on from; true: the newest whole one in output_dir; auto: that if there is one, or begin.",
+    )
     dry_run: bool = option(False, "Check everything, print the plan (lists, tokens, steps, memory), train nothing.")
     overwrite_output_dir: bool = option(False, "Replace an earlier run of alro_fast in output_dir.")
     learning_rate: float = option(2e-4, "Peak learning rate of AdamW.")
@@ -232,6 +280,8 @@ class RankerTrainingArguments(TrainingArguments):
             self.resume_from_checkpoint = None
         elif str(self.resume_from_checkpoint).lower() == "true":
             self.resume_from_checkpoint = True
+        elif str(self.resume_from_checkpoint).lower() == "auto":
+            self.resume_from_checkpoint = "auto"
         self._check_numbers()
         known = get_available_reporting_integrations() if self.report_to else []
         for name in self.report_to:

@@ -3,7 +3,7 @@
 Groups: `ce` (cross-entropy of N rows) and `joint` (cross-entropy of both orders and KL(p || q) between them, p
 detached), each forward and forward + backward to d hidden, `ce` with a frozen and a trainable head. `floor` is two bare
 GEMMs with the vocabulary (three with dW), by the library, no softmax: what no method that forms both products can beat.
-CPU sizes by default, those of kernels.md on CUDA. Errors are of d hidden against float64, on 32 rows.
+CPU sizes by default, those of real models on CUDA. Errors are of d hidden against float64, on 32 rows.
 """
 
 from __future__ import annotations

@@ -10,12 +10,12 @@
 #include <stdexcept>
 #include <string>
 
-#include "attention.h"
-#include "gather.h"
-#include "kernels.h"
-#include "layers.h"
-#include "listwise.h"
-#include "vocab.h"
+#include "attention/attention.h"
+#include "gather/gather.h"
+#include "instruction_sets/kernels.h"
+#include "layers/layers.h"
+#include "listwise/listwise.h"
+#include "vocab/vocab.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -446,7 +446,7 @@ void tree_attention(const Array& query, const Array& key, const Array& value, co
 }  // namespace
 
 NB_MODULE(_cpp, m) {
-  m.doc() = "Vectorised CPU kernels of alro_fast.backends.cpp; outputs are written into the arrays passed for them.";
+  m.doc() = "Vectorised CPU kernels of alro_fast.ops.backends.cpp; outputs are written into the arrays passed for them.";
   m.def("instruction_set", [] { return std::string(alro::active_kernels().name); });
   m.def("select_instruction_set", [](const std::string& name) { return alro::select_kernels(name.c_str()); }, "name"_a,
         "False where this machine or this build has no such set; for tests and benchmarks.");

@@ -42,31 +42,22 @@ def _log2_1p_exp(x):
     return (tl.maximum(x, 0.0) + log1p) / _LN2
 
 
-@triton.jit(do_not_specialize=["size_m", "size_r", "size_c"])
-def listwise_kernel(
-    logits, ratings, ranks, sizes, twin, values, soft_lambda, permutation, expected, pull_out, d_soft_lambda, d_student,
-    d_teacher, size_m, size_r, size_c, gamma, sigma,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr, RANKING: tl.constexpr, NORMALISE: tl.constexpr,
-    DIVERGENCE: tl.constexpr, DETACH: tl.constexpr, MASK_EMITTED: tl.constexpr,
+@triton.jit
+def _scores(
+    logits, value, expected, c, size, width, size_c, gamma,
+    BLOCK_C: tl.constexpr, CHUNK: tl.constexpr, RANKING: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
-    index = tl.program_id(0).to(tl.int64)
-    size = tl.load(sizes + index)
-    c = tl.arange(0, BLOCK_C)
-    width = size if RANKING else size_c  # columns this list uses
-    offset = index * size_r * size_c
-    ratings += index * size_m
-    expected += index * size_m
-    pull_out += index * size_m
-    value = tl.zeros((BLOCK_C,), tl.float32) if RANKING else tl.load(values + c, mask=c < size_c, other=0.0)
+    """Pass 1. Stores s (softmax over slots online) or e; returns column_max, column_sum and s by column [BLOCK_C].
 
-    # Pass 1. Expected rank (over slots, online) or grade (over grades) of every candidate.
+    In the `ratings` form a row is finished once it is read, and the three returned are not used.
+    """
     column_max = tl.full((BLOCK_C,), _LOWEST, tl.float32)
     column_sum = tl.zeros((BLOCK_C,), tl.float32)
     column_rank = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, size, CHUNK):
         r = start + tl.arange(0, CHUNK)
         cell = (r < size)[:, None] & (c < width)[None, :]
-        z = tl.load(logits + offset + r[:, None] * size_c + c[None, :], mask=cell, other=0.0)
+        z = tl.load(logits + r[:, None] * size_c + c[None, :], mask=cell, other=0.0)
         if RANKING:
             y = tl.where(cell, gamma * (_log_softmax(z, cell) if NORMALISE else z), _LOWEST)
             new_max = tl.maximum(column_max, tl.max(y, axis=0))
@@ -82,15 +73,17 @@ def listwise_kernel(
         column_sum = tl.where(c < size, column_sum, 1.0)
         column_rank = column_rank / column_sum
         tl.store(expected + c, column_rank, mask=c < size)
-    tl.debug_barrier()  # `expected` is read back below
+    return column_max, column_sum, column_rank
 
-    # Gains over the ideal DCG; a candidate's ideal position is the number of candidates ahead of it.
-    i = tl.arange(0, BLOCK_M)
-    tl.store(expected + i, 0.0, mask=(i >= size) & (i < size_m))
+
+@triton.jit
+def _gains(ratings, i, size, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr):
+    """rating (0 where there is none), whether there is one, gain 2^r - 1 [BLOCK_M]; 1 / the list's ideal DCG."""
     rating = tl.load(ratings + i, mask=i < size, other=float("nan"))
     graded = rating == rating
     rating = tl.where(graded, rating, 0.0)
     gain = tl.where(graded, tl.exp2(rating) - 1.0, 0.0)
+    # A candidate's ideal position is the number of candidates ahead of it: nothing is sorted.
     ahead = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, size, CHUNK):
         j = start + tl.arange(0, CHUNK)
@@ -98,11 +91,17 @@ def listwise_kernel(
         tied = (rating_j[None, :] == rating[:, None]) & (j[None, :] < i[:, None])
         ahead += tl.sum(((rating_j[None, :] > rating[:, None]) | tied).to(tl.float32), axis=1)
     ideal = tl.sum(gain / tl.log2(2.0 + ahead), axis=0)
-    norm = 1.0 / tl.where(ideal > 0, ideal, 1.0)
+    return rating, graded, gain, 1.0 / tl.where(ideal > 0, ideal, 1.0)
 
-    # Pass 2. Pairs with different ratings: candidate i is pulled where it is the better one, pushed where j is.
-    direction = sigma if RANKING else -sigma
-    own_rank = tl.load(ranks + index * size_m + i, mask=i < size, other=0)
+
+@triton.jit
+def _pairs(ratings, ranks, expected, i, size, direction, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr):
+    """Pass 2. Each candidate's part of the loss, and dloss/ds or dloss/de [BLOCK_M], from pairs with different ratings.
+
+    Candidate i is pulled where it is the better one and pushed where j is; the loss counts a pair once, at its better.
+    """
+    rating, graded, gain, norm = _gains(ratings, i, size, BLOCK_M, CHUNK)
+    own_rank = tl.load(ranks + i, mask=i < size, other=0)
     own = tl.load(expected + i, mask=i < size, other=0.0)
     loss = tl.zeros((BLOCK_M,), tl.float32)
     pull = tl.zeros((BLOCK_M,), tl.float32)
@@ -114,7 +113,7 @@ def listwise_kernel(
         i_better = (graded_pair & (rating[:, None] > rating_j[None, :])).to(tl.float32)
         j_better = (graded_pair & (rating[:, None] < rating_j[None, :])).to(tl.float32)
         sign = i_better - j_better
-        distance = tl.abs(own_rank[:, None] - tl.load(ranks + index * size_m + j, mask=j < size, other=0)[None, :])
+        distance = tl.abs(own_rank[:, None] - tl.load(ranks + j, mask=j < size, other=0)[None, :])
         distance = tl.maximum(distance, 1).to(tl.float32)
         weight = (1.0 / tl.log2(1.0 + distance) - 1.0 / tl.log2(2.0 + distance)) * norm
         weight *= tl.abs((tl.exp2(rating_j) - 1.0)[None, :] - gain[:, None])
@@ -122,8 +121,60 @@ def listwise_kernel(
         margin = sign * direction * (own[:, None] - other[None, :])
         loss += tl.sum(i_better * weight * _log2_1p_exp(margin), axis=1)
         pull += tl.sum(sign * weight * tl.sigmoid(margin), axis=1)
+    return loss, pull * (direction / _LN2)
+
+
+@triton.jit
+def _divergence(log_p, log_q, both, DIVERGENCE: tl.constexpr):
+    """D(P, Q) of each row, its gradients in the logits of Q (student) and of P (teacher); both: columns they share."""
+    p = tl.where(both, tl.exp(log_p), 0.0)
+    q = tl.where(both, tl.exp(log_q), 0.0)
+    if DIVERGENCE == 2:
+        surprise = tl.where(both, log_q, 0.0)
+        distance = -tl.sum(p * surprise, axis=1)
+        student = q - p
+        teacher = -p * (surprise + distance[:, None])
+    else:
+        ratio = tl.where(both, log_p - log_q, 0.0)
+        distance = tl.sum(p * ratio, axis=1)
+        student = q - p
+        teacher = p * (ratio - distance[:, None])
+        if DIVERGENCE == 3:
+            reverse = -tl.sum(q * ratio, axis=1)
+            teacher = 0.5 * (teacher - student)
+            student = 0.5 * (student - q * (ratio + reverse[:, None]))
+            distance = 0.5 * (distance + reverse)
+    return distance, student, teacher
+
+
+@triton.jit(do_not_specialize=["size_m", "size_r", "size_c"])
+def listwise_kernel(
+    logits, ratings, ranks, sizes, twin, values, soft_lambda, permutation, expected, pull_out, d_soft_lambda, d_student,
+    d_teacher, size_m, size_r, size_c, gamma, sigma,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr, RANKING: tl.constexpr, NORMALISE: tl.constexpr,
+    DIVERGENCE: tl.constexpr, DETACH: tl.constexpr, MASK_EMITTED: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0).to(tl.int64)
+    size = tl.load(sizes + index)
+    c = tl.arange(0, BLOCK_C)
+    i = tl.arange(0, BLOCK_M)
+    width = size if RANKING else size_c  # columns this list uses
+    offset = index * size_r * size_c
+    ratings += index * size_m
+    expected += index * size_m
+    pull_out += index * size_m
+    value = tl.zeros((BLOCK_C,), tl.float32) if RANKING else tl.load(values + c, mask=c < size_c, other=0.0)
+
+    column_max, column_sum, column_rank = _scores(
+        logits + offset, value, expected, c, size, width, size_c, gamma, BLOCK_C, CHUNK, RANKING, NORMALISE
+    )
+    tl.debug_barrier()  # `expected` is read back below
+    tl.store(expected + i, 0.0, mask=(i >= size) & (i < size_m))
+
+    # The loss grows where the better candidate's rank is the higher number, or its grade the lower one.
+    direction = sigma if RANKING else -sigma
+    loss, pull = _pairs(ratings, ranks + index * size_m, expected, i, size, direction, BLOCK_M, CHUNK)
     tl.store(soft_lambda + index, tl.sum(loss, axis=0))
-    pull *= direction / _LN2
     tl.store(pull_out + i, pull, mask=i < size_m)
     tl.debug_barrier()  # `pull_out` is read back below
 
@@ -146,17 +197,17 @@ def listwise_kernel(
         cell = (r < size)[:, None] & (c < width)[None, :]
         at = r[:, None] * size_c + c[None, :]
         z = tl.load(logits + offset + at, mask=cell, other=0.0)
-        log_p = _log_softmax(z, cell)
+        log_q = _log_softmax(z, cell)
         if RANKING:
-            y = tl.where(cell, gamma * (log_p if NORMALISE else z), _LOWEST)
+            y = tl.where(cell, gamma * (log_q if NORMALISE else z), _LOWEST)
             over = tl.where(cell, tl.exp(y - column_max[None, :]), 0.0) / column_sum[None, :]
             grad = pull_c[None, :] * gamma * over * ((r + 1).to(tl.float32)[:, None] - column_rank[None, :])
             if NORMALISE:
-                grad -= tl.where(cell, tl.exp(log_p), 0.0) * tl.sum(grad, axis=1)[:, None]
+                grad -= tl.where(cell, tl.exp(log_q), 0.0) * tl.sum(grad, axis=1)[:, None]
         else:
             pull_r = tl.load(pull_out + r, mask=r < size, other=0.0)
             score = tl.load(expected + r, mask=r < size, other=0.0)
-            p = tl.where(cell, tl.exp(log_p), 0.0)
+            p = tl.where(cell, tl.exp(log_q), 0.0)
             grad = pull_r[:, None] * p * (value[None, :] - score[:, None])
         tl.store(d_soft_lambda + offset + at, grad, mask=inside)
 
@@ -166,34 +217,15 @@ def listwise_kernel(
             other_cell = (r < teacher_size)[:, None] & (c < size_c)[None, :]
             if RANKING:
                 other_cell = (r < teacher_size)[:, None] & (c < teacher_size)[None, :]
-                if MASK_EMITTED:
+                if MASK_EMITTED:  # a slot compares what is left to name: candidates of this rank or later
                     cell = cell & (rank[None, :] > r[:, None])
                     other_cell = other_cell & (teacher_rank[None, :] > r[:, None])
-                    log_p = _log_softmax(z, cell)
-                mean = tl.where(r < size - 1, paired / compared_count, 0.0)
+                    log_q = _log_softmax(z, cell)
+                mean = tl.where(r < size - 1, paired / compared_count, 0.0)  # the last slot has nothing to choose
             else:
                 mean = tl.where(r < size, paired / compared_count, 0.0)
-            log_q = log_p
-            z = tl.load(logits + teacher * size_r * size_c + at, mask=other_cell, other=0.0)
-            log_p = _log_softmax(z, other_cell)
-            both = cell & other_cell
-            p = tl.where(both, tl.exp(log_p), 0.0)
-            q = tl.where(both, tl.exp(log_q), 0.0)
-            if DIVERGENCE == 2:
-                surprise = tl.where(both, log_q, 0.0)
-                distance = -tl.sum(p * surprise, axis=1)
-                student = q - p
-                side = -p * (surprise + distance[:, None])
-            else:
-                ratio = tl.where(both, log_p - log_q, 0.0)
-                distance = tl.sum(p * ratio, axis=1)
-                student = q - p
-                side = p * (ratio - distance[:, None])
-                if DIVERGENCE == 3:
-                    reverse = -tl.sum(q * ratio, axis=1)
-                    side = 0.5 * (side - student)
-                    student = 0.5 * (student - q * (ratio + reverse[:, None]))
-                    distance = 0.5 * (distance + reverse)
+            z_p = tl.load(logits + teacher * size_r * size_c + at, mask=other_cell, other=0.0)
+            distance, student, side = _divergence(_log_softmax(z_p, other_cell), log_q, cell & other_cell, DIVERGENCE)
             total += distance * mean
             tl.store(d_student + offset + at, student * mean[:, None], mask=inside)
             if not DETACH:

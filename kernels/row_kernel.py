@@ -61,6 +61,7 @@ def advance_kernel(
     EXPECTED: tl.constexpr, TILE_STATS: tl.constexpr, PAIRS: tl.constexpr, ENTROPY: tl.constexpr,
     MIXED: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
+    """One row of the tile: its statistics, the pairs it is the first of, and p~ where its products were."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inside = lane < columns
@@ -81,12 +82,15 @@ def advance_kernel(
         part = tl.arange(0, BLOCK // SUB)
         tl.store(tile_lse + row * stride_tn + part, new_max + tl.log(mass), mask=part * SUB < columns)
         tl.store(run_lse + row, new_max + tl.log(new_sum))
+    # Most rows meet their maximum early: rescaling H sums is skipped from then on, and in the first tile, where they
+    # are zeros.
     moved = (decay != 1.0) & (old_sum > 0)
     if EXPECTED:  # noqa: SIM102  (a compile-time condition around a run-time one)
         if moved:
             _rescale(sums, row, size_h, decay, BLOCK_U)
 
-    # Pairs this row is the first of.
+    # Pairs this row is the first of. Sums of a pair are relative to this row's maximum, so they decay with its own; the
+    # other row is needed for its logits alone, which are made again from its products.
     if PAIRS:
         for entry in range(tl.load(bounds + row), tl.load(bounds + row + 1)):
             pair = tl.load(order + entry)
@@ -121,6 +125,7 @@ def differentiate_kernel(
     first_column, columns, stride_zn, stride_gn, scale, cap, factor,
     BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, PAIRS: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
+    """One row of the tile: its gradient from its own loss, as the first row of pairs, and as the second."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inside = lane < columns

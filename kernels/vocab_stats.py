@@ -45,6 +45,7 @@ def vocab_stats_kernel(
     PAIRED: tl.constexpr, ENTROPY: tl.constexpr, HAS_LIVE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr, TILE_STATS: tl.constexpr,
 ):  # fmt: skip
+    """A block of rows (PAIRED: of pairs, a and b) over one vocabulary split: its maximum, its sum, its cross terms."""
     # Row blocks of one group run side by side on the same vocabulary tiles, which then stay in L2.
     pid = tl.program_id(0)
     per_group = GROUP * splits

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import base64
-import html
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ..errors import AlroFastError
+from ..objectives.base import descriptions
 from . import metrics
 from .results import LABELS
 
@@ -32,19 +32,17 @@ COLOURS = {
     "pairwise": "#b07aa1",
     "listwise": "#e377c2",
 }
-PARTS = {
-    "loss": "loss",
-    "sft": "cross-entropy",
-    "soft_lambda": "soft lambda",
-    "permutation": "permutation",
-    "pointwise": "pointwise",
-    "pairwise": "pairwise",
-    "listwise": "listwise",
-}
+
+
+class Picture(NamedTuple):
+    """A title, and a PNG as a data: URL, which travels inside the page."""
+
+    title: str
+    source: str
 
 
 class Plots:
-    """PNG files in `folder`, and each as an image that travels inside the page."""
+    """PNG files in `folder`, and each as a picture for the page."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -54,14 +52,14 @@ class Plots:
         matplotlib.use("Agg")
         self.folder = folder
 
-    def draw(self, name: str, title: str, plot: Callable[[Any, Any], bool], data: Any) -> str:
-        """An <img>, or nothing when `plot(axes, data)` found nothing to draw."""
+    def draw(self, name: str, title: str, plot: Callable[[Any, Any], bool], data: Any) -> Picture | None:
+        """The picture, or None when `plot(axes, data)` found nothing to draw."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9.2, 3.9), dpi=110, layout="constrained")
         axes = figure.add_subplot()
         if not plot(axes, data):
-            return ""
+            return None
         axes.set_title(title, loc="left", fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e3e6ea", linewidth=0.8)
@@ -70,7 +68,7 @@ class Plots:
         path = self.folder / f"{name}.png"
         figure.savefig(path, metadata={"Software": None})
         code = base64.b64encode(path.read_bytes()).decode()
-        return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{code}">'
+        return Picture(title, f"data:image/png;base64,{code}")
 
 
 def ndcg_plot(axes: Any, results: dict) -> bool:
@@ -141,7 +139,10 @@ def order_plot(axes: Any, predictions: list[dict]) -> bool:
 
 def loss_plot(axes: Any, history: list[dict]) -> bool:
     """The loss and its parts by optimiser step; nothing for a single point."""
-    return _curves(axes, history, PARTS)
+    parts = {"loss": "loss"}
+    for objective in descriptions().values():
+        parts |= objective.logs
+    return _curves(axes, history, parts)
 
 
 def validation_plot(axes: Any, history: list[dict]) -> bool:

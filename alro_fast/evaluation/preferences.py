@@ -21,8 +21,9 @@ from ..data.records import RankingList
 from ..errors import AlroFastError
 from ..modeling.logprobs import answer_logprobs
 from ..modeling.packing import Tree
+from ..objectives.base import TEXTS, learned_answers
 from ..objectives.dmpo import branches_of
-from ..prompts import PromptBuilder, saved
+from ..prompts import PromptBuilder
 from ..prompts.preference import PreferencePrompts
 from ..run_folder import run_options
 from .preference_metrics import Scored, accuracy_interval, preference_metrics
@@ -88,7 +89,7 @@ def evaluate_preferences(options: Any) -> None:
         base_model=options.base_model,
         trust_remote_code=options.trust_remote_code,
     )
-    builder = saved.load(options.adapter, tokenizer, PromptBuilder) if options.lists else None
+    builder = PromptBuilder.load(options.adapter, tokenizer) if options.lists else None
     form = config.get("preference_answer", "titles")
     prompts = PreferencePrompts(tokenizer, builder, form=form, max_length=config.get("max_length"))
     results: dict[str, dict[str, dict[str, Any]]] = {}
@@ -112,9 +113,8 @@ def evaluate_preferences(options: Any) -> None:
 
 
 def answers_with_texts(config: dict[str, Any]) -> bool:
-    """True for a run on preferences whose answers are titles: nothing that identifiers could be read from."""
-    tuned = config.get("objective") in ("dmpo", "sft_chosen")
-    return tuned and (config.get("preferences") is not None or config.get("preference_answer") != "identifiers")
+    """True for a run whose model has learned to answer with texts: nothing that a ranking could be read from."""
+    return learned_answers(config) in TEXTS
 
 
 def contests_of(folder: str, split: str, config: dict[str, Any]) -> tuple[str, list[RankingList]]:

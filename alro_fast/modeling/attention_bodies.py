@@ -1,4 +1,4 @@
-"""The sums of tree attention, three ways in torch; float32 on the CPU has its own kernels (`backends.cpp_attention`).
+"""The sums of tree attention, three ways in torch; float32 on the CPU has its own kernels (`modeling.cpp_attention`).
 
 - *cascade* (CPU, where those kernels do not serve): the prefix and the first branch in one causal call; every other
   branch twice, against the prefix (no mask) and against itself (causal), the two merged by their log-sum-exps. With O

@@ -8,6 +8,7 @@ in its own branch, so nothing but the attention (`alro_fast.modeling.attention`)
 from __future__ import annotations
 
 import bisect
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -216,12 +217,45 @@ def plan_batches(
         )
     if seed is None:
         return sorted(sorted(batch) for batch in _best_fit_decreasing(range(len(lengths)), lengths, token_budget))
-    generator = np.random.default_rng(seed)
-    order = generator.permutation(len(lengths))
-    pool_of = (np.cumsum(lengths[order]) - 1) // (POOL_BUDGETS * token_budget)
-    pools = np.split(order, np.flatnonzero(np.diff(pool_of)) + 1)
-    batches = [sorted(batch) for pool in pools for batch in _best_fit_decreasing(pool.tolist(), lengths, token_budget)]
-    return [batches[b] for b in generator.permutation(len(batches))]
+    return _shuffled_plan(lengths, token_budget, seed)
+
+
+class EpochPlans:
+    """Plans of every epoch over the same trees: other neighbours each time, and always the same number of batches.
+
+    An epoch's plan is that of `plan_batches(sizes, token_budget, seed + epoch)`, the first to the letter, brought to
+    `num_batches`: packed pool by pool, one order of the trees needs a few batches more than another. A plan of fewer
+    halves its batches of most trees; one of more packs its emptiest batches anew, together. That always suffices,
+    because `num_batches` is no less than best-fit-decreasing over all trees needs, whatever their order.
+
+    Args:
+        sizes: rows of each tree.
+        token_budget: rows a batch may hold.
+        seed: None for one plan that all epochs share (`plan_batches` without a seed).
+
+    Raises:
+        AlroFastError: as `plan_batches`.
+    """
+
+    def __init__(self, sizes: Sequence[int], token_budget: int, seed: int | None) -> None:
+        self.lengths, self.token_budget, self.seed = np.asarray(sizes, dtype=np.int64), token_budget, seed
+        densest = plan_batches(sizes, token_budget)
+        first = densest if seed is None else plan_batches(sizes, token_budget, seed)
+        self.num_batches = max(len(first), len(densest))
+
+    def __call__(self, epoch: int) -> list[list[int]]:
+        """Which trees go into which batch of an epoch: every tree once, `num_batches` batches within the budget."""
+        if self.seed is None:
+            return plan_batches(self.lengths, self.token_budget)
+        # trees of fewer than two pools are halved: one pool of all trees is packed much alike in every epoch
+        pool = POOL_BUDGETS if epoch == 0 else min(POOL_BUDGETS, -(-self.num_batches // 2))
+        return _shuffled_plan(self.lengths, self.token_budget, self.seed + epoch, pool, self.num_batches)
+
+
+def halve(batches: list[list[int]], place: int) -> None:
+    """Put two batches in the place of one, in their order, in the list itself."""
+    middle = len(batches[place]) // 2
+    batches[place : place + 1] = [batches[place][:middle], batches[place][middle:]]
 
 
 def collate(trees: Sequence[Tree], indices: Sequence[int]) -> PackedBatch:
@@ -229,17 +263,20 @@ def collate(trees: Sequence[Tree], indices: Sequence[int]) -> PackedBatch:
     if not len(indices):
         raise AlroFastError("no trees to collate; a batch needs at least one")
     spans, ids, positions, answer_rows, labels, branch_rows = [], [], [], [], [], []
-    start = row = 0
+    start = row = 0  # of the tree at hand: its first row in the stream, its first answer row
     for index in indices:
         tree = trees[index]
         prefix = tree.prefix_length
         span = TreeSpan(start, prefix, tuple(len(branch) - prefix for branch in tree.ids))
         spans.append(span)
+        # The prefix once, then what each branch has of its own; positions count from each branch's own beginning.
         ids += [tree.ids[0][:prefix], *(branch[prefix:] for branch in tree.ids)]
         positions += [np.arange(prefix), *(np.arange(prefix, len(branch)) for branch in tree.ids)]
         offsets = [row]
-        own = start + prefix
+        own = start + prefix  # where the own rows of the branch at hand begin
         for branch, answer_start in zip(tree.ids, tree.answer_starts):
+            # Answer tokens are predicted one row earlier; by position in the branch, then by row of the stream. An
+            # answer that begins at or before the end of the prefix is predicted from rows all branches share.
             predicting = np.arange(answer_start - 1, len(branch) - 1)
             answer_rows.append(np.where(predicting < prefix, predicting + start, predicting + (own - prefix)))
             labels.append(branch[answer_start:])
@@ -248,6 +285,7 @@ def collate(trees: Sequence[Tree], indices: Sequence[int]) -> PackedBatch:
             offsets.append(row)
         branch_rows.append(tuple(offsets))
         start = span.end
+    # From here on for the batch as a whole: which tree and which branch (of that tree) every answer row is of.
     branches = [branch for offsets in branch_rows for branch in range(len(offsets) - 1)]
     rows_per_branch = np.concatenate([np.diff(offsets) for offsets in branch_rows])
     tree_of_branch = np.repeat(np.arange(len(spans)), [len(span.lengths) for span in spans])
@@ -298,20 +336,54 @@ def _common_prefix(branches: Sequence[np.ndarray]) -> int:
     return common
 
 
+def _shuffled_plan(
+    lengths: np.ndarray, budget: int, seed: int, pool: int = POOL_BUDGETS, num_batches: int | None = None
+) -> list[list[int]]:
+    """The plan of a seed (`plan_batches`), from pools of `pool` batches' worth; of `num_batches` if that is given."""
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(lengths))
+    pool_of = (np.cumsum(lengths[order]) - 1) // (pool * budget)
+    pools = np.split(order, np.flatnonzero(np.diff(pool_of)) + 1)
+    batches = [sorted(batch) for pool in pools for batch in _best_fit_decreasing(pool.tolist(), lengths, budget)]
+    if num_batches is not None:
+        batches = _condensed(batches, num_batches, lengths, budget)
+        while len(batches) < num_batches:
+            halve(batches, max(range(len(batches)), key=lambda b: len(batches[b])))
+    return [batches[b] for b in generator.permutation(len(batches))]
+
+
+def _condensed(batches: list[list[int]], limit: int, lengths: np.ndarray, budget: int) -> list[list[int]]:
+    """The same trees in at most `limit` batches: the emptiest are packed anew, twice as many until that suffices."""
+    fullest_first = sorted(batches, key=lambda batch: -lengths[batch].sum())
+    loose = len(batches) - limit
+    while len(batches) > limit:
+        loose = min(2 * loose, len(fullest_first))
+        kept, items = fullest_first[:-loose], [item for batch in fullest_first[-loose:] for item in batch]
+        batches = kept + [sorted(batch) for batch in _best_fit_decreasing(items, lengths, budget)]
+    return batches
+
+
 def _best_fit_decreasing(items: Sequence[int], lengths: np.ndarray, budget: int) -> list[list[int]]:
-    """Largest first, each into the fullest batch that still has room."""
+    """Largest first, each into the fullest batch that still has room; of several, into the one opened first."""
     batches: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free rows, batch), ascending
+    frees: list[int] = []  # rows that some batch has free, ascending
+    having: dict[int, list[int]] = {}  # free rows -> a heap of the batches that have them
     for item in sorted(items, key=lambda i: -lengths[i]):
         size = int(lengths[item])
-        place = bisect.bisect_left(room, (size, -1))
-        if place < len(room):
-            free, batch = room.pop(place)
+        place = bisect.bisect_left(frees, size)
+        if place < len(frees):
+            free = frees[place]
+            batch = heapq.heappop(having[free])
             batches[batch].append(item)
+            if not having[free]:
+                del having[free], frees[place]
         else:
             free, batch = budget, len(batches)
             batches.append([item])
-        bisect.insort(room, (free - size, batch))
+        if free - size not in having:
+            having[free - size] = []
+            bisect.insort(frees, free - size)
+        heapq.heappush(having[free - size], batch)
     return batches
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +15,14 @@ from ..errors import AlroFastError
 from ..losses import Grades, RankingLists, alro_loss
 from ..losses.alro import term_weights
 from ..modeling.packing import PackedBatch
-from .base import Example, LossTerm
-from .sft import SFTObjective
+from ..options import Where
+from ..prompts import PromptBuilder
+from .base import ALWAYS, Description, Example, LossTerm, describe
+from .sft import SFTObjective, answer_form
 
 if TYPE_CHECKING:
     from ..modeling.lm_head import Head
     from ..options import ObjectiveArguments
-    from ..prompts import PromptBuilder
 
 
 class ALROTargets(NamedTuple):
@@ -53,6 +54,7 @@ class ALROObjective(SFTObjective):
 
     def targets(self, packed: PackedBatch, examples: Sequence[Example]) -> tuple[ALROTargets, dict[str, int]]:
         """Rows, identifiers, ratings and target ranks of every presentation, padded to the longest list."""
+        # A view is one list in one order; the first view of an example is the stored order, the others are its twins.
         views = [(t, v) for t, example in enumerate(examples) for v in range(len(example.views))]
         width = max(len(example.source.candidates) for example in examples)
         slot_rows = torch.full((len(views), width), -1, dtype=torch.long)
@@ -61,7 +63,7 @@ class ALROObjective(SFTObjective):
         ranks = torch.zeros((len(views), width), dtype=torch.long)
         twin = torch.full((len(views),), -1, dtype=torch.long)
         grades = None
-        original = tree = 0
+        original = tree = 0  # of the example at hand: its first view's index, its first tree's index in the batch
         for l, (t, v) in enumerate(views):
             example, view = examples[t], examples[t].views[v]
             m = len(example.source.candidates)
@@ -69,12 +71,13 @@ class ALROObjective(SFTObjective):
                 original = l
             else:
                 twin[l] = original
-            if self.answer == "ranking":
+            if self.answer == "ranking":  # one tree for all views, a branch each; a row for every slot of the answer
                 ratings[l, :m] = torch.tensor(example.source.ratings)
                 ranks[l, :m] = torch.tensor(view.ranks)
                 slot_rows[l, :m] = packed.branch_rows[tree][v] + torch.tensor(view.slot_offsets)
                 candidate_ids[l, :m] = torch.tensor(view.candidate_ids)
-            else:  # an unrated candidate has no grade, hence no row: it is left out, ranks stay those of the rest
+            else:  # a tree per view, a branch per rated candidate, a row where its grade is predicted
+                # An unrated candidate has no grade, hence no row: it is left out, ranks stay those of the rest.
                 rated = [i for i, branch in enumerate(view.branches) if branch.answer_ids]
                 ratings[l, : len(rated)] = torch.tensor([example.source.ratings[i] for i in rated])
                 ranks[l, : len(rated)] = torch.tensor([view.ranks[i] for i in rated])
@@ -90,16 +93,36 @@ class ALROObjective(SFTObjective):
     def loss(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: ALROTargets) -> list[LossTerm]:
         """The three terms of `alro_loss`, with their weights."""
         options = self.arguments
-        gamma = options.gamma if options.gamma is not None else (10.0 if options.score == "prob" else 1.0)
         out = alro_loss(
             hidden, head.weight, packed.labels, targets.lists,
-            alpha=options.alpha, beta=options.beta, gamma=gamma, sigma=options.sigma,
+            alpha=options.alpha, beta=options.beta, gamma=sharpness(options.gamma, options.score), sigma=options.sigma,
             score=options.score, score_space=options.score_space,
             psl=options.psl, psl_space=options.psl_space, psl_detach=options.psl_detach,
             **head.terms, backend=options.backend,
         )  # fmt: skip
         weights = term_weights(options.alpha, options.beta)
         return [LossTerm(name, getattr(out, name), weight, targets.counts[name]) for name, weight in weights.items()]
+
+
+class Scoring(NamedTuple):
+    """What the soft-argmax of an expected slot reads, and how sharply (docs/methods.md 1.2)."""
+
+    score: str = "logprob"  # or prob, logit
+    score_space: str = "candidates"  # or vocab
+    gamma: float = 1.0
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Scoring:
+        """As a run trained with these options does; the defaults for an objective that reads no `--score`."""
+        if "score" not in describe(options.get("objective", "alro")).reads:
+            return cls()
+        score = options.get("score", "logprob")
+        return cls(score, options.get("score_space", "candidates"), sharpness(options.get("gamma"), score))
+
+
+def sharpness(gamma: float | None, score: str) -> float:
+    """`--gamma`; where it is not given, what suits the score: at 1 the softmax of probabilities is nearly flat."""
+    return gamma if gamma is not None else (10.0 if score == "prob" else 1.0)
 
 
 def permutation(size: int, generator: random.Random) -> list[int]:
@@ -109,3 +132,35 @@ def permutation(size: int, generator: random.Random) -> list[int]:
         order = generator.sample(identity, size)
         if order != identity:
             return order
+
+
+IN_ORDER = Where("with --answer ranking", lambda o: o.answer == "ranking", ("answer",))
+NORMALISED = Where(
+    "with --answer ranking and a --score that is normalised, not logit",
+    lambda o: o.answer == "ranking" and o.score != "logit",
+    ("answer", "score"),
+)
+TWINS = Where("with --permutations above 0", lambda o: o.permutations > 0, ("permutations",))
+ALRO = Description(
+    name="alro",
+    summary="ranks whole lists: cross-entropy, soft lambda and permutation-sensitive loss (arXiv 2403.19181)",
+    objective=ALROObjective,
+    run="lists",
+    prompts=PromptBuilder,
+    answers=("ranking", "ratings"),
+    reads={
+        "answer": ALWAYS,
+        "alpha": ALWAYS,
+        "beta": TWINS,
+        "gamma": IN_ORDER,
+        "sigma": ALWAYS,
+        "permutations": ALWAYS,
+        "score": IN_ORDER,
+        "score_space": NORMALISED,
+        "psl": TWINS,
+        "psl_space": TWINS,
+        "psl_detach": TWINS,
+    },
+    logs={"sft": "cross-entropy", "soft_lambda": "soft lambda", "permutation": "permutation"},
+    learns=answer_form,
+)

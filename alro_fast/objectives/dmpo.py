@@ -6,7 +6,7 @@ is the same model with its adapter switched off, or was computed once before tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +19,9 @@ from ..errors import AlroFastError
 from ..losses.preference import dmpo_loss
 from ..modeling.lm_head import Head, head_of
 from ..modeling.packing import Branch, PackedBatch, Tree
-from .base import Batch, Example, LossTerm
+from ..options import LISTS, Where
+from ..prompts import PromptBuilder
+from .base import ALWAYS, Batch, Description, Example, LossTerm
 
 if TYPE_CHECKING:
     from ..data.negatives import Negatives
@@ -215,3 +217,67 @@ def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
 def _gathered(sums: Tensor, branches: Tensor) -> Tensor:
     """sums[branches], 0 on pads."""
     return sums[branches.clamp(min=0)] * (branches >= 0)
+
+
+def preferred_answer(options: Mapping[str, Any]) -> str:
+    """What a model learns to answer that is trained on preferences: `given` by a file, or what is made of a list."""
+    return "given" if options.get("preferences") is not None else options.get("preference_answer", "titles")
+
+
+REFERENCED = Where("with --reference_free false", lambda o: not o.reference_free, ("reference_free",))
+KEPT = Where(
+    "with --precompute_ref_log_probs true, and a reference",
+    lambda o: o.precompute_ref_log_probs and not o.reference_free,
+    ("precompute_ref_log_probs", "reference_free"),
+)
+REDRAWN = Where(
+    "on ranking lists, without --precompute_ref_log_probs",
+    lambda o: o.preferences is None and not o.precompute_ref_log_probs,
+    ("preferences", "precompute_ref_log_probs"),
+)
+ANSWERS = {
+    "preferences": ALWAYS,
+    "preference_answer": LISTS,
+    "num_negatives": LISTS,
+    "negatives": LISTS,
+    "negatives_from": LISTS,
+    "resample_negatives": REDRAWN,
+}
+CHOSEN = Description(
+    name="sft_chosen",
+    summary="cross-entropy of the chosen answers",
+    stands_for="sft",
+    objective=ChosenObjective,
+    run="preferences",
+    prompts=PromptBuilder,
+    reads=ANSWERS,
+    logs={"sft": "cross-entropy"},
+    learns=preferred_answer,
+    ranks_lists=False,
+)
+DMPO = Description(
+    name="dmpo",
+    summary="prefers a chosen answer over many rejected ones (arXiv 2405.16127); also S-DPO and Mult-DPO",
+    objective=DMPOObjective,
+    run="preferences",
+    prompts=PromptBuilder,
+    reads=ANSWERS
+    | {
+        "dpo_beta": ALWAYS,
+        "dmpo_variant": ALWAYS,
+        "reference_free": ALWAYS,
+        "ftx": ALWAYS,
+        "precompute_ref_log_probs": REFERENCED,
+        "ref_log_probs": KEPT,
+    },
+    logs={
+        "preference": "preference",
+        "ftx": "cross-entropy of the chosen answer",
+        "reward_accuracy": "share of pairs won",
+        "reward_margin": "margin",
+    },
+    learns=preferred_answer,
+    ranks_lists=False,
+    compares=True,
+    instead={"beta": "dpo_beta"},
+)

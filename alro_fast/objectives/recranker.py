@@ -20,7 +20,7 @@ from ..data.seeds import draw
 from ..errors import AlroFastError
 from ..modeling.packing import Branch, PackedBatch, Tree
 from ..prompts.recranker import Ask, Question, RecRankerPrompts, TaskPrompts
-from .base import Example, LossTerm
+from .base import ALWAYS, Description, Example, LossTerm
 
 if TYPE_CHECKING:
     from ..modeling.lm_head import Head
@@ -131,3 +131,15 @@ def trees_of(prompts: TaskPrompts, name: str) -> list[Tree]:
 def _by_task(prompts: TaskPrompts) -> list[list[Question | Listing]]:
     """Questions whose answer is known, by task."""
     return [[one for one in each if one.answer_ids] for each in (prompts.points, prompts.pairs, prompts.listings)]
+
+
+RECRANKER = Description(
+    name="recranker",
+    summary="grades, pairs and best fives, mixed, with a first stage's hints (arXiv 2312.16018)",
+    objective=RecRankerObjective,
+    run="tasks",
+    prompts=RecRankerPrompts,
+    reads=dict.fromkeys(("task_weights", "points_per_list", "pairs_per_list", "position_shifting", "hybrid"), ALWAYS),
+    logs={"pointwise": "pointwise", "pairwise": "pairwise", "listwise": "listwise"},
+    learns=lambda options: "tasks",
+)

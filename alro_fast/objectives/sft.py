@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +10,13 @@ from torch import Tensor
 
 from ..data.records import RankingList
 from ..modeling.packing import Branch, PackedBatch, Tree
-from .base import Example, LossTerm
+from ..prompts import PromptBuilder
+from .base import ALWAYS, Description, Example, LossTerm
 
 if TYPE_CHECKING:
     from ..modeling.lm_head import Head
     from ..options import ObjectiveArguments
-    from ..prompts import PromptBuilder, RankingPrompt, RatingPrompt
+    from ..prompts import RankingPrompt, RatingPrompt
 
 
 class SFTObjective:
@@ -64,3 +65,21 @@ def branches_of(view: RankingPrompt | RatingPrompt) -> list[Branch]:
             for question in [view.prompt_ids + branch.question_ids]
         ]
     return [Branch(view.prompt_ids + view.answer_ids, len(view.prompt_ids))]
+
+
+def answer_form(options: Mapping[str, Any]) -> str:
+    """What a model learns to answer that is trained on whole lists: what `--answer` says."""
+    return options.get("answer", "ranking")
+
+
+SFT = Description(
+    name="sft",
+    summary="cross-entropy of the answer alone; with --preferences, of the chosen answers",
+    objective=SFTObjective,
+    run="lists",
+    prompts=PromptBuilder,
+    answers=("ranking", "ratings"),
+    reads={"answer": ALWAYS},
+    logs={"sft": "cross-entropy"},
+    learns=answer_form,
+)

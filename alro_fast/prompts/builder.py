@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +16,8 @@ from ..errors import AlroFastError
 from .encoding import Encoder
 from .identifiers import Grading, prove_answers, prove_grading
 from .page import Page
-from .template import PromptTemplate, load_template, placeholders
+from .saved import SavedPrompts
+from .template import PromptTemplate, load_template, parse_template, placeholders
 from .turns import find_turns
 
 CHUNK = 1024  # lists whose new pieces are encoded together
@@ -54,7 +56,7 @@ class RatingPrompt:
     dropped_history: int
 
 
-class PromptBuilder:
+class PromptBuilder(SavedPrompts):
     """Writes prompts for one tokenizer and template.
 
     Training and inference both use these ids. They are made from pieces (see Page) and equal the tokenizer's own ids
@@ -70,6 +72,9 @@ class PromptBuilder:
     Raises:
         AlroFastError: no such template or a mistake in it, or a tokenizer without single-token identifiers for it.
     """
+
+    FILE = "identifiers.json"
+    read_template = staticmethod(parse_template)
 
     def __init__(
         self,
@@ -149,8 +154,13 @@ class PromptBuilder:
         answer = self._separator.join(labels[i] for i in sorted(labels, key=lambda i: built.ranks[i]))
         return page + self._tail("ranking"), answer
 
-    def record(self) -> dict:
-        """What the prompts depend on besides the template's text (see saved.py), in JSON's types."""
+    @staticmethod
+    def options_of(record: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of the builder that `record` is of."""
+        return {name: record[name] for name in ("identifiers", "max_length")}
+
+    def record(self) -> dict[str, Any]:
+        """What identifiers.json holds: options, and the tokens that came of them."""
         try:
             grade_ids = self.grade_ids
         except AlroFastError:

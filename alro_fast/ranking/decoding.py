@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..modeling.attention import trunk_of
 from ..modeling.lm_head import Head, head_of
+from ..ops import linear_logprobs
 
 if TYPE_CHECKING:
     from ..prompts import RankingPrompt
@@ -23,7 +24,7 @@ GATHERED = 1 << 24  # head entries copied at a time
 
 class Decoded(NamedTuple):
     """One answer. order [m]: the candidate at each slot, a permutation; logprob: of that order, identifiers drawn
-    without replacement; slots [m, m]: at each slot, log softmax over all identifiers of the list, chosen ones included.
+    without replacement; slots [m, m]: at each slot, the score y of every identifier of the list, chosen ones included.
     """
 
     order: np.ndarray
@@ -43,16 +44,24 @@ def token_logits(hidden: Tensor, head: Head, tokens: Sequence[Sequence[int]]) ->
 
 
 @torch.no_grad()
-def decode(model: nn.Module, prompts: Sequence[RankingPrompt], beams: int, token_budget: int) -> list[Decoded]:
+def decode(
+    model: nn.Module,
+    prompts: Sequence[RankingPrompt],
+    beams: int,
+    token_budget: int,
+    score: str = "logprob",
+    score_space: str = "candidates",
+) -> list[Decoded]:
     """Answer every prompt by identifiers without replacement; `beams` partial orders are kept (1: greedy).
 
     A batch holds at most `token_budget` prompt tokens, padding and beams counted (0: one prompt at a time).
+    score, score_space: what `Decoded.slots` are, as in training (docs/methods.md 1.2).
     """
     answers: list[Decoded | None] = [None] * len(prompts)
     head, trunk = head_of(model), trunk_of(model)
     with ordinary_attention(trunk):
         for indices in _plan(prompts, beams, token_budget):
-            found = _decode_batch(trunk, head, [prompts[index] for index in indices], beams)
+            found = _decode_batch(trunk, head, [prompts[index] for index in indices], beams, score, score_space)
             for index, answer in zip(indices, found, strict=True):
                 answers[index] = answer
     return answers
@@ -113,7 +122,9 @@ def _gaps(prompt: RankingPrompt) -> list[list[int]]:
     return [prompt.answer_ids[slots[k] + 1 : slots[k + 1]] for k in range(len(slots) - 1)]
 
 
-def _decode_batch(trunk: PreTrainedModel, head: Head, prompts: list[RankingPrompt], beams: int) -> list[Decoded]:
+def _decode_batch(
+    trunk: PreTrainedModel, head: Head, prompts: list[RankingPrompt], beams: int, score: str, score_space: str
+) -> list[Decoded]:
     device = next(trunk.parameters()).device
     sizes = torch.tensor([len(prompt.candidate_ids) for prompt in prompts])
     n, m = len(prompts), int(sizes.max())
@@ -136,10 +147,10 @@ def _decode_batch(trunk: PreTrainedModel, head: Head, prompts: list[RankingPromp
     total[:, 0] = 0.0  # all beams start alike: one of them counts
     order = torch.zeros(n, beams, m, dtype=torch.long, device=device)
     left = real[:, None].repeat(1, beams, 1)
-    logprobs = torch.zeros(n, beams, m, m, dtype=torch.float64, device=device)
+    scores = torch.zeros(n, beams, m, m, dtype=torch.float64, device=device)
     for slot in range(m):
         logits = _logits(hidden, head, wide).double().view(n, beams, m).masked_fill(~real[:, None], -torch.inf)
-        logprobs[:, :, slot] = logits.log_softmax(-1)
+        scores[:, :, slot] = _score(logits, hidden, head, score, score_space)
         running = (slot < sizes)[:, None]  # [n, 1]: shorter lists are done and keep what they have
         # the softmax over what is left; a beam without a past (total -inf) never gets one
         step = logits.masked_fill(~left, -torch.inf).masked_fill(~running[..., None], 0.0).log_softmax(-1)
@@ -148,7 +159,7 @@ def _decode_batch(trunk: PreTrainedModel, head: Head, prompts: list[RankingPromp
         parent = torch.where(running, best.indices[:, :beams] // m, torch.arange(beams, device=device))
         chosen = best.indices[:, :beams] % m
         total = torch.where(running, best.values[:, :beams], total)
-        order, left, logprobs = (_pick(x, parent) for x in (order, left, logprobs))
+        order, left, scores = (_pick(x, parent) for x in (order, left, scores))
         order[..., slot] = torch.where(running, chosen, order[..., slot])
         left.scatter_(-1, chosen[..., None], False)
         if slot + 1 == m:
@@ -163,11 +174,26 @@ def _decode_batch(trunk: PreTrainedModel, head: Head, prompts: list[RankingPromp
         steps = position[:, None] + torch.arange(1, fed.shape[1] + 1, device=device)
         position = steps[:, -1]
         hidden = _forward(trunk, fed, mask, steps, cache)
-    order, total, logprobs = order[:, 0].cpu().numpy(), total[:, 0].cpu().numpy(), logprobs[:, 0].cpu().numpy()
+    order, total, scores = order[:, 0].cpu().numpy(), total[:, 0].cpu().numpy(), scores[:, 0].cpu().numpy()
     return [
-        Decoded(order[row, :size], float(total[row]), logprobs[row, :size, :size])
+        Decoded(order[row, :size], float(total[row]), scores[row, :size, :size])
         for row, size in enumerate(sizes.tolist())
     ]
+
+
+def _score(logits: Tensor, hidden: Tensor, head: Head, score: str, score_space: str) -> Tensor:
+    """y of docs/methods.md 1.2 at one slot; logits [n, beams, m] of the identifiers, hidden [n * beams, H]."""
+    if score == "logit":
+        return logits
+    if score_space == "candidates":
+        logprobs = logits.log_softmax(-1)
+    else:
+        nothing = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+        _, lse = linear_logprobs(
+            hidden, head.weight, nothing, bias=head.bias, softcap=head.softcap, scale=head.scale
+        )  # fmt: skip
+        logprobs = logits - lse.double().view(*logits.shape[:2], 1)
+    return logprobs if score == "logprob" else logprobs.exp()
 
 
 def _forward(trunk: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:

@@ -8,7 +8,7 @@ ranking is a full permutation of its candidates.
 | | `ranking` answers: the expected slot of each candidate along the greedy answer (soft-argmax) | m steps |
 | greedy | the best identifier left, slot after slot | m steps, KV cache |
 | beam | the likeliest order among `beams` partial ones | m steps, KV cache |
-| pointwise, pairwise, listwise, hybrid | RecRanker's tasks (`task_reading`, `hybrid`) | 1 |
+| pointwise, pairwise, listwise, hybrid | RecRanker's tasks (`ranking.tasks`, `ranking.hybrid`) | 1 |
 
 Scores are float64, higher is better: log-probability, grade, minus the expected slot, (greedy, beam) minus the slot,
 or (hybrid) utility.
@@ -30,6 +30,8 @@ from torch import nn
 
 from ..errors import AlroFastError
 from ..modeling.packing import Branch, Tree
+from ..objectives.alro import Scoring
+from ..objectives.base import describe, learned_answers
 from ..run_folder import run_options
 from .decoding import decode
 from .orders import Ranking, check_finite, check_presentations, make_ranking, presentations, slide, unlabelled
@@ -41,6 +43,12 @@ if TYPE_CHECKING:
     from ..prompts import PromptBuilder
     from ..prompts.recranker import RecRankerPrompts
 
+RANKED = {  # answers that a model has learned (objectives.base.LEARNED) -> the form in which a ranking is read
+    "ranking": "ranking",
+    "identifiers": "ranking",
+    "ratings": "ratings",
+    "tasks": "tasks",
+}
 METHODS = ("first", "expected", "greedy", "beam")
 Reader = Callable[[list["RankingList"], list[np.ndarray]], list[np.ndarray]]
 CHUNK = 256  # lists whose prompts are held and packed together; rankings come out after each
@@ -51,7 +59,7 @@ class Ranker:
 
     token_budget: tokens of one forward pass (a longer list still gets one of its own). 0: every list alone, so that a
     ranking is bitwise the same whatever lists come with it; otherwise the company changes scores by rounding only.
-    gamma: sharpness of the soft-argmax of `expected` (as trained).
+    scoring: what the soft-argmax of `expected` reads, as trained.
     answer: ranking, ratings, or tasks: the three of RecRanker, whose `prompts` are RecRankerPrompts. hybrid: which
     constants combine them, of hybrid.HYBRIDS.
     """
@@ -63,14 +71,14 @@ class Ranker:
         prompts: PromptBuilder | RecRankerPrompts,
         *,
         answer: str = "ranking",
-        gamma: float = 1.0,
+        scoring: Scoring | None = None,
         hybrid: str = "code",
         token_budget: int = 8192,
     ) -> None:
         if answer not in ("ranking", "ratings", "tasks"):
             raise AlroFastError(f"unknown answer form {answer!r}; expected 'ranking', 'ratings' or 'tasks'")
         self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
-        self.answer, self.gamma, self.hybrid = answer, gamma, hybrid
+        self.answer, self.scoring, self.hybrid = answer, scoring or Scoring(), hybrid
         self.reader = BranchReader(model, token_budget)
 
     @classmethod
@@ -86,8 +94,6 @@ class Ranker:
     ) -> Ranker:
         """The ranker that a training run left in `folder`; `base_model` replaces the base recorded there."""
         from ..modeling.loading import load_for_inference
-        from ..prompts import saved
-        from ..prompts.recranker import RecRankerPrompts
 
         folder = Path(folder)
         config = run_options(folder)
@@ -99,9 +105,8 @@ class Ranker:
                 f"{folder}: no config.yaml, which says what answers the model was tuned to give; "
                 "copy it from the run's folder"
             )
-        prompts = saved.load(folder, tokenizer)
-        tasks = isinstance(prompts, RecRankerPrompts)
-        if config.get("objective") in ("dmpo", "sft_chosen") and config.get("preference_answer") != "identifiers":
+        learned = learned_answers(config)
+        if learned not in RANKED:
             raise AlroFastError(
                 f"{folder} was tuned on answers that are titles, not identifiers, which a ranking is read from; "
                 "measure it with alro_fast.evaluate, or tune with --preference_answer identifiers"
@@ -109,10 +114,10 @@ class Ranker:
         return cls(
             model,
             tokenizer,
-            prompts,
-            answer="tasks" if tasks else config.get("answer", "ranking"),
+            describe(config.get("objective", "alro")).prompts.load(folder, tokenizer),
+            answer=RANKED[learned],
             hybrid=config.get("hybrid") or "code",
-            gamma=config.get("gamma") or 1.0,
+            scoring=Scoring.of(config),
             token_budget=token_budget,
         )
 
@@ -282,7 +287,9 @@ class Ranker:
         for entry, prompt in zip(flat, prompts, strict=True):
             self.reader.check_length(entry, len(prompt.prompt_ids) + len(prompt.answer_ids))
         with memory_errors(self.token_budget, "a batch of lists"):
-            answers = iter(decode(self.model, prompts, beams if method == "beam" else 1, self.token_budget))
+            scoring = self.scoring if method == "expected" else Scoring()
+            beams = beams if method == "beam" else 1
+            answers = iter(decode(self.model, prompts, beams, self.token_budget, scoring.score, scoring.score_space))
         scores = []
         for entry, shown in zip(lists, presented, strict=True):
             rows = []
@@ -290,7 +297,7 @@ class Ranker:
                 answer = next(answers)
                 check_finite(entry, answer.slots)
                 if method == "expected":
-                    rows.append(-expected_slots(answer.slots, self.gamma))
+                    rows.append(-expected_slots(answer.slots, self.scoring.gamma))
                 else:
                     rows.append(-np.argsort(answer.order) - 1.0)
             scores.append(np.stack(rows))
@@ -343,10 +350,10 @@ def check_device(name: str | None) -> None:
         raise AlroFastError(f"--device {name} cannot be used here ({reason}); give cpu, or leave it out") from error
 
 
-def expected_slots(logprobs: np.ndarray, gamma: float) -> np.ndarray:
+def expected_slots(scores: np.ndarray, gamma: float) -> np.ndarray:
     """s_i = sum_k k softmax_k(gamma y_ki), k from 1 (docs/methods.md 1.2); y [m slots, m candidates] -> [m]."""
-    weights = np.exp(gamma * (logprobs - logprobs.max(axis=0)))
-    return np.arange(1, len(logprobs) + 1) @ (weights / weights.sum(axis=0))
+    weights = np.exp(gamma * (scores - scores.max(axis=0)))
+    return np.arange(1, len(scores) + 1) @ (weights / weights.sum(axis=0))
 
 
 def _predicting(ids: list[int], tokens: list[int]) -> Branch:

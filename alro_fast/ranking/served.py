@@ -58,27 +58,27 @@ class RankingClient:
         """A client with the tokenizer and the prompt format of a run's folder; no weights are read."""
         from transformers import AutoTokenizer
 
-        from ..prompts import PromptBuilder, saved
+        from ..objectives.base import TEXTS, learned_answers
+        from ..prompts import PromptBuilder
 
         if not Path(folder).is_dir():
             raise AlroFastError(f"{folder}: no such folder; expected one written by alro_fast.train")
-        run = run_options(folder)
-        if run.get("objective") == "recranker":
+        learned = learned_answers(run_options(folder))
+        if learned == "tasks":
             raise AlroFastError(
                 f"{folder} was tuned on the three tasks of recranker, which the client does not ask; rank with "
                 "alro_fast.rank"
             )
-        if run.get("objective") in ("dmpo", "sft_chosen") and run.get("preference_answer") != "identifiers":
+        if learned in TEXTS:
             raise AlroFastError(
                 f"{folder} was tuned on answers that are titles, and the client reads identifiers; measure it with "
                 "alro_fast.evaluate"
             )
-        if run.get("answer", "ranking") != "ranking":
+        if learned == "ratings":
             raise AlroFastError(
                 f"{folder} was tuned to answer with grades, and the client reads identifiers; rank with alro_fast.rank"
             )
-        prompts = saved.load(folder, AutoTokenizer.from_pretrained(folder), PromptBuilder)
-        return cls(url, model, prompts, **options)
+        return cls(url, model, PromptBuilder.load(folder, AutoTokenizer.from_pretrained(folder)), **options)
 
     def stream(
         self, lists: Sequence[RankingList], *, shuffles: int = 1, merge_by: str = "mean", seed: int = 0

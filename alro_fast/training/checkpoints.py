@@ -1,4 +1,8 @@
-"""Which checkpoint a run resumes from. They are written in place, trainer_state.json last: a kill can leave a part."""
+"""Which checkpoint a run resumes from. They are written in place, trainer_state.json last: a kill can leave a part.
+
+A checkpoint is whole when it has everything a run goes on with: options, place, random states, weights, optimiser and
+schedule, in the files of plain training, of FSDP or of DeepSpeed.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +15,21 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from ..errors import AlroFastError
+from .batches import Cursor
+from .config import RECORDED
+from .unread import unread
 
 if TYPE_CHECKING:
     from ..data.lists import PreparedData
     from .config import Config
 
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin"), (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
 RESUMABLE = {  # options that may differ between a checkpoint and the run that resumes it
     "output_dir", "dry_run", "overwrite_output_dir", "report_to", "disable_tqdm", "logging_steps", "save_total_limit",
     "resume_from_checkpoint", "data_dir", "raw_dir", "save_steps", "save_strategy", "max_test_lists",
-    "logging_nan_inf_filter",
+    "logging_nan_inf_filter", "gradient_accumulation_steps",
 }  # fmt: skip
 
 
@@ -33,9 +43,10 @@ def find_checkpoint(config: Config, folder: Path) -> str | None:
         return None
     path = newest_checkpoint(folder) if wanted is True else Path(wanted)
     if path is None:
+        why = "".join(f" ({newest.name}: {damage(newest)})" for newest in _numbered(folder)[:1])
         raise AlroFastError(
-            f"--resume_from_checkpoint: no whole checkpoint in {folder}; begin anew with --overwrite_output_dir true "
-            "in place of it"
+            f"--resume_from_checkpoint: no whole checkpoint in {folder}{why}; begin anew with "
+            "--overwrite_output_dir true in place of it"
         )
     if not path.is_dir():
         raise AlroFastError(f"--resume_from_checkpoint {path}: no such folder; give a checkpoint of a run, or true")
@@ -46,10 +57,26 @@ def find_checkpoint(config: Config, folder: Path) -> str | None:
     return str(path)
 
 
+def settle_auto(config: Config, folder: Path | None) -> None:
+    """Make `--resume_from_checkpoint auto` true where `folder` holds a whole checkpoint, or else a new run.
+
+    A run that broke off before its first checkpoint is replaced, never one that has left its weights.
+    """
+    training = config.training
+    if training.resume_from_checkpoint != "auto":
+        return
+    training.resume_from_checkpoint = None
+    if folder is None or not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if any(damage(path) is None for path in _numbered(folder)):
+        training.resume_from_checkpoint = True
+    elif not any((folder / name).exists() for kind in WEIGHTS for name in kind):
+        training.overwrite_output_dir = True
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint in `folder`, or None; a line is printed for each newer one that is damaged."""
-    numbered = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    for path in sorted(numbered, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+    for path in _numbered(folder):
         reason = damage(path)
         if reason is None:
             return path
@@ -58,18 +85,26 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, or None. Heads and tails of its files are read, not the tensors."""
+    """Why a checkpoint cannot be resumed from, or None. Heads, tails and sizes of files are read, not the tensors."""
     for name in ("config.yaml", "trainer_state.json"):
         if not (checkpoint / name).is_file():
             return f"it has no {name}"
-    broken = [path.name for path in sorted(checkpoint.iterdir()) if path.is_file() and not _readable(path)]
-    return f"{broken[0]} is damaged" if broken else None
+    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file())
+    broken = next((path for path in files if not _readable(path)), None)
+    if broken is not None:
+        return f"{broken.relative_to(checkpoint)} is damaged"
+    options = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8"))
+    if options.get("save_only_model"):
+        return "it holds the model alone, as --save_only_model true asked for"
+    return _missing(checkpoint, adapter=options.get("use_peft", True))
 
 
 def check_same_options(checkpoint: Path, config: Config) -> None:
     """AlroFastError when a checkpoint was trained with other options than those at hand."""
     before, now = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8")), config.to_dict()
-    for key in sorted((before.keys() | now.keys()) - RESUMABLE - {"alro_fast_version"}):
+    options = config.flat()
+    keys = {key for key in before.keys() | now.keys() if unread(key, options) is None} - RESUMABLE - set(RECORDED)
+    for key in sorted(keys, key=lambda key: (key not in before or key not in now, key)):  # what one alone has, last
         if before.get(key) != now.get(key):
             raise AlroFastError(
                 f"--resume_from_checkpoint: {checkpoint} was trained with {key}={before.get(key)}, "
@@ -90,17 +125,61 @@ def check_same_data(checkpoint: str | None, prepared: PreparedData) -> None:
         )
 
 
+def _numbered(folder: Path) -> list[Path]:
+    """Checkpoints in `folder`, the newest first."""
+    numbered = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    return sorted(numbered, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
+def _missing(checkpoint: Path, adapter: bool) -> str | None:
+    """What a checkpoint lacks of the files that a run goes on with, or None."""
+
+    def has(*patterns: str) -> bool:
+        return any(True for pattern in patterns for _ in checkpoint.glob(pattern))
+
+    sharded = has("global_step*")  # DeepSpeed keeps weights, optimiser and schedule there
+    names = WEIGHTS[0] if adapter else WEIGHTS[1]
+    if not sharded and not has(*names, "pytorch_model_fsdp*"):
+        return f"it has no {names[0]}"
+    for index in checkpoint.glob("*.index.json"):
+        shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()
+        lost = sorted(name for name in set(shards) if not (checkpoint / name).is_file())
+        if lost:
+            return f"it has no {lost[0]}"
+    if not sharded and not has("optimizer.pt", "optimizer.bin", "optimizer_*"):
+        return "it has no optimizer.pt"
+    if not sharded and not has("scheduler.pt"):
+        return "it has no scheduler.pt"
+    try:
+        processes = Cursor.of(checkpoint).processes or 1
+    except (KeyError, TypeError, ValueError):
+        return "its trainer_state.json does not say what was trained"
+    several = processes > 1 or has("rng_state_*.pth")
+    states = [f"rng_state_{rank}.pth" for rank in range(processes)] if several else ["rng_state.pth"]
+    return next((f"it has no {name}" for name in states if not has(name)), None)
+
+
 def _readable(path: Path) -> bool:
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt"):
+            with safe_open(path, framework="pt"):  # its header's offsets against its size
                 return True
-        if path.suffix in (".pt", ".pth"):  # a zip file, whose directory stands at its end
-            return zipfile.is_zipfile(path)
+        if path.suffix in (".pt", ".pth", ".bin"):
+            return _whole_archive(path)
         if path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))
         if path.name == "config.yaml":
             return isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
-    except (SafetensorError, ValueError, yaml.YAMLError):
+        return path.suffix != ".distcp" or path.stat().st_size > 0
+    except (SafetensorError, ValueError, yaml.YAMLError, zipfile.BadZipFile):
         return False
+
+
+def _whole_archive(path: Path) -> bool:
+    """Whether a zip file has the directory at its end, and every entry where that says."""
+    with zipfile.ZipFile(path) as archive, path.open("rb") as raw:
+        for entry in archive.infolist():
+            raw.seek(entry.header_offset)
+            if raw.read(4) != b"PK\x03\x04":
+                return False
     return True

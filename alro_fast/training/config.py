@@ -2,46 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
+import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
 from ..errors import AlroFastError
+from ..objectives.base import Description, describe, objective_arguments
 from ..ops import DIVERGENCES
-from ..options import DataArguments, ModelArguments, ObjectiveArguments, RankerTrainingArguments
+from ..options import DataArguments, ModelArguments, ObjectiveArguments, RankerTrainingArguments, Where
+from .help import groups, help_text
+from .unread import WITHOUT_MEANING, Unread, objectives_of, unread, without_meaning
 
 _SECRETS = {"hub_token"}
-_TOKENS = "batches are measured in tokens"
-_EVERY_TREE = "every batch is a tree of another shape, to be compiled anew"
-WITHOUT_MEANING = {  # options of transformers.TrainingArguments that packed batches or our losses leave nothing to do
-    "per_device_train_batch_size": f"{_TOKENS}; give --tokens_per_batch",
-    "per_device_eval_batch_size": f"{_TOKENS}; give --eval_tokens_per_batch",
-    "auto_find_batch_size": f"{_TOKENS}; lower --tokens_per_batch where memory runs out",
-    "train_sampling_strategy": f"{_TOKENS} and packed by length, in an order drawn by --seed; leave it out",
-    "dataloader_drop_last": "no batch is left over; leave it out",
-    "label_smoothing_factor": "the loss is that of --objective; leave it out",
-    "neftune_noise_alpha": "its noise goes by the length of a sequence, and batches are packed into one; leave it out",
-    "include_num_input_tokens_seen": "the log counts tokens already; leave it out",
-    "use_liger_kernel": "the layers are fused already; leave it out",
-    "torch_compile": f"{_EVERY_TREE}; leave it out",
-    "torch_compile_backend": f"{_EVERY_TREE}; leave it out",
-    "torch_compile_mode": f"{_EVERY_TREE}; leave it out",
-}
+RECORDED = ("alro_fast_version", "learned_answers")  # in the config.yaml of a run beside its options
 RECIPES = Path(__file__).parents[1] / "recipes"
-
-
-ARGUMENTS = (ModelArguments, DataArguments, ObjectiveArguments, RankerTrainingArguments)
 
 
 @dataclass
 class Config:
-    """Everything a run is made of; `recipe` names its output folder."""
+    """Everything a run is made of; `recipe` names its output folder. objective.objective: what is really trained, such
+    as sft_chosen where `--objective sft` is trained on answers."""
 
     model: ModelArguments
     data: DataArguments
@@ -49,8 +39,18 @@ class Config:
     training: RankerTrainingArguments
     recipe: str
 
+    @property
+    def description(self) -> Description:
+        """Of the objective."""
+        return describe(self.objective.objective)
+
+    @property
+    def budget(self) -> int:
+        """Tokens of one forward pass that trains nothing."""
+        return self.training.eval_tokens_per_batch or self.training.tokens_per_batch
+
     def to_dict(self) -> dict[str, Any]:
-        """Our own fields in full, and those of transformers that differ from their defaults: what config.yaml holds."""
+        """The options that the run reads, of transformers' those that differ from their defaults: for config.yaml."""
         resolved: dict[str, Any] = {}
         for part in (self.model, self.data, self.objective):
             resolved |= dataclasses.asdict(part)
@@ -60,42 +60,76 @@ class Config:
             changed = _plain(value) and value and value != _default(entry) and entry.name not in _SECRETS
             if entry.name in RankerTrainingArguments.__annotations__ or (entry.init and changed):
                 resolved[entry.name] = value
-        return resolved
+        options = self.flat()
+        return {name: value for name, value in resolved.items() if unread(name, options) is None}
+
+    def flat(self) -> SimpleNamespace:
+        """All options as attributes of one object, as `unread` takes them."""
+        return SimpleNamespace(**vars(self.model), **vars(self.data), **vars(self.objective), **vars(self.training))
 
 
 def parse(argv: Sequence[str]) -> Config:
     """Flags and an optional `--config` (a YAML file, or the name of a ready recipe) -> Config.
 
-    Raises AlroFastError for an unknown flag or key, a value of the wrong type, or a file that is no configuration.
+    Raises AlroFastError for an unknown flag or key, a value of the wrong type, a file that is no configuration, or an
+    option that the run does not read. One of a file is left out where the command line decided that it is not read.
     """
     argv = list(argv)
-    parser = _Parser(ARGUMENTS, allow_abbrev=False, prog="python -m alro_fast.train", description=__doc__)
-    parser._option_string_actions["--psl"].choices = list(DIVERGENCES)  # what the ops know
-    parser.add_argument("--config", help=f"YAML file, or one of: {', '.join(recipe_names())}. Default: demo.")
+    if {"-h", "--help"} & set(argv):
+        print_help(argv)
+    kinds = (ModelArguments, DataArguments, objective_arguments(), RankerTrainingArguments)
+    parser = _parser(kinds)
     name = _config_name(argv)
-    if name is None and not any(_flag(a) in {"model_name_or_path", "data_dir", "dataset", "preferences"} for a in argv):
+    known = {entry.name: entry for part in kinds for entry in dataclasses.fields(part) if entry.init}
+    flags = {_flag(word, known) for word in argv}
+    if name is None and not flags & {"model_name_or_path", "data_dir", "dataset", "preferences"}:
         name = "demo"
     values = read_recipe(name) if name else {}
-    known = {entry.name: entry for part in ARGUMENTS for entry in dataclasses.fields(part) if entry.init}
     for key in values:
         if key not in known:
             parser.error(f"{name}: unknown option {key!r}{_hint(key, known)}")
-    from_file = [word for key, value in values.items() for word in _as_flags(key, value)]
+    words = {key: _as_flags(key, value) for key, value in values.items()}
+    options, extra = parser.parse_known_args([*itertools.chain(*words.values()), *argv])
+    if extra:
+        parser.error(f"unknown option {extra[0]!r}{_hint(_flag(extra[0], known), known)}")
+    objectives = objectives_of(options)
+    found: dict[str, Unread] = {}
+    for key in [key for key in known if key in flags or words.get(key)]:
+        why = unread(key, options)
+        if why is None or (key in WITHOUT_MEANING and not without_meaning(key, getattr(options, key))):
+            continue
+        if key in flags or not why.decided_by & flags:
+            found[key] = why
+        else:
+            del words[key]
+    if found:  # first what others depend on
+        causes = (key for key, why in found.items() if not (why.decided_by - {key}) & found.keys())
+        raise AlroFastError(found[next(causes, next(iter(found)))].message)
     try:
-        *parts, extra = parser.parse_args_into_dataclasses(
-            from_file + argv, return_remaining_strings=True, look_for_args_file=False
+        *parts, _ = parser.parse_args_into_dataclasses(
+            [*itertools.chain(*words.values()), *argv], look_for_args_file=False
         )
     except AlroFastError:
         raise
     except (ValueError, TypeError, KeyError, ImportError) as error:  # raised by TrainingArguments' own checks
         raise AlroFastError(str(error).strip().splitlines()[0]) from error
-    if extra:
-        parser.error(f"unknown option {extra[0]!r}{_hint(_flag(extra[0]), known)}")
-    given = {_flag(word) for word in from_file + argv}
-    for key, reason in WITHOUT_MEANING.items():
-        if key in given and getattr(parts[3], key) not in (None, 0, "no"):  # switched off explicitly is no mistake
-            raise AlroFastError(f"--{key} has no meaning here: {reason}")
-    return Config(*parts[:4], recipe=Path(name).stem if name else "run")
+    config = Config(*parts[:4], recipe=Path(name).stem if name else "run")
+    chosen, stages = config.objective.objective, config.training.stages
+    trained = {named: one.name for one in objectives for named in (one.name, one.stands_for)}
+    if stages is not None and "objective" in flags and chosen not in trained:
+        raise AlroFastError(f"--objective {chosen} is none of --stages {stages}; leave one of them out")
+    config.objective.objective = trained.get(chosen, chosen)
+    return config
+
+
+def print_help(argv: Sequence[str]) -> NoReturn:
+    """What `--help`, or `--help GROUP`, asks for; ends the command."""
+    at = next(place for place, word in enumerate(argv) if word in ("-h", "--help"))
+    group = argv[at + 1] if at + 1 < len(argv) and not argv[at + 1].startswith("-") else None
+    if group is not None and group not in (*groups(), "all"):
+        raise AlroFastError(f"--help {group!r} is no group of options; expected one of {', '.join(groups())}, or all")
+    print(help_text(group, recipe_names()))
+    raise SystemExit(0)
 
 
 def recipe_names() -> list[str]:
@@ -119,10 +153,22 @@ def read_recipe(name: str) -> dict[str, Any]:
         raise problem from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise problem
-    return values
+    return {key: value for key, value in values.items() if key not in RECORDED}
+
+
+@functools.lru_cache(maxsize=1)
+def _parser(kinds: tuple[type, ...]) -> _Parser:
+    parser = _Parser(kinds, allow_abbrev=False, prog="python -m alro_fast.train", add_help=False)
+    parser.add_argument("--config")
+    parser._option_string_actions["--psl"].choices = list(DIVERGENCES)  # what the ops know
+    return parser
 
 
 class _Parser(HfArgumentParser):
+    def add_argument(self, *names: str, read: Where | None = None, **how: Any) -> argparse.Action:
+        """Metadata of fields come as keywords; where an option is read is no matter of argparse."""
+        return super().add_argument(*names, **how)
+
     def error(self, message: str) -> NoReturn:
         raise AlroFastError(f"{message}; python -m alro_fast.train --help lists the options")
 
@@ -132,8 +178,11 @@ def _hint(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _flag(argument: str) -> str:
-    return argument.lstrip("-").split("=")[0].replace("-", "_") if argument.startswith("--") else ""
+def _flag(argument: str, known: Iterable[str]) -> str:
+    """The option that a word of the command line names; "" for a value. --no_x, which argparse knows, names x."""
+    name = argument.lstrip("-").split("=")[0].replace("-", "_") if argument.startswith("--") else ""
+    switched = name.removeprefix("no_")
+    return switched if switched in known and name not in known else name
 
 
 def _config_name(argv: Sequence[str]) -> str | None:

@@ -12,6 +12,8 @@ from .run_preferences import PreferenceRun
 from .run_recranker import RecRankerRun
 from .stages import finished, stage_arguments
 
+KINDS = {"lists": Run, "preferences": PreferenceRun, "tasks": RecRankerRun}  # by Description.run
+
 
 def stages(config: Config, argv: Sequence[str]) -> Iterator[Config]:
     """The run's own configuration, or, with `--stages`, one for each stage, in folders of their own below output_dir.
@@ -31,8 +33,6 @@ def stages(config: Config, argv: Sequence[str]) -> Iterator[Config]:
         if stage.training.dry_run:
             stage.model.init_adapter = config.model.init_adapter
             stage.model.model_name_or_path = config.model.model_name_or_path
-        if stage.objective.objective == "sft" and "dmpo" in config.training.stages:
-            stage.objective.objective = "sft_chosen"
         kind = kind_of(stage)
         kind.settle(stage)
         given = kind.given(stage)
@@ -56,8 +56,4 @@ def run_for(config: Config) -> Run:
 
 def kind_of(config: Config) -> type[Run]:
     """The kind of run that a configuration asks for."""
-    if config.objective.objective == "recranker":
-        return RecRankerRun
-    if config.data.preferences is None and config.objective.objective not in ("dmpo", "sft_chosen"):
-        return Run
-    return PreferenceRun
+    return KINDS[config.description.run]

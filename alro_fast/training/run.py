@@ -28,12 +28,13 @@ from ..evaluation.report import report_line
 from ..evaluation.targets import evaluate_rankers, has_targets, save_measurement
 from ..modeling.lm_head import head_of
 from ..modeling.loading import add_lora, base_path, load_base, load_tokenizer, make_scratch, resolve_dtype
-from ..objectives.base import Objective, build_objective
-from ..prompts import PromptBuilder, add_item_tokens, saved
+from ..objectives.alro import Scoring
+from ..objectives.base import Objective, build_objective, learned_answers
+from ..prompts import add_item_tokens
 from ..ranking.orders import Ranking
 from ..ranking.ranker import Ranker
 from ..run_folder import check_writable
-from .checkpoints import check_same_data, find_checkpoint
+from .checkpoints import check_same_data, find_checkpoint, settle_auto
 from .config import Config
 from .stages import merge_adapter, stack_adapters, write_merged_base
 from .trainer import NonFiniteLoss, RankerTrainer, TreeDataset
@@ -73,6 +74,7 @@ class Run:
         """Everything up to the Trainer."""
         config = self.config
         with self.training.main_process_first(local=False):  # the others find the folder claimed and the data prepared
+            settle_auto(config, Path(self.training.output_dir) if self.training.output_dir else None)
             self.folder = claim_folder(config)
             self.checkpoint = find_checkpoint(config, self.folder)
             self.prepared = self.prepare()
@@ -113,7 +115,7 @@ class Run:
     @property
     def answers(self) -> str:
         """What an answer is, for the plan."""
-        return self.config.data.answer
+        return learned_answers(self.config.to_dict())
 
     def splits(self) -> dict[str, Sequence[RankingList]]:
         """What to train, validate and test on."""
@@ -123,9 +125,10 @@ class Run:
         """The lists of a split that the loss is taken over."""
         return self.lists[split]
 
-    def build_prompts(self) -> PromptBuilder:
+    def build_prompts(self) -> Any:
+        """Of the class that the objective's description names."""
         data = self.config.data
-        return PromptBuilder(
+        return self.config.description.prompts(
             self.tokenizer, data.template, identifiers=data.identifiers, max_length=data.max_length,
             items=self.prepared.items,
         )  # fmt: skip
@@ -134,7 +137,10 @@ class Run:
         """The objective, and the ranker that measures it."""
         config = self.config
         self.builder = self.build_prompts()
-        self.ranker = Ranker(self.model, self.tokenizer, self.builder, answer=config.data.answer)
+        self.ranker = Ranker(
+            self.model, self.tokenizer, self.builder, answer=config.data.answer, token_budget=config.budget,
+            scoring=Scoring.of(config.to_dict()),
+        )  # fmt: skip
         return build_objective(config.objective, self.builder, answer=config.data.answer, seed=self.training.seed)
 
     def prepare(self) -> PreparedData:
@@ -213,7 +219,7 @@ class Run:
         rows = {
             "data": f"{self.prepared.path}: {splits} lists",
             "model": f"{self.config.model.model_name_or_path}: {total:,} weights, {trainable:,} trained",
-            "objective": f"{self.config.objective.objective}, answers as {self.answers}",
+            "objective": f"{self.config.description.title}, answers as {self.answers}",
             "tokens": f"{tokens:,} distinct of {data.unshared_tokens:,} per epoch "
             f"({data.unshared_tokens / tokens:.2f}x shared), {data.answer_rows:,} head rows, "
             f"longest list {max(data.sizes):,}",
@@ -299,7 +305,7 @@ class Run:
     def save_extras(self, folder: Path) -> None:
         """What a run leaves beside the weights: prompt format, data manifest, options, model card."""
         if self.builder is not None:
-            saved.save(self.builder, folder)
+            self.builder.save(folder)
         (folder / "data_manifest.json").write_text(
             json.dumps(self.prepared.manifest, indent=2) + "\n", encoding="utf-8"
         )
@@ -307,8 +313,9 @@ class Run:
         (folder / "README.md").write_text(model_card(self.config, self.prepared, self.answers), encoding="utf-8")
 
     def save_config(self, folder: Path) -> None:
-        resolved = {"alro_fast_version": __version__, **self.config.to_dict()}
-        if resolved["data_dir"] is not None:  # read again from other working directories
+        options = self.config.to_dict()
+        resolved = {"alro_fast_version": __version__, "learned_answers": learned_answers(options), **options}
+        if resolved.get("data_dir") is not None:  # read again from other working directories
             resolved["data_dir"] = str(Path(resolved["data_dir"]).absolute())
         (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
 
@@ -328,7 +335,8 @@ def claim_folder(config: Config) -> Path:
         return folder
     check_writable(folder)
     if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / "config.yaml").is_file() or "alro_fast_version" not in (folder / "config.yaml").read_text():
+        recorded = [folder / "config.yaml", *folder.glob("checkpoint-*/config.yaml")]  # the first may be cut short
+        if not any(path.is_file() and "alro_fast_version" in path.read_text() for path in recorded):
             raise AlroFastError(
                 f"--output_dir {folder} holds something else than a run of alro_fast; give another folder"
             )
@@ -396,14 +404,13 @@ def draw(lists: Sequence[RankingList], limit: int | None, seed: int) -> Sequence
 
 def model_card(config: Config, prepared: PreparedData, answers: str) -> str:
     """README.md of the output folder, with the front matter the Hub reads."""
-    options = config.to_dict()
     front = {"library_name": "peft" if config.model.use_peft else "transformers", "tags": ["recommendation", "ranking"]}
     front |= {"base_model": config.model.model_name_or_path} if Path(config.model.model_name_or_path).parts[1:] else {}
     lines = [
         f"---\n{yaml.safe_dump(front)}---\n",
         f"# A ranker tuned with alro_fast {__version__}\n",
-        f"Objective `{options['objective']}` on `{prepared.manifest.get('dataset', 'unnamed')}`, answers as "
-        f"{answers}, candidates named by `{options['identifiers']}`. Options: config.yaml; data: "
+        f"Objective `{config.description.title}` on `{prepared.manifest.get('dataset', 'unnamed')}`, answers as "
+        f"{answers}, candidates named by `{config.data.identifiers}`. Options: config.yaml; data: "
         "data_manifest.json; prompt: prompt_template.yaml and the JSON file beside it; figures: results.json.\n",
         "Rank with it: `python -m alro_fast.rank --adapter <this folder> lists.json`.\n"
         if prepared.items

@@ -1,6 +1,6 @@
 """Training runs on preferences: files of them, or one positive and k negatives out of every ranking list.
 
-`alro_fast.train` starts these for `--objective dmpo` and `--preferences FILE`; they differ from its runs in their data,
+`alro_fast.train` starts these for objectives whose description says so; they differ from its runs in their data,
 in the reference, and in what is measured before and after.
 """
 
@@ -44,19 +44,13 @@ class PreferenceFiles(NamedTuple):
 
 
 class PreferenceRun(Run):
-    """A run of objective dmpo, or of supervised tuning on the chosen answers (sft_chosen)."""
+    """A run on chosen and rejected answers: of preferences among them, or supervised on the chosen ones."""
 
     @staticmethod
     def settle(config: Config) -> None:
         """Set options that follow from others; AlroFastError for those that do not go together."""
         model, objective, data = config.model, config.objective, config.data
-        if data.preferences is not None and objective.objective == "sft":
-            objective.objective = "sft_chosen"
-        if objective.objective not in ("dmpo", "sft_chosen"):
-            raise AlroFastError(
-                f"--preferences serves --objective dmpo and sft; {objective.objective} ranks lists (--data_dir)"
-            )
-        compares = objective.objective == "dmpo" and not objective.reference_free
+        compares = config.description.compares and not objective.reference_free
         if compares and not model.use_peft and not objective.precompute_ref_log_probs:
             raise AlroFastError(
                 "--use_peft false leaves no reference once training begins; add --precompute_ref_log_probs true "
@@ -92,7 +86,7 @@ class PreferenceRun(Run):
         super().build()
         options = self.config.objective
         self.precomputes = (
-            options.objective == "dmpo" and options.precompute_ref_log_probs and not options.reference_free
+            self.config.description.compares and options.precompute_ref_log_probs and not options.reference_free
         )
         if self.precomputes:
             self.reference_examples = self.examples_by_name()
@@ -102,10 +96,6 @@ class PreferenceRun(Run):
                     self.objective.references = self.precompute()
         if self.negatives is not None and self.negatives.by == "hardest":
             self.trainer.add_callback(_MineEveryEpoch(self))
-
-    @property
-    def answers(self) -> str:
-        return "given" if self.config.data.preferences is not None else self.config.data.preference_answer
 
     # ---- data
 
@@ -225,8 +215,7 @@ class PreferenceRun(Run):
         """Answer scores of the model as it stands; negatives of lists as drawn for epoch 0, never mined."""
         if self.negatives is not None:
             people = [self.negatives.contest(one, 0) for one in people]
-        budget = self.training.eval_tokens_per_batch or self.training.tokens_per_batch
-        return score_preferences(self.model, self.prompts, people, budget, self.config.objective.backend)
+        return score_preferences(self.model, self.prompts, people, self.config.budget, self.config.objective.backend)
 
     def validate(self) -> dict[str, float]:
         """Preference metrics on the validation records."""
@@ -259,15 +248,15 @@ class PreferenceRun(Run):
 
 def read_files(config: Config) -> PreferenceFiles:
     """The preference files of a run; AlroFastError where one is not what its objective takes."""
-    data, objective = config.data, config.objective
+    data, compares = config.data, config.description.compares
     file, measured = Path(data.preferences), {Path(name).stem: Path(name) for name in data.eval_preferences}
     if len(measured) < len(data.eval_preferences):
         raise AlroFastError("two --eval_preferences files have one name; rename one, results are kept by it")
-    train = read_preferences(file, need_rejected=objective.objective == "dmpo")
+    train = read_preferences(file, need_rejected=compares)
     tests = {name: read_preferences(path) for name, path in measured.items()}
-    if objective.objective == "dmpo":
+    if compares:
         for one in (*train, *next(iter(tests.values()), ())):
-            check_answers(one, one.list_id, objective.dmpo_variant)
+            check_answers(one, one.list_id, config.objective.dmpo_variant)
     roles = {f"train: {file.name}": file} | {f"eval: {path.name}": path for path in measured.values()}
     hashes = {role: hashlib.sha256(path.read_bytes()).hexdigest() for role, path in roles.items()}
     return PreferenceFiles(file, {"dataset": file.stem, "files": hashes}, [], train, tests)

@@ -10,29 +10,20 @@ from collections.abc import Sequence
 
 from ..data.records import RankingList
 from ..errors import AlroFastError
-from ..objectives.base import Objective, build_objective
+from ..objectives.base import LEARNED, Objective, build_objective
 from ..prompts.recranker import RecRankerPrompts
 from ..ranking.orders import Ranking
 from ..ranking.ranker import Ranker
 from ..ranking.tasks import TASK_METHODS
-from .config import Config
 from .run import Run
 
 
 class RecRankerRun(Run):
     """A run of objective recranker."""
 
-    @staticmethod
-    def settle(config: Config) -> None:
-        """AlroFastError for options that belong to other objectives."""
-        if config.data.preferences is not None:
-            raise AlroFastError("--preferences serves --objective dmpo and sft; recranker ranks lists (--data_dir)")
-        if config.data.answer != "ranking":
-            raise AlroFastError(f"--answer {config.data.answer} has no meaning for --objective recranker; leave it out")
-
     @property
     def answers(self) -> str:
-        return "grades, Yes or No, and the best five"
+        return LEARNED[super().answers]
 
     def build_prompts(self) -> RecRankerPrompts:
         """Prompts of the three tasks; liked and disliked are what they were to the first stage, if it says."""
@@ -46,7 +37,10 @@ class RecRankerRun(Run):
         """The objective, and the ranker that measures it."""
         options = self.config.objective
         self.builder = self.build_prompts()
-        self.ranker = Ranker(self.model, self.tokenizer, self.builder, answer="tasks", hybrid=options.hybrid)
+        self.ranker = Ranker(
+            self.model, self.tokenizer, self.builder, answer="tasks", hybrid=options.hybrid,
+            token_budget=self.config.budget,
+        )  # fmt: skip
         return build_objective(options, self.builder, answer="tasks", seed=self.training.seed)
 
     def asked(self, split: str) -> Sequence[RankingList]:

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 
 from ..errors import AlroFastError
 from ..modeling.loading import LOAD_ERRORS, recorded_base, same_base
-from ..objectives.base import REGISTRY
 from ..run_folder import ADAPTER, ADAPTER_CONFIG, MERGED_BASE, adapter_config
+from .unread import stage_names
 
 if TYPE_CHECKING:
     from .config import Config
@@ -32,12 +32,7 @@ if TYPE_CHECKING:
 def stage_arguments(config: Config, root: Path) -> list[list[str]]:
     """Command-line words of every stage of `--stages a,b`, to be added to those of the run; each has its own folder."""
     model, training = config.model, config.training
-    names = [name.strip() for name in training.stages.split(",") if name.strip()]
-    if not names:
-        raise AlroFastError(f"--stages {training.stages!r} names no objective; expected some, such as sft,dmpo")
-    for name in names:
-        if name not in REGISTRY:
-            raise AlroFastError(f"--stages names {name!r}, no objective; expected some of {', '.join(REGISTRY)}")
+    names = stage_names(training.stages)
     columns = {
         "num_train_epochs": _each(training.stage_epochs, "stage_epochs", len(names)),
         "learning_rate": _each(training.stage_learning_rates, "stage_learning_rates", len(names)),

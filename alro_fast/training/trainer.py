@@ -13,22 +13,25 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import TrainOutput
 
 from ..data.records import RankingList
 from ..errors import AlroFastError
 from ..modeling.attention import tree_hidden_states
 from ..modeling.lm_head import head_of
-from ..modeling.packing import PackedBatch, collate, plan_batches
+from ..modeling.packing import PackedBatch, collate
 from ..objectives.base import Batch, Example, LossTerm, Objective
 from ..options import RankerTrainingArguments
+from .batches import CURSOR, Cursor, PlannedBatches
 
 logger = logging.getLogger(__name__)
 SIZING_CHUNK = 512
@@ -37,8 +40,8 @@ SIZING_CHUNK = 512
 class TreeDataset(Dataset):
     """Ranking lists as packed batches, built when asked for: an index is (epoch, the lists of one batch).
 
-    The first epoch's trees are built once at the start for their sizes; a re-ordering drawn later may differ from them
-    by a few tokens, never in the number of trees of a batch.
+    The first epoch's trees are built once at the start for their sizes; what is drawn later may differ from them by
+    a few tokens, never in the number of trees of a batch. An index without lists is a batch that counts nothing.
     """
 
     def __init__(self, lists: Sequence[RankingList], objective: Objective, progress: bool = False) -> None:
@@ -68,6 +71,9 @@ class TreeDataset(Dataset):
 
     def __getitem__(self, index: tuple[int, list[int]]) -> Batch:
         epoch, indices = index
+        if not indices:  # a process that has nothing to train in a step goes along with a list that counts nothing
+            batch = self[epoch, [0]]
+            return replace(batch, counts=dict.fromkeys(batch.counts, 0), lists=0, sources=[])
         examples = self.objective.examples([self.lists[i] for i in indices], indices, epoch)
         return build_batch(examples, self.objective)
 
@@ -80,43 +86,13 @@ def build_batch(examples: Sequence[Example], objective: Objective) -> Batch:
     return Batch(packed, targets, counts, len(examples), [example.source for example in examples])
 
 
-class PlannedBatches(Sampler):
-    """Batches of lists under a token budget, for one process of many; their order is a function of (seed, epoch)."""
-
-    def __init__(
-        self, sizes: Sequence[int], token_budget: int, seed: int | None, rank: int = 0, world_size: int = 1
-    ) -> None:
-        self.sizes, self.token_budget, self.seed = list(sizes), token_budget, seed
-        self.rank, self.world_size, self.epoch = rank, world_size, 0
-        self.length = len(self._plan()) // world_size
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[list[tuple[int, list[int]]]]:
-        for batch in self._plan()[self.rank :: self.world_size]:
-            yield [(self.epoch, batch)]
-
-    def _plan(self) -> list[list[int]]:
-        seed = None if self.seed is None else self.seed + self.epoch
-        plan = plan_batches(self.sizes, self.token_budget, seed=seed)
-        while len(plan) % self.world_size:  # every process takes the same number of steps: halve the fullest batch
-            fullest = max(range(len(plan)), key=lambda b: len(plan[b]))
-            if len(plan[fullest]) == 1:
-                raise AlroFastError(f"{len(self.sizes)} lists cannot be shared out to {self.world_size} processes")
-            half = len(plan[fullest]) // 2
-            plan[fullest : fullest + 1] = [plan[fullest][:half], plan[fullest][half:]]
-        return plan
-
-
 class PlannedLoader(DataLoader):
     """A DataLoader whose dataset returns whole batches; tells its sampler the epoch, as the Trainer expects."""
 
     def __init__(self, dataset: TreeDataset, batches: PlannedBatches, **options: Any) -> None:
-        super().__init__(dataset, batch_sampler=batches, collate_fn=_only, **options)
+        # a generator of its own: else every iteration would draw from the one that dropout draws from
+        generator = torch.Generator().manual_seed(0)
+        super().__init__(dataset, batch_sampler=batches, collate_fn=_only, generator=generator, **options)
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
@@ -146,6 +122,7 @@ class RankerTrainer(Trainer):
         self._sums: dict[str, torch.Tensor] = {}
         self._counted = dict.fromkeys(("lists", "unique_tokens", "unshared_tokens", "padded_tokens", "head_rows"), 0)
         self._since, self._noted_step = time.perf_counter(), 0
+        self.start = self.cursor = Cursor()
         super().__init__(
             model, args, data_collator=_only, train_dataset=train_dataset, eval_dataset=eval_dataset,
             callbacks=callbacks, **options,
@@ -156,15 +133,64 @@ class RankerTrainer(Trainer):
             eval_dataset.check(self._eval_budget, self._eval_option)
         _accept_trees(model)
         self.add_callback(_MeterStart(self))
+        self.add_callback(_Progress(self))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressLine())
 
-    # ---- batches
+    # ---- epochs and batches
 
-    def get_train_dataloader(self) -> DataLoader:
+    def train(self, resume_from_checkpoint: str | None = None, **options: Any) -> TrainOutput:
+        """As the Trainer's; a resumed run goes on with the first list that its checkpoint has not trained."""
+        self.start = Cursor() if resume_from_checkpoint is None else Cursor.of(resume_from_checkpoint)
+        self.start = self.cursor = self.get_train_dataloader().batch_sampler.start
+        before, now = (
+            (self.start.processes, self.start.accumulation),
+            (self.args.world_size, self.args.gradient_accumulation_steps),
+        )
+        if self.args.process_index == 0 and None not in before and before != now:
+            print(
+                f"{resume_from_checkpoint} was trained by {before[0]} x {before[1]} batches a step, processes x "
+                f"accumulation; with {now[0]} x {now[1]}, {self.planned_steps() - self.start.step:,} steps are left"
+            )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+
+    def set_initial_training_values(self, args: RankerTrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
+        """As the Trainer's; epochs and steps of a run that goes on are those before it and those to come."""
+        epochs, steps_in_epoch, *numbers, in_epoch, steps = super().set_initial_training_values(args, dataloader)
+        start, accumulation = self.start, args.gradient_accumulation_steps
+        if start.step:
+            left = dataloader.batch_sampler.rounds_left(start.epoch)
+            if args.max_steps > 0:
+                further = steps - start.step - -(-left // accumulation)
+                epochs = start.epoch + 1 + max(0, -(-further // steps_in_epoch))
+            else:
+                wanted = min((steps - start.epoch * steps_in_epoch) * accumulation, in_epoch)  # fewer in a cut epoch
+                here = max(0, -(-(wanted - in_epoch + left) // accumulation))
+                steps = start.step + here + max(0, steps - (start.epoch + 1) * steps_in_epoch)
+            if steps <= start.step:
+                epochs = start.epoch
+        return epochs, steps_in_epoch, *numbers, in_epoch, steps
+
+    def _init_training_state(self, *given: Any) -> tuple[int, int]:
+        """The epoch to begin with; what of it was trained is left out by the sampler, not by the Trainer."""
+        super()._init_training_state(*given)
+        return self.start.epoch, 0
+
+    def _run_epoch(self, **given: Any) -> None:
+        """One epoch, or what is left of it."""
+        batches, epoch = given["train_dataloader"].batch_sampler, given["epoch"]
+        while self.cursor.epoch < epoch:
+            self.cursor = self.cursor.next_epoch()
+        left = batches.rounds_left(epoch)
+        steps = -(-left // self.args.gradient_accumulation_steps)
+        self._fingerprint, self._done = batches.fingerprint, batches.done if epoch == self.start.epoch else 0
+        self._in_epoch = self._done + left * self.args.world_size
+        super()._run_epoch(**given | {"steps_in_epoch": left, "num_update_steps_per_epoch": steps})
+
+    def get_train_dataloader(self) -> PlannedLoader:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return self._loader(self.train_dataset, self.args.tokens_per_batch, seed)
+        return self._loader(self.train_dataset, self.args.tokens_per_batch, seed, self.start)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
@@ -182,12 +208,14 @@ class RankerTrainer(Trainer):
     def num_examples(self, dataloader: DataLoader) -> int:
         return len(dataloader.dataset)
 
-    def _loader(self, dataset: TreeDataset, token_budget: int, seed: int | None) -> PlannedLoader:
+    def _loader(
+        self, dataset: TreeDataset, token_budget: int, seed: int | None, start: Cursor | None = None
+    ) -> PlannedLoader:
         args = self.args
         workers = args.dataloader_num_workers
         return PlannedLoader(
             dataset,
-            PlannedBatches(dataset.sizes, token_budget, seed, args.process_index, args.world_size),
+            PlannedBatches(dataset.sizes, token_budget, seed, args.process_index, args.world_size, start),
             num_workers=workers,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
         )
@@ -228,7 +256,8 @@ class RankerTrainer(Trainer):
         """Sum of weight * term, each term counted by its share of the whole optimiser step."""
         terms = self.loss_terms(model, inputs)
         totals = num_items_in_batch or {term.name: term.count for term in terms}
-        share = {term.name: term.count / totals[term.name] if totals[term.name] else 0.0 for term in terms}
+        counts = inputs.counts  # those of the terms, or none where the batch is not to count
+        share = {term.name: counts[term.name] / totals[term.name] if totals[term.name] else 0.0 for term in terms}
         loss = sum(term.weight * share[term.name] * term.value for term in terms)
         if model.training:
             self._note(inputs, terms, share)
@@ -293,8 +322,8 @@ class RankerTrainer(Trainer):
         for batch in self.get_eval_dataloader(eval_dataset):
             with self.compute_loss_context_manager():
                 for term in self.loss_terms(model, self._prepare_inputs(batch)):
-                    sums[term.name] = sums.get(term.name, 0.0) + term.value.item() * term.count
-                    counts[term.name] = counts.get(term.name, 0) + term.count
+                    sums[term.name] = sums.get(term.name, 0.0) + term.value.item() * batch.counts[term.name]
+                    counts[term.name] = counts.get(term.name, 0) + batch.counts[term.name]
                     weights[term.name] = term.weight
         if self.args.world_size > 1:
             names = sorted(sums)
@@ -329,6 +358,28 @@ def _accept_trees(model: torch.nn.Module) -> None:
         return ordinary(*args, **kwargs) if packed_trees is None else tree_hidden_states(causal, packed_trees)
 
     causal.forward = forward
+
+
+class _Progress(TrainerCallback):
+    """Keeps the place a run has reached in the state that goes into its checkpoints."""
+
+    def __init__(self, trainer: RankerTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        start = self.trainer.start
+        if start.step and not start.trained and start.old is None:
+            state.epoch = float(start.epoch)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self.trainer
+        batches = trainer.current_gradient_accumulation_steps * args.world_size
+        trainer.cursor = trainer.cursor.advanced(
+            args.world_size, batches, args.gradient_accumulation_steps, trainer._fingerprint
+        )
+        trainer._done += batches
+        state.epoch = trainer.cursor.epoch + trainer._done / trainer._in_epoch
+        state.stateful_callbacks[CURSOR] = trainer.cursor.to_dict()
 
 
 class _MeterStart(TrainerCallback):

@@ -1,5 +1,5 @@
 """The C++ kernels under every instruction set of this machine, beside the eager backend in float64; and what is theirs
-alone: dropped columns, threads, forks, refusals. The shared matrix of shapes and options is in test_ops.py."""
+alone: dropped columns, threads, forks, refusals. The shared matrix of shapes and options is in tests/ops."""
 
 from __future__ import annotations
 

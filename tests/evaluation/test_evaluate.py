@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 from peers import ranx_scores
-from tiny import byte_tokenizer, catalogue, make_run, random_lists, tiny_llama
+from tiny import byte_tokenizer, catalogue, make_run, random_lists, save_base, tiny_llama
 
 from alro_fast import evaluate
 from alro_fast.data.lists import open_prepared, write_prepared
@@ -22,7 +22,7 @@ from alro_fast.evaluation import metrics
 from alro_fast.evaluation.baselines import baseline_scores
 from alro_fast.evaluation.rankings import order_sensitivity
 from alro_fast.evaluation.results import evaluate_lists, write_trec
-from alro_fast.prompts import PromptBuilder, add_item_tokens, saved
+from alro_fast.prompts import PromptBuilder, add_item_tokens
 from alro_fast.ranking.orders import Ranking
 from alro_fast.ranking.ranker import Ranker
 
@@ -322,11 +322,9 @@ def test_without_its_options_a_model_is_not_guessed_at(adapter, prepared, tmp_pa
 
 
 def test_limit_and_a_model_without_adapter(adapter, prepared, tmp_path, capsys):
-    tokenizer = byte_tokenizer()
     full = tmp_path / "full"
-    tiny_llama(len(tokenizer)).save_pretrained(full)
-    tokenizer.save_pretrained(full)
-    saved.save(PromptBuilder(tokenizer, "movies"), full)
+    tokenizer = save_base(full)
+    PromptBuilder(tokenizer, "movies").save(full)
     (full / "config.yaml").write_text("answer: ranking\n")
     evaluate.main(f"--adapter {full} --lists {prepared.path} --limit 5 --bootstrap 0 --generate".split())
     assert not (full / "results.json").exists()  # the training run's own stays what it was
@@ -355,9 +353,8 @@ def test_ratings_with_many_decimals_are_measured_without_trec_files(adapter, lis
 def test_item_tokens_of_another_catalogue_are_refused(tmp_path):
     tokenizer, shelf, run = byte_tokenizer(), catalogue(9), tmp_path / "run"
     add_item_tokens(tokenizer, len(shelf))
-    tiny_llama(len(tokenizer)).save_pretrained(run)
-    tokenizer.save_pretrained(run)
-    saved.save(PromptBuilder(tokenizer, "movies", identifiers="items", items=shelf), run)
+    save_base(run, tokenizer)
+    PromptBuilder(tokenizer, "movies", identifiers="items", items=shelf).save(run)
     (run / "config.yaml").write_text("answer: ranking\n")
     entries = {"test": random_lists(2, 3, history=2, items=9)}
     write_prepared(tmp_path / "own", shelf, entries)

@@ -34,7 +34,7 @@ def dcg(ranked, cutoff, gain):
     )
 
 
-def random_lists(generator, count=200, size=12, levels=10):
+def random_grades(generator, count=200, size=12, levels=10):
     ratings = generator.integers(1, 11, (count, size)) / 2
     scores = np.round(generator.random((count, size)) * levels) / levels
     return scores, ratings
@@ -64,7 +64,7 @@ def test_closed_form_without_ties():
 @pytest.mark.parametrize("cutoff", [1, 3, 10, None])
 def test_ndcg_equals_scikit_learn(cutoff):
     sklearn_metrics = pytest.importorskip("sklearn.metrics")
-    scores, ratings = random_lists(np.random.default_rng(0))
+    scores, ratings = random_grades(np.random.default_rng(0))
     for gain in ("linear", "exp2"):
         theirs = [
             sklearn_metrics.ndcg_score([metrics.gains(r, gain)], [s], k=cutoff)
@@ -134,7 +134,7 @@ def test_ungraded_candidates_change_nothing(scored, data):
 
 def test_lists_are_independent_and_padding_is_inert():
     generator = np.random.default_rng(2)
-    rows = [random_lists(generator, count=1, size=int(size)) for size in generator.integers(1, 9, 50)]
+    rows = [random_grades(generator, count=1, size=int(size)) for size in generator.integers(1, 9, 50)]
     together = metrics.measure(metrics.pad([s[0] for s, _ in rows]), metrics.pad([r[0] for _, r in rows]))
     for i, (scores, ratings) in enumerate(rows):
         for name, value in metrics.measure(scores, ratings).items():

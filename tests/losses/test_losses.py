@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from random_lists import random_lists
+from list_tensors import random_list_tensors
 
 import alro_fast
 from alro_fast import ops
@@ -34,7 +34,7 @@ def backend(request) -> str:
 
 
 def batch(form: str = "ranking", **options):
-    lists = random_lists(SIZES, TWIN, rows=ROWS, vocab=V, form=form, **options)
+    lists = random_list_tensors(SIZES, TWIN, rows=ROWS, vocab=V, form=form, **options)
     labels = torch.randint(0, V, (ROWS,))
     labels[3] = -100
     return torch.randn(ROWS, H), torch.randn(V, H) * 0.5, torch.randn(V), labels, lists
@@ -128,7 +128,7 @@ def test_frozen_head_in_bfloat16(backend):
 
 
 def test_several_twins_of_one_list(backend):
-    lists = random_lists([4, 4, 4], [-1, 0, 0], rows=12, vocab=V)
+    lists = random_list_tensors([4, 4, 4], [-1, 0, 0], rows=12, vocab=V)
     tensors = torch.randn(12, H), torch.randn(V, H) * 0.5, torch.randn(V)
     labels = torch.randint(0, V, (12,))
     for options in ({"psl_detach": False}, {"psl_detach": False, "psl_space": "vocab"}):
@@ -146,7 +146,7 @@ def test_loss_is_the_weighted_sum_and_parts_vanish_with_their_lists():
     torch.testing.assert_close(alone.soft_lambda, out.soft_lambda)
     silent = alro_loss(hidden, weight, torch.full_like(labels, -100), lists, **WEIGHTS)
     assert silent.sft.item() == 0
-    none = random_lists([0], [-1], rows=ROWS, vocab=V, width=3)
+    none = random_list_tensors([0], [-1], rows=ROWS, vocab=V, width=3)
     empty = alro_loss(hidden, weight, labels, none, **WEIGHTS)
     assert empty.soft_lambda.item() == empty.permutation.item() == 0
     torch.testing.assert_close(empty.sft, out.sft)
@@ -156,7 +156,7 @@ def test_loss_is_the_weighted_sum_and_parts_vanish_with_their_lists():
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0), (2, 3)])
 def test_no_lists_no_candidates_and_empty_lists_add_nothing(backend, form, shape):
     count, width = shape
-    empty = random_lists([0, 0], [-1, 0], rows=4, vocab=V, form=form, width=3)
+    empty = random_list_tensors([0, 0], [-1, 0], rows=4, vocab=V, form=form, width=3)
     fields = [field[:count, :width] if field.dim() == 2 else field[:count] for field in empty[:5]]
     lists = RankingLists(*fields, empty.grades)
     hidden, weight, labels = torch.randn(4, H), torch.randn(V, H), torch.tensor([1, -100, 3, 4])
@@ -178,8 +178,8 @@ def test_counts_of_the_whole_batch_make_parts_add_up():
     """Two halves with the whole's denominators give the whole's loss and gradient."""
     hidden, weight, _, labels, _ = batch()
     halves = [
-        random_lists([5, 5], [-1, 0], rows=17, vocab=V, seed=1),
-        random_lists([4, 4, 2], [-1, 0, -1], rows=17, vocab=V, seed=2, width=5),
+        random_list_tensors([5, 5], [-1, 0], rows=17, vocab=V, seed=1),
+        random_list_tensors([4, 4, 2], [-1, 0, -1], rows=17, vocab=V, seed=2, width=5),
     ]
     shifted = halves[1]._replace(
         slot_rows=torch.where(halves[1].slot_rows >= 0, halves[1].slot_rows + 17, -1),
@@ -209,7 +209,7 @@ def test_counts_of_the_whole_batch_make_parts_add_up():
 
 def test_pads_do_not_matter():
     hidden, weight, _, labels, lists = batch()
-    wide = random_lists(SIZES, TWIN, rows=ROWS, vocab=V, width=9)
+    wide = random_list_tensors(SIZES, TWIN, rows=ROWS, vocab=V, width=9)
     a, b = (alro_loss(hidden, weight, labels, each, **WEIGHTS) for each in (lists, wide))
     torch.testing.assert_close(a.loss, b.loss)
     torch.testing.assert_close(a.expected_rank, b.expected_rank[:, :5])
@@ -305,7 +305,7 @@ def test_a_new_divergence_takes_the_definition_and_the_eager_backend(monkeypatch
 
 def test_training_on_the_loss_orders_the_list():
     """Plain gradient descent on the soft lambda loss alone sorts the expected ranks by rating."""
-    lists = random_lists([4], [-1], rows=4, vocab=V, seed=4)
+    lists = random_list_tensors([4], [-1], rows=4, vocab=V, seed=4)
     lists = lists._replace(ratings=torch.tensor([[3.0, 5.0, 2.0, 4.0]]))
     lists = lists._replace(ranks=ops.descending_ranks(lists.ratings, torch.ones(1, 4, dtype=torch.bool)))
     hidden, weight = torch.randn(4, H, requires_grad=True), torch.randn(V, H)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from random_lists import random_lists
+from list_tensors import random_list_tensors
 
 from alro_fast.losses import reference
 from alro_fast.losses.alro import DIVERGENCES, SCORES, SPACES
@@ -57,7 +57,7 @@ def test_half_precision_is_computed_in_float32():
 
 
 def test_cross_entropy_gradient_is_p_minus_onehot_over_rows():
-    lists = random_lists([2], [-1], rows=4, vocab=9)
+    lists = random_list_tensors([2], [-1], rows=4, vocab=9)
     logits = torch.randn(4, 9, dtype=F64, requires_grad=True)
     labels = torch.tensor([3, -100, 0, 8])
     out = reference.alro_loss_from_logits(logits, labels, lists, alpha=0.0, beta=0.0, gamma=1.0, sigma=1.0)
@@ -291,7 +291,7 @@ def order_blind_logits(lists: RankingLists, rows: int, vocab: int, per_item: tor
     ],
 )
 def test_a_model_blind_to_order_pays_nothing(psl, space, masked):
-    lists = random_lists([4, 4], [-1, 0], rows=8, vocab=12)
+    lists = random_list_tensors([4, 4], [-1, 0], rows=8, vocab=12)
     assert not torch.equal(lists.candidate_ids[0], lists.candidate_ids[1])
     logits = order_blind_logits(lists, 8, 12, torch.randn(4, 4, dtype=F64))
     labels = torch.zeros(8, dtype=torch.long)
@@ -304,7 +304,7 @@ def test_a_model_blind_to_order_pays_nothing(psl, space, masked):
 
 def test_permutation_is_the_mean_over_slots_with_a_choice():
     """m = 3: KL at slots 1 and 2 only, halved; items mapped through each list's own letters."""
-    lists = random_lists([3, 3], [-1, 0], rows=6, vocab=9)
+    lists = random_list_tensors([3, 3], [-1, 0], rows=6, vocab=9)
     logits = torch.randn(6, 9, dtype=F64)
     out = reference.alro_loss_from_logits(logits, torch.zeros(6, dtype=torch.long), lists, **ONES)
     total = 0.0
@@ -316,7 +316,7 @@ def test_permutation_is_the_mean_over_slots_with_a_choice():
 
 
 def test_masking_leaves_out_what_the_target_has_placed():
-    lists = random_lists([3, 3], [-1, 0], rows=6, vocab=9)
+    lists = random_list_tensors([3, 3], [-1, 0], rows=6, vocab=9)
     logits = torch.randn(6, 9, dtype=F64)
     out = reference.alro_loss_from_logits(
         logits, torch.zeros(6, dtype=torch.long), lists, **ONES, psl_mask_emitted=True
@@ -351,7 +351,7 @@ def test_expected_grade_and_its_gradient():
 
 
 def test_ratings_form_prefers_higher_grades_for_better_items():
-    lists = random_lists([3], [-1], rows=3, vocab=12, form="ratings", seed=3)
+    lists = random_list_tensors([3], [-1], rows=3, vocab=12, form="ratings", seed=3)
     lists = lists._replace(ratings=torch.tensor([[5.0, 1.0, 3.0]]), ranks=torch.tensor([[1, 3, 2]]))
     logits = torch.zeros(3, 12, dtype=F64, requires_grad=True)
     out = reference.alro_loss_from_logits(logits, torch.zeros(3, dtype=torch.long), lists, **ONES)
@@ -370,7 +370,7 @@ def test_ratings_form_prefers_higher_grades_for_better_items():
 )
 def test_finite_differences_of_the_whole_loss(form, psl, space, detach):
     """Central differences of the loss itself; a detached teacher is held at its value, as the gradient holds it."""
-    lists = random_lists([4, 4, 2], [-1, 0, -1], rows=12, vocab=15, form=form)
+    lists = random_list_tensors([4, 4, 2], [-1, 0, -1], rows=12, vocab=15, form=form)
     labels = torch.randint(0, 15, (12,), generator=torch.Generator().manual_seed(2))
     logits = torch.randn(12, 15, dtype=F64, generator=torch.Generator().manual_seed(3))
     options = {"alpha": 0.7, "beta": 1.3, "gamma": 1.2, "sigma": 0.9, "psl": psl, "psl_space": space}

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, HALF_ROUNDING, Head, head
 from kernel_strategies import examples, heads
-from random_lists import random_lists
+from list_tensors import random_list_tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alro_fast.losses import alro as losses
@@ -297,7 +297,7 @@ def test_a_step_compiles_nothing_that_warmup_has_not(monkeypatch: pytest.MonkeyP
     options = {"rows": (32,), "candidates": (10,), "trainable": True, "bias": True}
     warmup(16, 70, dtype=torch.bfloat16, device=DEVICE, **options)
     warm = frozenset(compiled)
-    lists = random_lists([16, 16], [-1, 0], rows=33, vocab=70)
+    lists = random_list_tensors([16, 16], [-1, 0], rows=33, vocab=70)
     case = head(33, 16, 70, torch.bfloat16, bias=True)
     for psl_space in ("candidates", "vocab"):
         for trainable in (False, True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_cases import head
-from random_lists import random_lists
+from list_tensors import random_list_tensors
 
 from alro_fast import ops
 from alro_fast.losses import alro as losses
@@ -131,7 +131,7 @@ def test_a_weight_of_more_than_two_to_the_31_elements() -> None:
 def alro_case(psl_space: str) -> tuple[dict, dict]:
     """Arguments and options of alro_loss: 16 lists of 10 and their twins, answers of 12 tokens."""
     rows, vocab = 32 * 12, 4000
-    lists = random_lists([10] * 32, [-1] * 16 + list(range(16)), rows=rows, vocab=vocab)
+    lists = random_list_tensors([10] * 32, [-1] * 16 + list(range(16)), rows=rows, vocab=vocab)
     case = head(rows, 256, vocab)
     arguments = {
         "hidden": case.hidden,

@@ -12,7 +12,7 @@ from tiny import byte_tokenizer, random_lists
 
 from alro_fast.data.records import Item, RankingList
 from alro_fast.errors import AlroFastError
-from alro_fast.prompts import PromptBuilder, add_item_tokens, saved
+from alro_fast.prompts import add_item_tokens
 from alro_fast.prompts.recranker.prompts import IDENTIFIERS, Ask, RecRankerPrompts
 from alro_fast.prompts.recranker.task_template import load_task_template, parse_task_template, ready_task_templates
 
@@ -163,48 +163,29 @@ def test_max_length_drops_the_oldest_history():
 
 def test_saved_and_loaded(tmp_path):
     prompts = RecRankerPrompts(TOKENIZER, "movies", identifiers="titles", like=4.5, dislike=1, max_length=4000)
-    saved.save(prompts, tmp_path)
-    loaded = saved.load(tmp_path, byte_tokenizer())
+    prompts.save(tmp_path)
+    loaded = RecRankerPrompts.load(tmp_path, byte_tokenizer())
     ask = everything(make_list())
     assert loaded.encode([ask]) == prompts.encode([ask])
     assert (loaded.like, loaded.dislike, loaded.identifiers) == (4.5, 1, "titles")
     other = byte_tokenizer()
     other.add_tokens(["<new>"])
     with pytest.raises(AlroFastError, match="is not the one"):
-        saved.load(tmp_path, other)
+        RecRankerPrompts.load(tmp_path, other)
     (tmp_path / "recranker.json").write_text("{}")
     with pytest.raises(AlroFastError, match="is damaged"):
-        saved.load(tmp_path, TOKENIZER)
+        RecRankerPrompts.load(tmp_path, TOKENIZER)
     with pytest.raises(AlroFastError, match="holds no prompt settings"):
-        saved.load(tmp_path / "none", TOKENIZER)
-
-
-def test_a_folder_says_which_prompts_it_holds(tmp_path):
-    """The class is picked by the files; the other one, or both at once, is refused."""
-    both = RecRankerPrompts(TOKENIZER, "movies"), PromptBuilder(TOKENIZER, "movies")
-    for number, prompts in enumerate(both):
-        saved.save(prompts, tmp_path / str(number))
-        assert type(saved.load(tmp_path / str(number), TOKENIZER)) is type(prompts)
-        assert type(saved.load(tmp_path / str(number), TOKENIZER, type(prompts))) is type(prompts)
-    with pytest.raises(
-        AlroFastError, match=r"holds the prompts of recranker\.json, and those of identifiers\.json are"
-    ):
-        saved.load(tmp_path / "0", TOKENIZER, PromptBuilder)
-    saved.save(both[0], tmp_path / "1")
-    with pytest.raises(AlroFastError, match=r"holds identifiers\.json and recranker\.json; expected one of them"):
-        saved.load(tmp_path / "1", TOKENIZER)
-    (tmp_path / "0" / "prompt_template.yaml").unlink()
-    with pytest.raises(AlroFastError, match=r"holds no prompt settings: expected prompt_template\.yaml, as in"):
-        saved.load(tmp_path / "0", TOKENIZER)
+        RecRankerPrompts.load(tmp_path / "none", TOKENIZER)
 
 
 def test_tokens_other_than_the_recorded_ones_are_refused(tmp_path):
-    saved.save(RecRankerPrompts(TOKENIZER, "movies"), tmp_path)
+    RecRankerPrompts(TOKENIZER, "movies").save(tmp_path)
     settings = tmp_path / "recranker.json"
     record = json.loads(settings.read_text())
     settings.write_text(json.dumps(record | {"grade_ids": record["grade_ids"][::-1]}))
     with pytest.raises(AlroFastError, match=r"recranker\.json does not fit prompt_template\.yaml beside it"):
-        saved.load(tmp_path, TOKENIZER)
+        RecRankerPrompts.load(tmp_path, TOKENIZER)
 
 
 def test_what_cannot_be_asked_is_said():

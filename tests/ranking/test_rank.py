@@ -11,14 +11,14 @@ import sys
 
 import numpy as np
 import pytest
-from tiny import byte_tokenizer, catalogue, make_run, random_lists, tiny_llama
+from tiny import byte_tokenizer, catalogue, make_run, random_lists, save_base, tiny_llama
 
 from alro_fast import rank
 from alro_fast.cli import run
 from alro_fast.data.lists import write_prepared
 from alro_fast.data.records import RankingList
 from alro_fast.errors import AlroFastError
-from alro_fast.prompts import PromptBuilder, add_item_tokens, saved
+from alro_fast.prompts import PromptBuilder, add_item_tokens
 from alro_fast.ranking.ranker import Ranker
 
 HEAT = {
@@ -148,10 +148,9 @@ def test_a_model_that_grades(capsys, tmp_path):
 def test_a_model_with_a_token_per_item(capsys, tmp_path):
     tokenizer, shelf = byte_tokenizer(), catalogue(9)
     add_item_tokens(tokenizer, len(shelf))
-    tiny_llama(len(tokenizer)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    save_base(tmp_path, tokenizer)
     prompts = PromptBuilder(tokenizer, "movies", identifiers="items", items=shelf)
-    saved.save(prompts, tmp_path)
+    prompts.save(tmp_path)
     (tmp_path / "config.yaml").write_text("answer: ranking\ndata_dir: null\n")
     document = {
         "history": [{"id": "m8", "title": "h", "rating": 4}],
@@ -257,9 +256,7 @@ def test_bad_options_and_folders(capsys, adapter, tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(AlroFastError, match="not UTF-8"):
         rank.main(["--adapter", str(adapter), str(tmp_path / "binary")])
-    tokenizer = byte_tokenizer()
-    tiny_llama(len(tokenizer), hidden_size=64).save_pretrained(tmp_path / "wide")
-    tokenizer.save_pretrained(tmp_path / "wide")
+    save_base(tmp_path / "wide", hidden_size=64)
     with pytest.raises(AlroFastError, match="does not fit"):
         ranked(capsys, adapter, HEAT, "--base_model", str(tmp_path / "wide"))
 

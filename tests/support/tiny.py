@@ -16,7 +16,7 @@ from alro_fast import train
 from alro_fast.data.records import Item, RankingList
 from alro_fast.errors import AlroFastError
 from alro_fast.modeling.attention import use_tree_attention
-from alro_fast.prompts import PromptBuilder, saved
+from alro_fast.prompts import PromptBuilder
 
 
 def refused(argv) -> str:
@@ -63,6 +63,17 @@ def tiny_llama(vocab_size: int, seed: int = 0, **overrides) -> LlamaForCausalLM:
     return model
 
 
+def save_base(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None, **options) -> PreTrainedTokenizerFast:
+    """A model of random weights and its tokenizer (bytes, unless given) as files of a folder; returns the tokenizer.
+
+    options: those of `tiny_llama`.
+    """
+    tokenizer = tokenizer or byte_tokenizer()
+    tiny_llama(len(tokenizer), **options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 def make_run(folder: Path, *, answer: str = "ranking", seed: int = 0) -> Path:
     """A base model and, over it, the folder a training run leaves: a LoRA adapter that changes the scores."""
     tokenizer = byte_tokenizer()
@@ -74,7 +85,7 @@ def make_run(folder: Path, *, answer: str = "ranking", seed: int = 0) -> Path:
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False, r=4)
     get_peft_model(base, lora).save_pretrained(folder / "run")
     tokenizer.save_pretrained(folder / "run")
-    saved.save(PromptBuilder(tokenizer, "movies"), folder / "run")
+    PromptBuilder(tokenizer, "movies").save(folder / "run")
     (folder / "run" / "config.yaml").write_text(f"answer: {answer}\ngamma: null\n", encoding="utf-8")
     return folder / "run"
 

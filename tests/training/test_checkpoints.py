@@ -13,8 +13,10 @@ import yaml
 from safetensors.torch import save_file
 
 from alro_fast.errors import AlroFastError
-from alro_fast.training.checkpoints import find_checkpoint, newest_checkpoint
+from alro_fast.training.batches import CURSOR, Cursor
+from alro_fast.training.checkpoints import damage, find_checkpoint, newest_checkpoint, settle_auto
 from alro_fast.training.config import parse
+from alro_fast.training.run import claim_folder
 
 
 def config(folder: Path, wanted: str = "true"):
@@ -28,11 +30,17 @@ def run(tmp_path):
         checkpoint = tmp_path / f"checkpoint-{step}"
         checkpoint.mkdir()
         (checkpoint / "config.yaml").write_text(yaml.safe_dump(config(tmp_path).to_dict()))
-        (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "epoch": 0.5}))
         save_file({"weight": torch.ones(64, 64)}, checkpoint / "adapter_model.safetensors")
-        torch.save({"state": torch.ones(64, 64)}, checkpoint / "optimizer.pt")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({"state": torch.ones(64, 64)}, checkpoint / name)
     (tmp_path / "checkpoint-old").mkdir()
     return tmp_path
+
+
+def edit(file: Path, **changes) -> None:
+    read, write = (json.loads, json.dumps) if file.suffix == ".json" else (yaml.safe_load, yaml.safe_dump)
+    file.write_text(write(read(file.read_text()) | changes))
 
 
 @pytest.mark.parametrize(
@@ -45,6 +53,10 @@ def run(tmp_path):
         ("optimizer.pt", 0, "optimizer.pt is damaged"),
         ("adapter_model.safetensors", 0.9, "adapter_model.safetensors is damaged"),
         ("config.yaml", 0, "config.yaml is damaged"),
+        ("optimizer.pt", None, "it has no optimizer.pt"),
+        ("scheduler.pt", None, "it has no scheduler.pt"),
+        ("rng_state.pth", None, "it has no rng_state.pth"),
+        ("adapter_model.safetensors", None, "it has no adapter_model.safetensors"),
     ],
 )
 def test_the_newest_whole_checkpoint_is_taken(run, capsys, name, share, reason):
@@ -69,3 +81,90 @@ def test_no_whole_checkpoint_says_so(run):
         find_checkpoint(config(run, str(run / "checkpoint-3")), run)
     shutil.rmtree(run)
     assert newest_checkpoint(run) is None
+
+
+def test_a_checkpoint_of_several_processes_has_the_random_state_of_each(run):
+    newest = run / "checkpoint-12"
+    for rank in range(2):
+        shutil.copy(newest / "rng_state.pth", newest / f"rng_state_{rank}.pth")
+    (newest / "rng_state.pth").unlink()
+    cursor = Cursor(0, step=11).advanced(2, 6, 1, "abc")
+    edit(newest / "trainer_state.json", stateful_callbacks={CURSOR: cursor.to_dict()})
+    assert damage(newest) is None
+    (newest / "rng_state_1.pth").unlink()
+    assert damage(newest) == "it has no rng_state_1.pth"
+    edit(newest / "trainer_state.json", stateful_callbacks={CURSOR: {"epoch": 1}})
+    assert damage(newest) == "its trainer_state.json does not say what was trained"
+
+
+def test_every_shard_of_a_model_is_looked_at(run):
+    newest = run / "checkpoint-12"
+    edit(newest / "config.yaml", use_peft=False)
+    assert damage(newest) == "it has no model.safetensors"
+    shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    for name in shards:
+        save_file({name: torch.ones(64, 64)}, newest / name)
+    (newest / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {n: n for n in shards}}))
+    assert damage(newest) is None
+    whole = (newest / shards[1]).read_bytes()
+    (newest / shards[1]).write_bytes(whole[:-100])
+    assert damage(newest) == f"{shards[1]} is damaged"
+    (newest / shards[1]).unlink()
+    assert damage(newest) == f"it has no {shards[1]}"
+
+
+def test_an_optimiser_state_with_a_hole_is_damaged(run):
+    file = run / "checkpoint-12" / "optimizer.pt"
+    whole = file.read_bytes()
+    file.write_bytes(bytes(200) + whole[200:])
+    assert damage(run / "checkpoint-12") == "optimizer.pt is damaged"
+
+
+def test_fsdp_and_deepspeed_keep_theirs_in_folders(run):
+    newest = run / "checkpoint-12"
+    for name in ("optimizer.pt", "adapter_model.safetensors"):
+        (newest / name).unlink()
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        (newest / name).mkdir()
+        (newest / name / "__0_0.distcp").write_bytes(b"shard")
+    assert damage(newest) is None
+    (newest / "optimizer_0" / "__0_0.distcp").write_bytes(b"")
+    assert damage(newest) == "optimizer_0/__0_0.distcp is damaged"
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        shutil.rmtree(newest / name)
+    assert damage(newest) == "it has no adapter_model.safetensors"
+    (newest / "global_step12").mkdir()
+    (newest / "scheduler.pt").unlink()
+    assert damage(newest) is None
+
+
+def test_a_model_alone_cannot_be_resumed_from(run):
+    for checkpoint in run.glob("checkpoint-*[0-9]"):
+        edit(checkpoint / "config.yaml", save_only_model=True)
+    with pytest.raises(AlroFastError, match=r"\(checkpoint-12: it holds the model alone, as --save_only_model true"):
+        find_checkpoint(config(run), run)
+    with pytest.raises(AlroFastError, match=r"cannot be resumed from: it holds the model alone"):
+        find_checkpoint(config(run, str(run / "checkpoint-12")), run)
+
+
+def test_auto_goes_on_where_it_can(run, tmp_path_factory):
+    def settled(folder):
+        asked = config(folder, "auto")
+        settle_auto(asked, folder)
+        return asked.training.resume_from_checkpoint, asked.training.overwrite_output_dir
+
+    assert settled(run) == (True, False)
+    assert settled(tmp_path_factory.mktemp("new")) == (None, False)
+    for checkpoint in run.glob("checkpoint-*[0-9]"):
+        (checkpoint / "trainer_state.json").unlink()
+    assert settled(run) == (None, True)  # it broke off before it had saved anything
+    save_file({"weight": torch.ones(1)}, run / "adapter_model.safetensors")
+    assert settled(run) == (None, False)  # finished: never replaced unasked
+
+
+def test_an_emptied_config_locks_no_checkpoint_out(run):
+    (run / "config.yaml").write_text("")
+    with pytest.raises(AlroFastError, match="holds something else than a run of alro_fast"):
+        claim_folder(config(run))
+    edit(run / "checkpoint-4" / "config.yaml", alro_fast_version="0.1.0")
+    assert claim_folder(config(run)) == run

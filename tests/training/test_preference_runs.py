@@ -11,7 +11,7 @@ import sys
 import pytest
 import yaml
 from places import ROOT
-from tiny import byte_tokenizer, refused, tiny_llama
+from tiny import refused, save_base
 
 from alro_fast import train
 from alro_fast.data.preferences import read_preferences
@@ -26,10 +26,8 @@ from alro_fast.prompts.preference import PreferencePrompts
 def folder(tmp_path_factory):
     """A base model, and preference files of two domains."""
     folder = tmp_path_factory.mktemp("runs")
-    tokenizer = byte_tokenizer()
     small = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    tiny_llama(len(tokenizer), **small).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    save_base(folder / "base", **small)
     for name in ("movies", "games"):
         rows = [{"prompt": f"{name} {u}:", "chosen": f" N{u}", "rejected": [f" E{u}", f" G{u}"]} for u in range(4)]
         (folder / f"{name}.json").write_text(json.dumps(rows))
@@ -42,6 +40,8 @@ def options(folder, output, *more):
         "--output_dir": folder / output, "--tokens_per_batch": 40, "--max_steps": 2, "--lora_r": 2, "--use_cpu": True,
         "--disable_tqdm": True, "--save_strategy": "no",
     }  # fmt: skip
+    if "--use_peft" in more:  # false, wherever it is given here
+        del words["--lora_r"]
     return [str(word) for pair in words.items() for word in pair] + [str(word) for word in more]
 
 
@@ -159,7 +159,7 @@ def test_finished_stages_are_resumed_with_their_own_options_and_data(folder, tmp
         ({}, ["--dpo_beta", "0"], "--dpo_beta is 0; expected more than 0"),
         ({}, ["--dpo_beta", "nan"], "--dpo_beta is nan"),
         ({}, ["--ftx", "-1"], "--ftx is -1"),
-        ({}, ["--ref_log_probs", "kept.safetensors"], "add it"),
+        ({}, ["--ref_log_probs", "kept.safetensors"], "is read with --precompute_ref_log_probs true"),
         ({}, ["--init_adapter", "anywhere", "--use_peft", "false"], "leave one of them out"),
     ],
 )

@@ -19,7 +19,7 @@ import yaml
 from peft import PeftModel
 from places import ROOT
 from safetensors.torch import load_file
-from tiny import byte_tokenizer, catalogue, random_lists, refused, tiny_llama
+from tiny import catalogue, random_lists, refused, save_base
 
 from alro_fast import cli, train
 from alro_fast.data.lists import write_prepared
@@ -30,9 +30,7 @@ from alro_fast.ranking.ranker import Ranker
 def folder(tmp_path_factory):
     """A base model, prepared lists, and one finished run over them."""
     folder = tmp_path_factory.mktemp("train")
-    tokenizer = byte_tokenizer()
-    tiny_llama(len(tokenizer)).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    save_base(folder / "base")
     lists = random_lists(24, range(3, 6), seed=3, history=3, items=40)
     splits = {"train": lists[:12], "valid": lists[12:16], "test": lists[16:]}
     write_prepared(folder / "data", catalogue(40), splits, {"dataset": "made", "tie_rule": "none needed"})
@@ -46,6 +44,8 @@ def options(folder, output, *more):
         "--tokens_per_batch": 1200, "--num_train_epochs": 3, "--learning_rate": 0.01, "--lora_r": 4, "--save_steps": 4,
         "--eval_strategy": "epoch", "--use_cpu": True, "--disable_tqdm": True, "--logging_steps": 1,
     }  # fmt: skip
+    if "--use_peft" in more:  # false, wherever it is given here
+        del words["--lora_r"]
     return [str(word) for pair in words.items() for word in pair] + [str(word) for word in more]
 
 
@@ -235,8 +235,8 @@ def test_unrated_candidates_have_no_grade_to_learn(folder):
         (["--max_train_lists", "0"], "--max_train_lists is 0; expected at least 1"),
         (["--num_train_epochs", "-1"], "--num_train_epochs is -1"),
         (["--eval_tokens_per_batch", "50"], "more than --eval_tokens_per_batch 50"),
-        (["--raw_dir", "."], "give one of the two"),
-        (["--answer", "ratings", "--score", "prob"], "--score_space candidates belong to --answer ranking"),
+        (["--raw_dir", "."], "--raw_dir is read when lists are prepared"),
+        (["--answer", "ratings", "--score", "prob"], "--score is read with --answer ranking"),
     ],
 )
 def test_mistakes_get_one_line_before_any_work(folder, more, said):
@@ -272,7 +272,7 @@ def test_full_fine_tuning_with_item_tokens_from_scratch(folder):
         "--model_name_or_path", "scratch", "--use_peft", "false", "--identifiers", "items", "--scratch_hidden_size", 32,
         "--scratch_layers", 1, "--scratch_vocab_size", 300, "--max_steps", 3,
     ]  # fmt: skip
-    train.main([*options(folder, "scratch"), *map(str, argv)])
+    train.main(options(folder, "scratch", *argv))
     assert (folder / "scratch" / "model.safetensors").is_file()
     ranker = Ranker.load(folder / "scratch", device="cpu")
     lists = random_lists(3, 4, items=40)

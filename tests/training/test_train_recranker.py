@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 import pytest
 from places import ROOT
-from tiny import byte_tokenizer, catalogue, tiny_llama
+from tiny import byte_tokenizer, catalogue, save_base, tiny_llama
 
 from alro_fast import evaluate, rank, train
 from alro_fast.data.lists import TARGET_SCHEMA, open_prepared, write_prepared
@@ -164,10 +164,8 @@ def test_evaluate_measures_every_task_and_the_generated_answers(run, capsys):
 @pytest.mark.parametrize("identifiers", ["letters", "titles"])
 def test_an_adapter_over_a_language_model(tmp_path, identifiers):
     """LoRA, letters or titles, and the untuned model beside it."""
-    tokenizer = byte_tokenizer()
     base = tmp_path / "base"
-    tiny_llama(len(tokenizer), max_position_embeddings=2048).save_pretrained(base)
-    tokenizer.save_pretrained(base)
+    save_base(base, max_position_embeddings=2048)
     lists = prepare(tmp_path / "lists", leak=0.5)
     train.main(
         f"--objective recranker --model_name_or_path {base} --template movies --identifiers {identifiers} "
@@ -226,7 +224,7 @@ def test_mistakes_before_any_work(tmp_path):
     for words, said in (
         ("", "holds no training list with a rated candidate"),
         ("--task_weights 1,1", "--task_weights '1,1': expected three numbers"),
-        ("--answer ratings", "--answer ratings has no meaning for --objective recranker"),
+        ("--answer ratings", "--answer has no meaning for --objective recranker"),
         ("--template film", "no prompt template 'film' for objective recranker: expected one of compact"),
         ("--points_per_list -1", "--points_per_list is -1"),
     ):

@@ -15,7 +15,7 @@ from alro_fast.modeling.lm_head import head_of
 from alro_fast.objectives.base import LossTerm, build_objective
 from alro_fast.options import ObjectiveArguments, RankerTrainingArguments
 from alro_fast.prompts import PromptBuilder
-from alro_fast.training.trainer import NonFiniteLoss, PlannedBatches, RankerTrainer, TreeDataset, build_batch
+from alro_fast.training.trainer import NonFiniteLoss, RankerTrainer, TreeDataset, build_batch
 
 TOKENIZER = byte_tokenizer()
 PROMPTS = PromptBuilder(TOKENIZER, "movies")
@@ -142,19 +142,6 @@ def test_presentations_depend_on_seed_epoch_and_list_alone():
     assert all(sorted(order) == list(range(len(order))) != order for order in orders)
 
 
-def test_processes_share_the_batches_out():
-    sizes = [50 + i for i in range(23)]
-    for world_size in (1, 2, 3):
-        shards = [PlannedBatches(sizes, 200, 5, rank, world_size) for rank in range(world_size)]
-        for shard in shards:
-            shard.set_epoch(4)
-        batches = [[batch for [(epoch, batch)] in shard if epoch == 4] for shard in shards]
-        assert {len(each) for each in batches} == {len(shards[0])}
-        assert sorted(i for each in batches for batch in each for i in batch) == list(range(23))
-    with pytest.raises(AlroFastError, match="cannot be shared out to 4 processes"):
-        PlannedBatches([10, 10, 10], 100, 0, 0, 4)
-
-
 def test_logs_parts_throughput_and_validation(tmp_path):
     trainer = make_trainer(tmp_path, eval_strategy="epoch", tokens_per_batch=1200)
     trainer.evaluate_ranking = lambda: {"ndcg@3": 0.5}
@@ -198,5 +185,5 @@ def test_sft_has_one_presentation_and_no_other_term(tmp_path):
 
 
 def test_an_unknown_objective_is_named():
-    with pytest.raises(AlroFastError, match="--objective 'alroo' is unknown; expected one of sft, alro"):
+    with pytest.raises(AlroFastError, match="--objective 'alroo' is unknown; expected one of alro, dmpo, re"):
         make_objective("alroo")

@@ -1,4 +1,7 @@
-"""Likes: what a first stage learns from, and the two liked items of each user that are held out (methods.md 3.3)."""
+"""Likes: what a first stage learns from, and the two liked items of each user that are held out.
+
+Which ones, and why: docs/first_stage.md, "What is held out".
+"""
 
 from __future__ import annotations
 

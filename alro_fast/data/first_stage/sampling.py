@@ -1,4 +1,6 @@
-"""Adaptive user sampling of RecRanker (arXiv 2312.16018; methods.md 3.2): importance, clusters, repetition penalty.
+"""Adaptive user sampling of RecRanker (arXiv 2312.16018): importance, clusters, repetition penalty.
+
+Used as docs/first_stage.md, "Training lists", says; with |U| users and n draws:
 
 importance : share * n draws with replacement, P(u) proportional to ln(likes of u)
 clusters   : k-means on user embeddings; cluster c gives round(share * n * |c| / |U|) users, uniform with replacement

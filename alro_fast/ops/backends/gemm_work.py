@@ -1,13 +1,17 @@
-"""Counting products between rows and vocabulary columns of the Triton backend, for tests and benchmarks."""
+"""Counts what the Triton backend multiplies: products between rows and vocabulary columns, by kind."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ...kernels.expected import ExpectedConfig
 
 
 class GemmWork:
@@ -40,10 +44,13 @@ def count_gemm_work() -> Iterator[GemmWork]:
 
 
 def count(kind: str, rows: int | Tensor | tuple[int, Tensor, Tensor], columns: int) -> None:
-    """Notes rows x columns products; rows: how many, or all rows and the two sides of their pairs."""
+    """Adds `rows` x `columns` products of a kind; rows (n, first, second): every pair's two rows, and those in no pair.
+
+    first, second: int64 [P] on the device, negative where there is no pair. Free where nobody counts.
+    """
     if _work is None:
         return
-    if isinstance(rows, tuple):  # paired statistics: rows of every pair, and the rows in none
+    if isinstance(rows, tuple):
         total, first, second = rows
         held = (first >= 0) & (second >= 0)
         alone = torch.ones(total, dtype=torch.bool, device=first.device)
@@ -53,8 +60,8 @@ def count(kind: str, rows: int | Tensor | tuple[int, Tensor, Tensor], columns: i
     _work._products.setdefault(kind, []).append(rows * columns)
 
 
-def count_kept(kind: str, kept_count: Tensor, rows: int, columns: int, config) -> None:
-    """Whole kept tiles, clipped at the edges of rows and vocabulary by their share of it."""
+def count_kept(kind: str, kept_count: Tensor, rows: int, columns: int, config: ExpectedConfig) -> None:
+    """Adds the products of the tiles each block of rows kept, clipped at the edges of rows and vocabulary."""
     if _work is None:
         return
     block_rows = torch.full_like(kept_count, config.block_m)

@@ -29,8 +29,9 @@ from torch import Tensor
 
 from ...kernels import configs, expected, gather, row_kernel, vocab_stats
 from ...kernels import listwise as listwise_kernel
+from . import gemm_work
 from .eager import Listwise, PairedVocabPass, VocabPass
-from .gemm_work import count, count_kept
+from .gemm_work import count_gemm_work as count_gemm_work
 from .serves import Serves
 
 log = logging.getLogger(__name__)
@@ -210,14 +211,14 @@ def _fused(hidden, weight, bias, softcap, scale, first, second, entropy, want_ex
         hidden, weight, bias, softcap, scale, first, second, entropy=entropy, tile_stats=want_expected,
         single=config.single, paired=config.paired,
     )  # fmt: skip
-    count("logits", rows if pair_count == 0 else (rows, first, second), weight.shape[0])
+    gemm_work.count("logits", rows if pair_count == 0 else (rows, first, second), weight.shape[0])
     embedding = None
     if want_expected:
         embedding, kept = expected.expected(
             hidden, weight, bias, softcap, scale, stats.lse, stats.row_max, stats.tile_lse, mass_bound, config.expected
         )
         for kind in ("logits again", "embedding"):
-            count_kept(kind, kept, rows, weight.shape[0], config.expected)
+            gemm_work.count_kept(kind, kept, rows, weight.shape[0], config.expected)
     return PairedVocabPass(stats.lse, embedding, stats.cross, None, None)
 
 
@@ -225,6 +226,12 @@ def _tiled(
     hidden, weight, bias, softcap, scale, first, second, entropy, want_expected, want_mixed, want_spread, mass_bound,
     config,
 ):  # fmt: skip
+    """The tiled engine: one buffer of [N, T] products that every tile of the vocabulary goes through in turn.
+
+    A tile takes three steps: its products (GEMM); the row kernel, which turns them into p~ = exp(z - row maximum so
+    far) and carries the statistics along; p~ @ W, added to the sums. What was summed under an older maximum is rescaled
+    by the row kernel where the maximum moves; dividing by the final sum comes last.
+    """
     rows, size_h = hidden.shape
     size_v = weight.shape[0]
     pair_count = None if first is None else len(first)
@@ -235,11 +242,13 @@ def _tiled(
         spread=want_spread,
     )  # fmt: skip
     columns = min(config.columns, triton.next_power_of_2(size_v))
+    # p~ takes the bytes of the products it came from, but for pairs: their first row reads the second's products, which
+    # another program would have overwritten.
     products, p = _tile_buffers(hidden, columns, shared=pairs is None)
     mixed_out, spread_out = (
         hidden.new_zeros(pair_count, columns) if wanted else None for wanted in (want_mixed, want_spread)
     )
-    sub = config.expected.block_v
+    sub = config.expected.block_v  # skipping drops columns by this many, the width of a tile of `expected`'s kernels
     probe = floor = tile_lse = selection = None
     if skipping:
         tile_lse = running.row_max.new_empty(rows, triton.cdiv(columns, sub))
@@ -251,10 +260,10 @@ def _tiled(
     for start, stop in _tiles(size_v, columns) if rows else ():
         width = stop - start
         tile, w = products[:, :width], weight[start:stop]
-        if probe is not None:
+        if probe is not None:  # the products of the first rows are known from the search for heavy columns
             tile[:known] = probe[:, start:stop]
         _product(hidden[known:], w.T, tile[known:])
-        count("logits", rows - known, width)
+        gemm_work.count("logits", rows - known, width)
         parts = triton.cdiv(width, sub)
         row_kernel.advance(
             tile, p[:, :width] if want_expected else None, running, bias, softcap, scale, start, pairs=pairs,
@@ -267,20 +276,21 @@ def _tiled(
                 first_tile=start // sub, all_tiles=triton.cdiv(size_v, sub),
             )  # fmt: skip
             expected.accumulate(p[:, :width], w, selection, running.sums, config.expected, packed=False)
-            count_kept("embedding", selection.kept_count, rows, width, config.expected)
+            gemm_work.count_kept("embedding", selection.kept_count, rows, width, config.expected)
         elif want_expected:
             _add_product(p[:, :width], w, running.sums)
-            count("embedding", rows, width)
+            gemm_work.count("embedding", rows, width)
         for out, sums in ((mixed_out, running.mixed), (spread_out, running.spread)):
             if out is not None:
                 _add_product(out[:, :width], w, sums)
-                count("pairs", pair_count, width)
+                gemm_work.count("pairs", pair_count, width)
 
+    # Sums are of p~ and unscaled columns: U = scale * sum / row_sum; a pair's by its first row, the teacher.
     factor = scale / running.row_sum
     if want_expected:
         running.sums.mul_(factor[:, None])
     if pairs is not None:
-        row = first.clamp(min=0)
+        row = first.clamp(min=0)  # a pad's sums are zeros, whatever they are divided by
         running.cross.div_(running.row_sum[row])
         for sums in (running.mixed, running.spread):
             if sums is not None:
@@ -332,12 +342,12 @@ def _floor(hidden, weight, bias, softcap, scale, probe_rows: int, columns: int) 
     probe = hidden.new_empty(probe_rows, size_v, dtype=torch.float32)
     for start, stop in _tiles(size_v, columns):
         _product(hidden[:probe_rows], weight[start:stop].T, probe[:, start:stop])
-    count("logits", probe_rows, size_v)
+    gemm_work.count("logits", probe_rows, size_v)
     heavy = torch.softmax(_to_logits(probe, bias, softcap, scale), dim=1).amax(dim=0)
     hot = heavy.topk(min(HOT_COLUMNS, max(size_v // 256, 1))).indices
     few = hidden.new_empty(len(hidden), len(hot), dtype=torch.float32)
     _product(hidden, weight[hot].T, few)
-    count("heavy columns", len(hidden), len(hot))
+    gemm_work.count("heavy columns", len(hidden), len(hot))
     few = _to_logits(few, None if bias is None else bias[hot], softcap, scale)
     return probe, torch.logsumexp(few, dim=1)
 

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,10 +24,11 @@ from ...errors import AlroFastError
 from ..encoding import Encoder, Pieces, line_start
 from ..identifiers import LETTERS, Answers, item_labels, labels_in_context, prove_answers
 from ..line import clean, marker_pattern
+from ..saved import SavedPrompts
 from ..template import placeholders
 from ..turns import find_turns
 from .sentence import Sentence
-from .task_template import TaskTemplate, load_task_template
+from .task_template import TaskTemplate, load_task_template, parse_task_template
 
 IDENTIFIERS = ("letters", "items", "titles")
 TOP = 5  # candidates that a listwise answer names
@@ -70,7 +71,7 @@ class TaskPrompts(NamedTuple):
     dropped_history: int  # oldest history items left out to keep within max_length
 
 
-class RecRankerPrompts:
+class RecRankerPrompts(SavedPrompts):
     """Writes the prompts of the three tasks for one tokenizer and template.
 
     Args:
@@ -87,6 +88,9 @@ class RecRankerPrompts:
         AlroFastError: no such template or a mistake in it, or a tokenizer whose grades, Yes and No, or identifiers are
             not one distinct token each in their place.
     """
+
+    FILE = "recranker.json"
+    read_template = staticmethod(parse_task_template)
 
     def __init__(
         self,
@@ -326,8 +330,13 @@ class RecRankerPrompts:
                         f"{self._encoder.name!r} has item tokens for 0 to {len(self._item_ids) - 1}"
                     )
 
-    def record(self) -> dict:
-        """What the prompts depend on besides the template's text (see prompts/saved.py), in JSON's types."""
+    @staticmethod
+    def options_of(record: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of the prompts that `record` is of."""
+        return dict(record["options"])
+
+    def record(self) -> dict[str, Any]:
+        """What recranker.json holds: options, and the tokens that came of them."""
         names = ("identifiers", "max_length", "like", "dislike", "rated_items", "liked_items", "disliked_items")
         return {
             "template": self.template.name,

@@ -1,0 +1,191 @@
+"""Which lists are trained when: the batches of every epoch, shared out to processes, and the place a run is at."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from ..errors import AlroFastError
+from ..modeling.packing import EpochPlans, halve, plan_batches
+
+CURSOR = "cursor"  # its entry among the stateful_callbacks of trainer_state.json
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """The place a run has reached, in lists: what of which epoch has been trained, by however many processes.
+
+    A run that goes on drops what was trained from the epoch's plan, `trained` one after the other, and shares out the
+    rest. So every list of the epoch is trained once, wherever a run stops and with as many processes as it goes on.
+
+    Attributes:
+        epoch: counted from 0.
+        trained: (processes, batches of all of them) of every run that trained a part of this epoch, in turn.
+        step: optimiser steps of the whole run.
+        accumulation: batches per process and optimiser step of the latest run.
+        plan: `PlannedBatches.fingerprint` of the plans that `trained` counts batches of.
+        old: (processes, share) of a checkpoint of version 0.1.0, which recorded no cursor: the share of the epoch that
+            was trained, by its own plan. Its epochs differed in their number of batches.
+    """
+
+    epoch: int = 0
+    trained: tuple[tuple[int, int], ...] = ()
+    step: int = 0
+    accumulation: int | None = None
+    plan: str | None = None
+    old: tuple[int, float] | None = None
+
+    @classmethod
+    def of(cls, checkpoint: str | Path) -> Cursor:
+        """The cursor of a checkpoint."""
+        folder = Path(checkpoint)
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        recorded = state.get("stateful_callbacks", {}).get(CURSOR)
+        if recorded is not None:
+            trained, old = tuple(map(tuple, recorded["trained"])), recorded["old"]
+            return cls(**recorded | {"trained": trained, "old": old and tuple(old)})
+        share, epoch = math.modf(state["epoch"])
+        processes = len(list(folder.glob("rng_state_*.pth"))) or 1
+        return cls(int(epoch), step=state["global_step"], old=(processes, share) if share else None)
+
+    @property
+    def processes(self) -> int | None:
+        """How many trained last, where that is known."""
+        return self.trained[-1][0] if self.trained else self.old[0] if self.old else None
+
+    def advanced(self, processes: int, batches: int, accumulation: int, plan: str) -> Cursor:
+        """One optimiser step further, in which `processes` trained `batches` together."""
+        trained = list(self.trained)
+        if trained and trained[-1][0] == processes:
+            batches += trained.pop()[1]
+        trained.append((processes, batches))
+        return dataclasses.replace(
+            self, trained=tuple(trained), step=self.step + 1, accumulation=accumulation, plan=plan
+        )
+
+    def next_epoch(self) -> Cursor:
+        """The beginning of the epoch after this one."""
+        return dataclasses.replace(self, epoch=self.epoch + 1, trained=(), old=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class PlannedBatches(Sampler):
+    """Batches of lists under a token budget, for one process of many; their order is a function of (seed, epoch).
+
+    Every epoch has as many batches as any other. Batch b of what is left of an epoch goes to process b % world_size, so
+    that the same number of batches is the same optimiser step with any number of processes.
+
+    Args:
+        sizes: distinct tokens of each list.
+        token_budget: tokens a batch may hold.
+        seed: None for one order that all epochs share.
+        rank, world_size: this process, and how many there are.
+        start: where a resumed run goes on.
+
+    Raises:
+        AlroFastError: `start` counts batches of another plan.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        token_budget: int,
+        seed: int | None,
+        rank: int = 0,
+        world_size: int = 1,
+        start: Cursor | None = None,
+    ) -> None:
+        self.sizes, self.token_budget, self.seed = list(sizes), token_budget, seed
+        self.rank, self.world_size, self.epoch = rank, world_size, 0
+        self.plans = EpochPlans(self.sizes, token_budget, seed)
+        given = np.asarray([token_budget, -1 if seed is None else seed, self.plans.num_batches, *self.sizes], np.int64)
+        self.fingerprint = hashlib.sha256(given.tobytes()).hexdigest()[:16]
+        self.start, self.done = Cursor(), 0  # `done`: batches of its epoch that were trained before it
+        self._last: tuple[int, list[list[int]]] | None = None
+        if start is not None:
+            self._go_on(start)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches of this process in an epoch."""
+        return -(-self.plans.num_batches // self.world_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, list[int]]]]:
+        for batch in self.left(self.epoch)[self.rank :: self.world_size]:
+            yield [(self.epoch, batch)]
+
+    def left(self, epoch: int) -> list[list[int]]:
+        """What is left of an epoch, for all processes; an empty batch is one that a process has nothing for."""
+        if self._last is None or self._last[0] != epoch:
+            plan = self._untrained(self.start) if epoch == self.start.epoch else self.plans(epoch)
+            self._last = epoch, share_out(plan, self.world_size)
+        return self._last[1]
+
+    def rounds_left(self, epoch: int) -> int:
+        """What is left of an epoch, in batches per process."""
+        return len(self.left(epoch)) // self.world_size
+
+    def _go_on(self, start: Cursor) -> None:
+        """Begin at `start`, or with the epoch after it where nothing is left of its own."""
+        if start.trained and start.plan != self.fingerprint:
+            raise AlroFastError(
+                "--resume_from_checkpoint: the checkpoint counts batches of other prompts or of another packing than "
+                "this version makes; go on with the version that wrote it, or start in another --output_dir"
+            )
+        if not self._untrained(start):
+            self.start = start.next_epoch()
+            return
+        self.start, self.done = start, sum(batches for _, batches in start.trained)
+        if start.old is not None:
+            self.done += len(self._old_plan(start.epoch, start.old[0])) - len(self._untrained_by_old_plan(start))
+
+    def _untrained(self, start: Cursor) -> list[list[int]]:
+        plan = self.plans(start.epoch) if start.old is None else self._untrained_by_old_plan(start)
+        for processes, batches in start.trained:
+            plan = share_out(plan, processes)[batches:]
+        return plan
+
+    def _untrained_by_old_plan(self, start: Cursor) -> list[list[int]]:
+        """What version 0.1.0 left of an epoch; its share is of as many batches as its first epoch had."""
+        processes, share = start.old
+        steps = round(share * (len(self._old_plan(0, processes)) // processes))
+        return self._old_plan(start.epoch, processes)[steps * processes :]
+
+    def _old_plan(self, epoch: int, world_size: int) -> list[list[int]]:
+        """An epoch as version 0.1.0 shared it out: the batch of most lists is halved, wherever it stands."""
+        plan = plan_batches(self.sizes, self.token_budget, self.seed + epoch)
+        while len(plan) % world_size:
+            halve(plan, max(range(len(plan)), key=lambda b: len(plan[b])))
+        return plan
+
+
+def share_out(plan: Sequence[list[int]], world_size: int) -> list[list[int]]:
+    """A plan of as many batches for every process.
+
+    Batches of the last round, which is short of some, are halved, those of most lists first; where each is a single
+    list, processes get an empty batch. Every round but the last is as it was, and the last holds the same lists, so an
+    optimiser step of the same number of batches is the same with any number of processes.
+    """
+    plan = [batch for batch in plan if batch]
+    whole = len(plan) - len(plan) % world_size
+    rounds, last = plan[:whole], plan[whole:]
+    while 0 < len(last) < world_size:
+        largest = max(range(len(last)), key=lambda b: len(last[b]))
+        if len(last[largest]) > 1:
+            halve(last, largest)
+        else:
+            last.append([])
+    return rounds + last

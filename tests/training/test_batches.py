@@ -1,0 +1,150 @@
+"""Every list once an epoch, in as many batches every epoch, wherever a run stops and whoever goes on with it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alro_fast.errors import AlroFastError
+from alro_fast.modeling.packing import EpochPlans, plan_batches
+from alro_fast.training.batches import CURSOR, Cursor, PlannedBatches, share_out
+
+BUDGET = 50
+
+
+def shards(sizes, world_size, seed=5, start=None, budget=BUDGET):
+    return [PlannedBatches(sizes, budget, seed, rank, world_size, start) for rank in range(world_size)]
+
+
+def trained(shard, epoch):
+    """The batches of one process in an epoch."""
+    shard.set_epoch(epoch)
+    return [batch for [(of, batch)] in shard if of == epoch]
+
+
+def lists_of(batches):
+    return [i for batch in batches for i in batch]
+
+
+sizes_of_lists = st.lists(st.integers(1, BUDGET), min_size=1, max_size=80)
+
+
+@given(sizes_of_lists, st.integers(1, 5), st.integers(0, 20), st.sampled_from([None, 0, 7]))
+@settings(max_examples=200, deadline=None)
+def test_every_epoch_trains_every_list_once_in_as_many_batches(sizes, world_size, epoch, seed):
+    processes = shards(sizes, world_size, seed)
+    batches = [trained(shard, epoch) for shard in processes]
+    assert {len(each) for each in batches} == {len(processes[0])}
+    assert sorted(lists_of(lists_of(batches))) == list(range(len(sizes)))
+    assert all(sum(sizes[i] for i in batch) <= BUDGET for each in batches for batch in each)
+    assert all(batch for each in batches for batch in each[:-1])  # a process has nothing in the last round at most
+    assert all(each[-1] for each in batches) or max(map(len, lists_of([each[-1:] for each in batches]))) == 1
+
+
+@given(
+    sizes_of_lists, st.integers(0, 3),
+    st.lists(st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(0, 8)), min_size=1, max_size=4),
+)  # fmt: skip
+@settings(max_examples=200, deadline=None)
+def test_a_run_goes_on_anywhere_with_any_number_of_processes(sizes, epoch, runs):
+    """Runs of so many processes, batches per step, and steps until they are stopped; the last one is let finish."""
+    cursor, seen = Cursor(epoch), []
+    for world_size, accumulation, steps in [*runs, (2, 1, 1000)]:
+        processes = shards(sizes, world_size, start=cursor)
+        if processes[0].start.epoch > epoch:
+            break
+        batches = [trained(shard, epoch) for shard in processes]
+        assert len({len(each) for each in batches}) == 1
+        for _ in range(steps):
+            now = [batch for each in batches for batch in each[:accumulation]]
+            batches = [each[accumulation:] for each in batches]
+            seen += lists_of(now)
+            if now:
+                cursor = cursor.advanced(world_size, len(now), accumulation, processes[0].fingerprint)
+    assert sorted(seen) == list(range(len(sizes)))
+    assert PlannedBatches(sizes, BUDGET, 5, start=cursor).start == cursor.next_epoch()
+
+
+@pytest.mark.parametrize("count", [100, 900, 3000])
+def test_plans_of_epochs_differ_in_neighbours_and_are_as_full(count):
+    sizes = np.random.default_rng(1).integers(300, 900, size=count).tolist()
+    plans = EpochPlans(sizes, 4096, 3)
+    epochs = [plans(epoch) for epoch in range(8)]
+    assert {len(plan) for plan in epochs} == {plans.num_batches}
+    alone = [len(plan_batches(sizes, 4096, 3 + epoch)) for epoch in range(8)]
+    assert len(set(alone)) > 1 or count == 100
+    assert plans.num_batches <= 1.01 * np.mean(alone)
+    assert epochs[0] == plan_batches(sizes, 4096, 3)
+    neighbours = [{frozenset(batch) for batch in plan} for plan in epochs]
+    assert all(len(a & b) < 0.2 * len(a) for a, b in itertools.pairwise(neighbours))
+
+
+def test_a_step_is_the_same_with_any_number_of_processes():
+    """Steps of 12 batches, whether of one process or of six."""
+    sizes = np.random.default_rng(2).integers(5, 20, size=300).tolist()
+    plans = [share_out(EpochPlans(sizes, 50, 0)(2), world_size) for world_size in (1, 2, 3, 6)]
+    assert len(plans[0]) % 6
+    steps = [[sorted(lists_of(plan[i : i + 12])) for i in range(0, len(plan), 12)] for plan in plans]
+    assert steps[0] == steps[1] == steps[2] == steps[3]
+
+
+def test_the_last_round_is_halved_and_then_left_empty():
+    assert share_out([[0, 1], [2, 3, 4, 5], [6, 7]], 2) == [[0, 1], [2, 3, 4, 5], [6], [7]]
+    assert share_out([[0, 1, 2]], 4) == [[0], [1], [2], []]
+    assert share_out([[0], [], [1]], 1) == [[0], [1]]
+
+
+def test_batches_of_another_plan_are_refused():
+    cursor = Cursor().advanced(1, 3, 1, PlannedBatches([20, 30, 40, 50], BUDGET, 5).fingerprint)
+    for sizes, budget, seed in (
+        ([20, 30, 40, 49], BUDGET, 5),
+        ([20, 30, 40, 50], 60, 5),
+        ([20, 30, 40, 50], BUDGET, 6),
+    ):
+        with pytest.raises(AlroFastError, match="counts batches of other prompts or of another packing"):
+            PlannedBatches(sizes, budget, seed, start=cursor)
+        assert PlannedBatches(sizes, budget, seed, start=cursor.next_epoch()).start.epoch == 1
+
+
+def state_of(folder, epoch, processes, **more):
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text(json.dumps({"epoch": epoch, "global_step": 9, **more}))
+    for rank in range(processes):
+        (folder / (f"rng_state_{rank}.pth" if processes > 1 else "rng_state.pth")).touch()
+    return Cursor.of(folder)
+
+
+def test_the_cursor_is_read_back(tmp_path):
+    cursor = Cursor(2, step=9).advanced(2, 6, 3, "abc").advanced(1, 3, 3, "abc").advanced(1, 3, 3, "abc")
+    written = json.loads(json.dumps(cursor.to_dict()))
+    assert state_of(tmp_path / "new", 2.5, 1, stateful_callbacks={CURSOR: written}) == cursor
+    assert cursor.trained == ((2, 6), (1, 6))
+    assert (cursor.step, cursor.processes) == (12, 1)
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("epoch", [0, 1, 4])
+def test_checkpoints_without_a_cursor_go_on_in_their_own_plan(tmp_path, processes, epoch):
+    """Version 0.1.0 trained the first batches of a plan with its own number of them; what is left is trained once."""
+    sizes = np.random.default_rng(1).integers(300, 900, size=400).tolist()
+
+    def old(epoch):
+        plan = plan_batches(sizes, 4096, 5 + epoch)
+        while len(plan) % processes:
+            largest = max(range(len(plan)), key=lambda b: len(plan[b]))
+            half = len(plan[largest]) // 2
+            plan[largest : largest + 1] = [plan[largest][:half], plan[largest][half:]]
+        return plan
+
+    length = len(old(0)) // processes
+    before = lists_of(old(epoch)[: 7 * processes])
+    cursor = state_of(tmp_path / "old", epoch + 7 / length, processes)
+    shard = PlannedBatches(sizes, 4096, 5, start=cursor)
+    assert shard.done == 7 * processes
+    assert sorted(before + lists_of(trained(shard, epoch))) == list(range(400))
+    assert state_of(tmp_path / "boundary", float(epoch), processes) == Cursor(epoch, step=9)
