@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ..data.seeds import generator
 from ..modeling.packing import Branch, Tree
 from ..prompts.recranker import Ask, TaskPrompts
 from .hybrid import HYBRIDS, constants_of, pairs_of, utilities, win_shares
-from .orders import Ranking, generator_of, make_ranking, slide
+from .orders import Ranking, make_ranking, slide
 
 if TYPE_CHECKING:
     from ..data.records import RankingList
@@ -73,7 +74,7 @@ def read_tasks(
     asks, pairs = [], []
     for entry, shown in zip(lists, presented, strict=True):
         m = len(entry.candidates)
-        drawn = [pairs_of(m, pairing, generator_of(entry, seed, b)) for b in range(len(shown))]
+        drawn = [pairs_of(m, pairing, generator(seed, b, name=entry.list_id)) for b in range(len(shown))]
         pairs.append(drawn)
         asks.append(
             Ask(
