@@ -14,9 +14,10 @@ from alro_fast import prepare
 from alro_fast.data import signals as module
 from alro_fast.data.lists import SIGNAL_COLUMNS, open_prepared, write_prepared
 from alro_fast.data.records import Signal
+from alro_fast.data.seeds import hash_ids, splitmix64
 from alro_fast.data.signal_table import SIGNALS, bucket
 from alro_fast.data.signals import AVERAGE_PRIOR, ItemSide, SignalOptions, add_signals, item_attributes
-from alro_fast.data.windows import ListOptions, build_lists, hash_ids, splitmix64
+from alro_fast.data.windows import ListOptions, build_lists
 from alro_fast.errors import AlroFastError
 from alro_fast.evaluation import metrics
 
