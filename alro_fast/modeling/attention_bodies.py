@@ -83,7 +83,7 @@ def _masks(layout: Segments, window: int | None, like: Tensor, answers: bool) ->
             longest = max(span.end - span.start for span in layout.spans)
             raise AlroFastError(
                 f"a batch with masks of {cells:,} entries ({longest:,} rows in its longest tree) is over "
-                f"the {MOST_MASKED:,} that attention by masks serves (float32 on CUDA, soft-capped scores, sliding windows "
+                f"the {MOST_MASKED:,} that attention by masks serves (float32 on CUDA, soft-capped scores, windows "
                 "on the CPU): lower --max_length or --tokens_per_batch, or use --bf16 true on a GPU"
             )
         masks = []
