@@ -184,8 +184,9 @@ class Ranker:
     def _read_tasks(
         self, lists: list[RankingList], presented: list[np.ndarray], how: RankingOptions
     ) -> list[np.ndarray]:
-        asked = {"pairing": how.pairing, "seed": how.seed}
-        readings = read_tasks(self.reader, self.prompts, lists, presented, how.method, **asked)
+        readings = read_tasks(
+            self.reader, self.prompts, lists, presented, how.method, pairing=how.pairing, seed=how.seed
+        )
         for entry, reading in zip(lists, readings, strict=True):
             for values in filter(lambda part: part is not None, reading):
                 check_finite(entry, values)
