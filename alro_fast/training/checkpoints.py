@@ -102,8 +102,8 @@ def damage(checkpoint: Path) -> str | None:
 def check_same_options(checkpoint: Path, config: Config) -> None:
     """AlroFastError when a checkpoint was trained with other options than those at hand.
 
-    Compared is what the run at hand reads: a version before recorded all options of all objectives. What a file does not
-    record was at its default, or there was no such option yet.
+    Compared is what the run at hand reads; a version before recorded all options of all objectives. What a file does
+    not record was at its default, or there was no such option yet.
     """
     before, now = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8")), config.to_dict()
     options = config.flat()
