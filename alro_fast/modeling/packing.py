@@ -258,6 +258,14 @@ def halve(batches: list[list[int]], place: int) -> None:
     batches[place : place + 1] = [batches[place][:middle], batches[place][middle:]]
 
 
+def plan_forwards(sizes: Sequence[int], token_budget: int) -> list[list[int]]:
+    """`plan_batches` where a tree larger than the budget is no error, but a batch of its own. 0: every tree is."""
+    fitting = [i for i, size in enumerate(sizes) if size <= token_budget]
+    plan = plan_batches([sizes[i] for i in fitting], token_budget) if fitting else []
+    alone = [[i] for i, size in enumerate(sizes) if size > token_budget]
+    return sorted([[fitting[i] for i in batch] for batch in plan] + alone)
+
+
 def collate(trees: Sequence[Tree], indices: Sequence[int]) -> PackedBatch:
     """Lay `trees[i] for i in indices` side by side in one stream."""
     if not len(indices):

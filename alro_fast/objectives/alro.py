@@ -150,7 +150,6 @@ ALRO = Description(
     answers=("ranking", "ratings"),
     reads={
         "answer": ALWAYS,
-        "baselines": ALWAYS,
         "alpha": ALWAYS,
         "beta": TWINS,
         "gamma": IN_ORDER,

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ..prompts.recranker import RecRankerPrompts
 
 ALWAYS = None  # an option that an objective reads under any circumstance
+OF_THE_TABLE = ("baselines",)  # options of the rankings' table at the end, which every objective that ranks lists reads
 LEARNED = {  # what a model may have learned to answer -> in words
     "ranking": "the identifiers of all candidates in order",
     "identifiers": "the identifier of one candidate",
@@ -82,8 +83,9 @@ class Description:
     instead: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        own = fields(self.options) if self.options else ()
-        object.__setattr__(self, "reads", {entry.name: ALWAYS for entry in own} | dict(self.reads))
+        own = [entry.name for entry in fields(self.options)] if self.options else []
+        own += OF_THE_TABLE if self.ranks_lists else ()
+        object.__setattr__(self, "reads", dict.fromkeys(own, ALWAYS) | dict(self.reads))
 
     @property
     def title(self) -> str:

@@ -79,7 +79,7 @@ SFT = Description(
     run="lists",
     prompts=PromptBuilder,
     answers=("ranking", "ratings"),
-    reads={"answer": ALWAYS, "baselines": ALWAYS},
+    reads={"answer": ALWAYS},
     logs={"sft": "cross-entropy"},
     learns=answer_form,
 )

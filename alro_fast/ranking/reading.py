@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import AlroFastError
 from ..modeling.attention import tree_hidden_states
 from ..modeling.lm_head import head_of
-from ..modeling.packing import Tree, collate, plan_batches
+from ..modeling.packing import Tree, collate, plan_forwards
 from .decoding import token_logits
 
 if TYPE_CHECKING:
@@ -48,10 +48,7 @@ class BranchReader:
         """
         firsts = np.cumsum([0, *(sum(len(tree.ids) for tree in group) for group in groups)])
         sizes = [sum(tree.num_tokens for tree in group) for group in groups]
-        if self.token_budget:
-            plan = plan_batches(sizes, max(self.token_budget, *sizes)) if sizes else []
-        else:
-            plan = [[index] for index in range(len(groups))]
+        plan = plan_forwards(sizes, self.token_budget)
         found: list[np.ndarray | None] = [None] * len(tokens)
         head = head_of(self.model)
         for indices in plan:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import AlroFastError
 from .batches import Cursor
-from .config import RECORDED
+from .config import RECORDED, defaults
 from .unread import unread
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin"), (
 RESUMABLE = {  # options that may differ between a checkpoint and the run that resumes it
     "output_dir", "dry_run", "overwrite_output_dir", "report_to", "disable_tqdm", "logging_steps", "save_total_limit",
     "resume_from_checkpoint", "data_dir", "raw_dir", "save_steps", "save_strategy", "max_test_lists",
-    "logging_nan_inf_filter", "gradient_accumulation_steps",
+    "baselines", "logging_nan_inf_filter", "gradient_accumulation_steps",
 }  # fmt: skip
 
 
@@ -100,15 +100,20 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def check_same_options(checkpoint: Path, config: Config) -> None:
-    """AlroFastError when a checkpoint was trained with other options than those at hand."""
+    """AlroFastError when a checkpoint was trained with other options than those at hand.
+
+    Compared is what the run at hand reads; a version before recorded all options of all objectives. What a file does
+    not record was at its default, or there was no such option yet.
+    """
     before, now = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8")), config.to_dict()
     options = config.flat()
     keys = {key for key in before.keys() | now.keys() if unread(key, options) is None} - RESUMABLE - set(RECORDED)
+    default = defaults()
     for key in sorted(keys, key=lambda key: (key not in before or key not in now, key)):  # what one alone has, last
-        if before.get(key) != now.get(key):
+        then, here = (given.get(key, default.get(key)) for given in (before, now))
+        if then != here:
             raise AlroFastError(
-                f"--resume_from_checkpoint: {checkpoint} was trained with {key}={before.get(key)}, "
-                f"this run has {now.get(key)}; "
+                f"--resume_from_checkpoint: {checkpoint} was trained with {key}={then}, this run has {here}; "
                 "resume with the same options, or start in another --output_dir"
             )
 

@@ -77,10 +77,9 @@ def parse(argv: Sequence[str]) -> Config:
     argv = list(argv)
     if {"-h", "--help"} & set(argv):
         print_help(argv)
-    kinds = (ModelArguments, DataArguments, objective_arguments(), RankerTrainingArguments)
-    parser = _parser(kinds)
+    parser = _parser(_kinds())
     name = _config_name(argv)
-    known = {entry.name: entry for part in kinds for entry in dataclasses.fields(part) if entry.init}
+    known = {entry.name: entry for part in _kinds() for entry in dataclasses.fields(part) if entry.init}
     flags = {_flag(word, known) for word in argv}
     if name is None and not flags & {"model_name_or_path", "data_dir", "dataset", "preferences"}:
         name = "demo"
@@ -122,6 +121,11 @@ def parse(argv: Sequence[str]) -> Config:
     return config
 
 
+def defaults() -> dict[str, Any]:
+    """Of every option, by name."""
+    return {entry.name: _default(entry) for part in _kinds() for entry in dataclasses.fields(part) if entry.init}
+
+
 def print_help(argv: Sequence[str]) -> NoReturn:
     """What `--help`, or `--help GROUP`, asks for; ends the command."""
     at = next(place for place, word in enumerate(argv) if word in ("-h", "--help"))
@@ -154,6 +158,10 @@ def read_recipe(name: str) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise problem
     return {key: value for key, value in values.items() if key not in RECORDED}
+
+
+def _kinds() -> tuple[type, ...]:
+    return ModelArguments, DataArguments, objective_arguments(), RankerTrainingArguments
 
 
 @functools.lru_cache(maxsize=1)
