@@ -163,7 +163,7 @@ class LossTerm(NamedTuple):
     name: str
     value: Tensor
     weight: float
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple has a method of that name
 
 
 @dataclass
@@ -210,7 +210,8 @@ def build_objective(
     **more: Any,
 ) -> Objective:
     """The objective named by `arguments.objective`; AlroFastError for a name that no description has."""
-    return describe(arguments.objective).objective(arguments, builder, answer=answer, seed=seed, **more)
+    made: Objective = describe(arguments.objective).objective(arguments, builder, answer=answer, seed=seed, **more)
+    return made
 
 
 def move(value: Any, device: torch.device, non_blocking: bool = False) -> Any:
