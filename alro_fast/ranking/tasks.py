@@ -21,16 +21,14 @@ import numpy as np
 from ..data.seeds import generator
 from ..modeling.packing import Branch, Tree
 from ..prompts.recranker import Ask, TaskPrompts
-from .hybrid import HYBRIDS, constants_of, pairs_of, utilities, win_shares
+from .hybrid import HYBRIDS, pairs_of, utilities, win_shares
+from .options import TASK_METHODS
 from .orders import Ranking, make_ranking, slide
 
 if TYPE_CHECKING:
     from ..data.records import RankingList
     from ..prompts.recranker import RecRankerPrompts
     from .reading import BranchReader
-
-TASK_METHODS = ("pointwise", "pairwise", "listwise", "hybrid")
-
 
 _Branch = tuple[list[int], int, list[int] | None]
 
@@ -171,9 +169,3 @@ def _reading(
 def _softmax(logits: np.ndarray) -> np.ndarray:
     weights = np.exp(logits - logits.max())
     return weights / weights.sum()
-
-
-def check_tasks(hybrid: str, pairing: str) -> None:
-    """AlroFastError for constants or a pairing that nobody knows."""
-    constants_of(hybrid)
-    pairs_of(0, pairing, np.random.default_rng(0))

@@ -16,10 +16,11 @@ from alro_fast.prompts import PromptBuilder
 from alro_fast.prompts.recranker import Ask, RecRankerPrompts
 from alro_fast.ranking import reading as reading_module
 from alro_fast.ranking.hybrid import HYBRIDS, pairs_of, utilities, win_shares
+from alro_fast.ranking.options import TASK_METHODS
 from alro_fast.ranking.orders import presentations
 from alro_fast.ranking.ranker import Ranker
 from alro_fast.ranking.task_generation import generate_tasks
-from alro_fast.ranking.tasks import TASK_METHODS, read_tasks
+from alro_fast.ranking.tasks import read_tasks
 
 TOKENIZER = byte_tokenizer()
 MODEL = tiny_llama(len(TOKENIZER))
