@@ -70,7 +70,7 @@ class Description:
     summary: str
     objective: type
     run: str
-    prompts: type
+    prompts: type[Any]
     reads: Mapping[str, Where | None]
     logs: Mapping[str, str]
     learns: Callable[[Mapping[str, Any]], str]
