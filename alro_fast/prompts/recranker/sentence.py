@@ -25,9 +25,8 @@ class Sentence:
         self, encoder: Encoder, text: str, title: Callable[[Item], str], item_ids: Sequence[int] | None = None
     ) -> None:
         self._item_ids = item_ids
-        self._parts: list[
-            tuple[list[int], Pieces[Item | str] | None]
-        ] = []  # literal, then a value; None: an item's token
+        # a literal, then a value (None: an item's token)
+        self._parts: list[tuple[list[int], Pieces[Item | str] | None]] = []
         self._titles: list[Pieces[Item | str]] = []
         parts = placeholders(text)
         ending = parts.pop()[0] if parts and parts[-1][1] is None else ""
