@@ -159,7 +159,7 @@ def chronological(
         tie = splitmix64(user_key[user[span]] ^ item_hash[item[span]])
         order = np.lexsort((tie, time[span], user[span]))
         for column in (item, rating, time):
-            column[rows] = column[rows][order]
+            column[span] = column[span][order]
     return Timeline(offsets, item, rating, time), unsorted_users
 
 

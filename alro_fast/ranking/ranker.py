@@ -33,7 +33,7 @@ from ..modeling.packing import Branch, Tree
 from ..objectives.alro import Scoring
 from ..objectives.base import describe_run
 from ..run_folder import run_options
-from .decoding import decode
+from .decoding import Decoded, decode
 from .options import TASK_METHODS, RankingOptions, check_answer, check_token_budget, ranked_answers
 from .orders import Ranking, check_finite, make_ranking, presentations, slide, unlabelled
 from .reading import BranchReader, memory_errors
@@ -45,6 +45,11 @@ if TYPE_CHECKING:
     from ..prompts.recranker import RecRankerPrompts
 
 Reader = Callable[[list["RankingList"], list[np.ndarray]], list[np.ndarray]]
+SLOTS: dict[str, Callable[[Decoded, float], np.ndarray]] = {  # decoded answer, gamma -> a score for each candidate
+    "expected": lambda answer, gamma: -expected_slots(answer.slots, gamma),
+    "greedy": lambda answer, gamma: -np.argsort(answer.order) - 1.0,
+    "beam": lambda answer, gamma: -np.argsort(answer.order) - 1.0,
+}
 CHUNK = 256  # lists whose prompts are held and packed together; rankings come out after each
 
 
@@ -177,7 +182,7 @@ class Ranker:
         """How the scores of a method are read: lists, and orders [B, m] of each -> scores [B, m] of each."""
         if how.method in TASK_METHODS:
             return functools.partial(self._read_tasks, how=how)
-        if how.method in ("greedy", "beam") or (how.method == "expected" and self.answer == "ranking"):
+        if how.method in SLOTS and self.answer == "ranking":
             return functools.partial(self._read_slots, method=how.method, beams=how.beams)
         return self._read_rows
 
@@ -237,7 +242,7 @@ class Ranker:
     def _read_slots(
         self, lists: list[RankingList], presented: list[np.ndarray], method: str, beams: int
     ) -> list[np.ndarray]:
-        """`greedy`, `beam`, and `expected` over slots: every presentation decoded with a KV cache."""
+        """The methods of SLOTS: every presentation decoded with a KV cache."""
         flat = [entry for entry, orders in zip(lists, presented, strict=True) for _ in orders]
         orders = [order.tolist() for shown in presented for order in shown]
         prompts = cast("PromptBuilder", self.prompts).rankings(flat, orders)
@@ -253,10 +258,7 @@ class Ranker:
             for _ in shown:
                 answer = next(answers)
                 check_finite(entry, answer.slots)
-                if method == "expected":
-                    rows.append(-expected_slots(answer.slots, self.scoring.gamma))
-                else:
-                    rows.append(-np.argsort(answer.order) - 1.0)
+                rows.append(SLOTS[method](answer, self.scoring.gamma))
             scores.append(np.stack(rows))
         return scores
 
