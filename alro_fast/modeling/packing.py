@@ -246,7 +246,7 @@ class EpochPlans:
     def __call__(self, epoch: int) -> list[list[int]]:
         """Which trees go into which batch of an epoch: every tree once, `num_batches` batches within the budget."""
         if self.seed is None:
-            return plan_batches(self.lengths, self.token_budget)
+            return plan_batches(self.lengths.tolist(), self.token_budget)
         # trees of fewer than two pools are halved: one pool of all trees is packed much alike in every epoch
         pool = POOL_BUDGETS if epoch == 0 else min(POOL_BUDGETS, -(-self.num_batches // 2))
         return _shuffled_plan(self.lengths, self.token_budget, self.seed + epoch, pool, self.num_batches)

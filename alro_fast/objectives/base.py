@@ -71,7 +71,7 @@ class Description:
     summary: str
     objective: type
     run: str
-    prompts: type
+    prompts: type[Any]
     reads: Mapping[str, Where | None]
     logs: Mapping[str, str]
     learns: Callable[[Mapping[str, Any]], str]
@@ -165,7 +165,7 @@ class LossTerm(NamedTuple):
     name: str
     value: Tensor
     weight: float
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple has a method of that name
 
 
 @dataclass
@@ -212,7 +212,8 @@ def build_objective(
     **more: Any,
 ) -> Objective:
     """The objective named by `arguments.objective`; AlroFastError for a name that no description has."""
-    return describe(arguments.objective).objective(arguments, builder, answer=answer, seed=seed, **more)
+    made: Objective = describe(arguments.objective).objective(arguments, builder, answer=answer, seed=seed, **more)
+    return made
 
 
 def move(value: Any, device: torch.device, non_blocking: bool = False) -> Any:

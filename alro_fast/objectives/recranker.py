@@ -114,7 +114,8 @@ def parse_weights(text: str) -> tuple[float, float, float]:
             f"--task_weights {text!r}: expected three numbers of at least 0, not all 0, such as 1,1,1 "
             f"({', '.join(TASKS)}); 0 leaves a task out"
         )
-    return weights
+    pointwise, pairwise, listwise = weights
+    return pointwise, pairwise, listwise
 
 
 def trees_of(prompts: TaskPrompts, name: str) -> list[Tree]:

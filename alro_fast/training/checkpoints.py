@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -38,10 +38,10 @@ def find_checkpoint(config: Config, folder: Path) -> str | None:
 
     AlroFastError when there is none, it is damaged, or its configuration differs.
     """
-    wanted = config.training.resume_from_checkpoint
+    wanted: str | bool | None = config.training.resume_from_checkpoint
     if wanted is None:
         return None
-    path = newest_checkpoint(folder) if wanted is True else Path(wanted)
+    path = newest_checkpoint(folder) if isinstance(wanted, bool) else Path(wanted)
     if path is None:
         why = "".join(f" ({newest.name}: {damage(newest)})" for newest in _numbered(folder)[:1])
         raise AlroFastError(
@@ -69,7 +69,7 @@ def settle_auto(config: Config, folder: Path | None) -> None:
     if folder is None or not folder.is_dir() or not any(folder.iterdir()):
         return
     if any(damage(path) is None for path in _numbered(folder)):
-        training.resume_from_checkpoint = True
+        training.resume_from_checkpoint = cast(str, True)  # as transformers has it: a path, or True
     elif not any((folder / name).exists() for kind in WEIGHTS for name in kind):
         training.overwrite_output_dir = True
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -54,7 +54,7 @@ class Config:
         resolved: dict[str, Any] = {}
         for part in (self.model, self.data, self.objective):
             resolved |= dataclasses.asdict(part)
-        given = self.training.to_dict()
+        given: dict[str, Any] = self.training.to_dict()  # type: ignore[no-untyped-call]
         for entry in dataclasses.fields(RankerTrainingArguments):
             value = given.get(entry.name)
             changed = _plain(value) and value and value != _default(entry) and entry.name not in _SECRETS
@@ -112,7 +112,8 @@ def parse(argv: Sequence[str]) -> Config:
         raise
     except (ValueError, TypeError, KeyError, ImportError) as error:  # raised by TrainingArguments' own checks
         raise AlroFastError(str(error).strip().splitlines()[0]) from error
-    config = Config(*parts[:4], recipe=Path(name).stem if name else "run")
+    model, data, objective, training = parts[:4]
+    config = Config(model, data, objective, training, Path(name).stem if name else "run")
     chosen, stages = config.objective.objective, config.training.stages
     trained = {named: one.name for one in objectives for named in (one.name, one.stands_for)}
     if stages is not None and "objective" in flags and chosen not in trained:
@@ -166,7 +167,7 @@ def _kinds() -> tuple[type, ...]:
 
 @functools.lru_cache(maxsize=1)
 def _parser(kinds: tuple[type, ...]) -> _Parser:
-    parser = _Parser(kinds, allow_abbrev=False, prog="python -m alro_fast.train", add_help=False)
+    parser = _Parser(cast(Any, kinds), allow_abbrev=False, prog="python -m alro_fast.train", add_help=False)
     parser.add_argument("--config")
     parser._option_string_actions["--psl"].choices = list(DIVERGENCES)  # what the ops know
     return parser
@@ -222,5 +223,5 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, list))
 
 
-def _default(entry: dataclasses.Field) -> Any:
+def _default(entry: dataclasses.Field[Any]) -> Any:
     return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
