@@ -32,6 +32,7 @@ from ..errors import AlroFastError
 from ..modeling.packing import Branch, Tree
 from ..objectives.alro import Scoring
 from ..objectives.base import describe, learned_answers
+from ..prompts import SignalPrompts
 from ..run_folder import run_options
 from .decoding import decode
 from .orders import Ranking, check_finite, check_presentations, make_ranking, presentations, slide, unlabelled
@@ -68,7 +69,7 @@ class Ranker:
         self,
         model: nn.Module,
         tokenizer: Any,
-        prompts: PromptBuilder | RecRankerPrompts,
+        prompts: PromptBuilder | SignalPrompts | RecRankerPrompts,
         *,
         answer: str = "ranking",
         scoring: Scoring | None = None,
@@ -111,10 +112,12 @@ class Ranker:
                 f"{folder} was tuned on answers that are titles, not identifiers, which a ranking is read from; "
                 "measure it with alro_fast.evaluate, or tune with --preference_answer identifiers"
             )
+        signals = config.get("identifiers") == SignalPrompts.identifiers
+        prompts = SignalPrompts if signals else describe(config.get("objective", "alro")).prompts
         return cls(
             model,
             tokenizer,
-            describe(config.get("objective", "alro")).prompts.load(folder, tokenizer),
+            prompts.load(folder, tokenizer),
             answer=RANKED[learned],
             hybrid=config.get("hybrid") or "code",
             scoring=Scoring.of(config),
