@@ -57,8 +57,7 @@ template <class A>
 Matrix matrix(const A& array, const char* name) {
   const DType dtype = storage(array, name);
   if (array.ndim() != 2) fail(std::string(name) + ": expected 2 dimensions, got shape " + shape_of(array));
-  return {array.data(),    int64_t(array.shape(0)), int64_t(array.shape(1)), array.stride(0),
-          array.stride(1), dtype};
+  return {array.data(), int64_t(array.shape(0)), int64_t(array.shape(1)), array.stride(0), array.stride(1), dtype};
 }
 
 // Data of a contiguous array of T with the given shape.
@@ -66,7 +65,10 @@ template <class T, class A>
 auto* dense(const A& array, const char* name, std::initializer_list<int64_t> shape) {
   check_cpu(array, name);
   if (array.dtype() != nb::dtype<T>())
-    fail(std::string(name) + ": expected " + (std::is_same_v<T, float> ? "float32" : std::is_same_v<T, int32_t> ? "int32" : "int64"));
+    fail(std::string(name) + ": expected " +
+         (std::is_same_v<T, float>     ? "float32"
+          : std::is_same_v<T, int32_t> ? "int32"
+                                       : "int64"));
   bool same = array.ndim() == shape.size();
   std::string wanted = "[";
   int64_t dense_stride = 1;
@@ -78,10 +80,8 @@ auto* dense(const A& array, const char* name, std::initializer_list<int64_t> sha
     dense_stride *= size;
   }
   if (!same) fail(std::string(name) + ": expected shape " + wanted + "], got " + shape_of(array));
-  if constexpr (std::is_same_v<A, Out>)
-    return static_cast<T*>(array.data());
-  else
-    return static_cast<const T*>(array.data());
+  if constexpr (std::is_same_v<A, Out>) return static_cast<T*>(array.data());
+  else return static_cast<const T*>(array.data());
 }
 
 template <class T, class A>
@@ -166,8 +166,8 @@ void weight_grad(const Array& hidden, const Array& weight, const MaybeArray& bia
 alro::GatherArgs gather_args(const Array& hidden, const Array& weight, const MaybeArray& bias, double softcap,
                              double scale, const Array& rows, const Array& ids, int threads) {
   const auto head = head_args(hidden, weight, bias, softcap, scale, {}, {}, true, threads);
-  alro::GatherArgs args{head.hidden, head.weight, head.bias, head.softcap, head.scale, 0, 0, 0, nullptr, nullptr,
-                        threads};
+  alro::GatherArgs args{head.hidden, head.weight, head.bias, head.softcap, head.scale, 0,
+                        0,           0,           nullptr,   nullptr,      threads};
   if (rows.ndim() != 2 || ids.ndim() != 2) fail("rows, ids: expected 2 dimensions");
   args.groups = int64_t(rows.shape(0));
   args.slots = int64_t(rows.shape(1));
@@ -212,7 +212,8 @@ void listwise(const Array& logits, const Array& ratings, const Array& ranks, con
   args.rows = int64_t(logits.shape(1));
   args.columns = int64_t(logits.shape(2));
   args.width = values ? args.rows : args.columns;
-  if (!values && args.rows != args.columns) fail("logits: expected as many slots as candidates, got " + shape_of(logits));
+  if (!values && args.rows != args.columns)
+    fail("logits: expected as many slots as candidates, got " + shape_of(logits));
   args.logits = dense<float>(logits, "logits", {args.lists, args.rows, args.columns});
   args.ratings = dense<float>(ratings, "ratings", {args.lists, args.width});
   args.ranks = dense<int64_t>(ranks, "ranks", {args.lists, args.width});
@@ -264,8 +265,8 @@ void check_threads(int threads) {
   if (threads < 1 || threads > 4096) fail("threads: expected 1 to 4096");
 }
 
-alro::NormArgs norm_args(const Array& x, const Array& weight, double eps, double offset, const Out& y,
-                         const Out& scale, int threads) {
+alro::NormArgs norm_args(const Array& x, const Array& weight, double eps, double offset, const Out& y, const Out& scale,
+                         int threads) {
   const Matrix like = matrix(x, "x");
   const Matrix factors = matrix(weight, "weight");
   if (factors.rows != 1 || factors.columns != like.columns || factors.dtype != like.dtype ||
@@ -446,10 +447,12 @@ void tree_attention(const Array& query, const Array& key, const Array& value, co
 }  // namespace
 
 NB_MODULE(_cpp, m) {
-  m.doc() = "Vectorised CPU kernels of alro_fast.ops.backends.cpp; outputs are written into the arrays passed for them.";
+  m.doc() =
+      "Vectorised CPU kernels of alro_fast.ops.backends.cpp; outputs are written into the arrays passed for them.";
   m.def("instruction_set", [] { return std::string(alro::active_kernels().name); });
-  m.def("select_instruction_set", [](const std::string& name) { return alro::select_kernels(name.c_str()); }, "name"_a,
-        "False where this machine or this build has no such set; for tests and benchmarks.");
+  m.def(
+      "select_instruction_set", [](const std::string& name) { return alro::select_kernels(name.c_str()); }, "name"_a,
+      "False where this machine or this build has no such set; for tests and benchmarks.");
   m.def("tree_attention", &tree_attention, "query"_a, "key"_a, "value"_a, "trees"_a, "query_row"_a, "branch_row"_a,
         "scale"_a, "out"_a, "lse"_a, "grad"_a.none(), "d_query"_a.none(), "d_key"_a.none(), "d_value"_a.none(),
         "threads"_a, "Forward; with `grad`, backward (out and lse are then what the forward wrote).");
@@ -472,5 +475,6 @@ NB_MODULE(_cpp, m) {
         "d_weight"_a.none(), "threads"_a);
   m.def("rotary", &rotary, "x"_a, "cos"_a, "sin"_a, "transpose"_a, "y"_a, "threads"_a);
   m.def("gated", &gated, "gate"_a, "up"_a, "activation"_a, "y"_a, "threads"_a);
-  m.def("gated_backward", &gated_backward, "gate"_a, "up"_a, "activation"_a, "d_y"_a, "d_gate"_a, "d_up"_a, "threads"_a);
+  m.def("gated_backward", &gated_backward, "gate"_a, "up"_a, "activation"_a, "d_y"_a, "d_gate"_a, "d_up"_a,
+        "threads"_a);
 }

@@ -1,5 +1,5 @@
 """What README.md and docs/ show: Python blocks run, but for those that need a trained run. Commands do not run; their
-modules and options exist. The MovieLens script runs, cut short."""
+modules and options exist, and so does what links and paths point to. The MovieLens script runs, cut short."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MORE = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / ".github").rglob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")], ids=lambda page: page.stem
+)
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {"__name__": "docs"}
@@ -55,6 +58,26 @@ def test_every_option_that_the_pages_name_exists(command):
         known = set(re.findall(r"--\w+", usage.stdout))
     assert set(flags) <= known
     assert importlib.util.find_spec(module)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *MORE], ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_and_paths_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    links = {link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
+    for link in links:
+        file, _, heading = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not heading or heading in {slug(line) for line in target.read_text(encoding="utf-8").splitlines()}, link
+    here = r"`((?:\.ci|\.github|alro_fast|bench|csrc|docs|kernels|scripts|tests)/[\w./*-]*)`"
+    new = set(re.findall(r"^`([^`]+)`, new", text, flags=re.M))  # recipes write these
+    for path in set(re.findall(here, text)) - new:
+        assert list(ROOT.glob(path)), path
+
+
+def slug(line: str) -> str:
+    """The anchor that a heading gets."""
+    return re.sub(r"[^\w\s-]", "", line.lstrip("# ").lower()).strip().replace(" ", "-") if line.startswith("#") else ""
 
 
 def test_the_set_up_commands_are_two_lines():

@@ -60,7 +60,7 @@ def linear_kl(
     mass_bound: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """KL(p || q) per row [N], over the whole vocabulary; token relabel[0][n, c] of p is token relabel[1][n, c] of q."""
+    """KL(p || q) per row [N], over the whole vocabulary; `relabel[0][n, c]` of p is `relabel[1][n, c]` of q."""
     z_p = head_logits(hidden_p, weight, bias=bias, softcap=softcap, scale=scale)
     z_q = head_logits(hidden_q, weight, bias=bias, softcap=softcap, scale=scale)
     if relabel is not None:

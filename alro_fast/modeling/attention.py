@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ def trunk_of(model: nn.Module) -> PreTrainedModel:
                     f"adapter {name!r} ({adapter.peft_type.value}) adds virtual tokens to the prompt, which a packed "
                     "stream has no place for; use LoRA or another method that changes weights only"
                 )
-        model = model.get_base_model()
+        model = cast(Any, model).get_base_model()
     if not isinstance(model, PreTrainedModel):
         raise AlroFastError(f"expected a causal LM of transformers (with or without PEFT), got {type(model).__name__}")
     return model.get_decoder()
@@ -157,9 +157,11 @@ def tree_attention(
     """
     _refuse(module, attention_mask, dropout, alro_segments, unused)
     answers = isinstance(alro_segments, _LastLayer)
-    if answers:
+    if isinstance(alro_segments, _LastLayer):
         key, value = alro_segments.keys_and_values(key, value)
-    layout = alro_segments.layout if answers else alro_segments
+        layout = alro_segments.layout
+    else:
+        layout = alro_segments
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves norms and rotations in float32
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = sliding_window if sliding_window is not None and sliding_window < layout.longest else None
@@ -328,13 +330,13 @@ def _run(trunk: PreTrainedModel, batch: PackedBatch) -> Tensor:
 
 
 def _alone(trunk: PreTrainedModel, ids: Any) -> Tensor:
-    device = trunk.get_input_embeddings().weight.device
+    device = cast(Tensor, trunk.get_input_embeddings().weight).device
     return trunk(input_ids=torch.as_tensor(ids, device=device).unsqueeze(0), use_cache=False).last_hidden_state[0]
 
 
 def _probe_tree(trunk: PreTrainedModel) -> Tree:
     """Three branches of different lengths behind a prefix of three tokens, ids spread over the vocabulary."""
-    vocabulary = trunk.get_input_embeddings().weight.shape[0]
+    vocabulary = len(cast(Tensor, trunk.get_input_embeddings().weight))
     spread = [(7 * step * vocabulary) // 101 % vocabulary for step in range(1, 15)]
     prefix, tails = spread[:3], (spread[3:8], spread[8:10], spread[10:14])
     return Tree([Branch([*prefix, *tail], 3) for tail in tails], name="of the self-check")

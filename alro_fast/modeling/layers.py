@@ -32,7 +32,10 @@ from .products import prefers_onednn, product
 
 logger = logging.getLogger(__name__)
 ROTARY = "apply_rotary_pos_emb"
-ACTIVATIONS = {"silu": nn.functional.silu, "gelu_tanh": functools.partial(nn.functional.gelu, approximate="tanh")}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu_tanh": functools.partial(nn.functional.gelu, approximate="tanh"),
+}
 
 
 def fuse_layers(model: nn.Module) -> int:
@@ -41,14 +44,14 @@ def fuse_layers(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, FusedNorm | FusedMLP | FusedAttention | FusedLinear) or "forward" in vars(module):
             continue
-        if (found := _norm_constants(module)) is not None:
-            _derive(module, FusedNorm, norm_constants=found)
+        if (constants := _norm_constants(module)) is not None:
+            _derive(module, FusedNorm, norm_constants=constants)
             norms += 1
-        elif (found := _mlp_parts(module)) is not None:
-            _derive(module, FusedMLP, mlp_parts=found)
+        elif (parts := _mlp_parts(module)) is not None:
+            _derive(module, FusedMLP, mlp_parts=parts)
             mlps += 1
-        elif (found := _attention_forward(type(module))) is not None:
-            _derive(module, FusedAttention, attention_forward=found)
+        elif (forward := _attention_forward(type(module))) is not None:  # type: ignore[arg-type]  # classes are hashable
+            _derive(module, FusedAttention, attention_forward=forward)
             attentions += 1
         elif type(module) is nn.Linear and prefers_onednn():
             module.__class__ = FusedLinear
@@ -64,6 +67,7 @@ class FusedNorm(nn.Module):
     """Mixin in front of a module's own class."""
 
     norm_constants: tuple[float, float]  # eps, offset
+    weight: nn.Parameter
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) == 1 and not kwargs:
@@ -79,6 +83,10 @@ class FusedMLP(nn.Module):
     """Mixin in front of a module's own class; the projections may be anything, LoRA included."""
 
     mlp_parts: tuple[str, str]  # name of the activation's module, key of ACTIVATIONS
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    gate_up_proj: nn.Module  # in place of both
+    down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         module, kind = self.mlp_parts
@@ -115,7 +123,7 @@ class FusedLinear(nn.Linear):
 
 
 def _derive(module: nn.Module, mixin: type[nn.Module], **attributes: Any) -> None:
-    module.__class__ = _derived(type(module), mixin)
+    module.__class__ = _derived(type(module), mixin)  # type: ignore[arg-type]  # classes are hashable
     vars(module).update(attributes)
 
 
@@ -291,8 +299,11 @@ class _Gated(torch.autograd.Function):
         return d_gate, d_up, None
 
 
-def _gate_and_up(gate: Tensor, up: Tensor | None) -> tuple[Tensor, ...]:
-    return (_rows(gate), _rows(up)) if up is not None else _rows(gate).chunk(2, dim=1)
+def _gate_and_up(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    if up is not None:
+        return _rows(gate), _rows(up)
+    first, second = _rows(gate).chunk(2, dim=1)
+    return first, second
 
 
 def _rotary(
@@ -320,7 +331,7 @@ def _rotary_fits(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
         return False
     shape = (cos.shape[0], query.shape[2], query.shape[3])
     return (cos.shape == sin.shape == shape and key.shape[2:] == query.shape[2:] and len(key) == len(query)) and (
-        shape[2] % 2 == 0 and cos.stride(2) == sin.stride(2) == 1
+        query.shape[3] % 2 == 0 and cos.stride(2) == sin.stride(2) == 1
     )
 
 
@@ -333,7 +344,8 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return cpp.rotary(_with_rows(grad), *ctx.saved_tensors, True), None, None
+        cos, sin = ctx.saved_tensors
+        return cpp.rotary(_with_rows(grad), cos, sin, True), None, None
 
 
 def _with_rows(x: Tensor) -> Tensor:
@@ -374,10 +386,14 @@ def _on_their_device(function: Callable[..., Any], *args: Any) -> Any:
 
 @functools.cache
 @torch.inference_mode(False)
-def _liger(what: str, dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor] | None:
+def _liger(what: str, dtype: torch.dtype, device: torch.device) -> Callable[..., Any] | None:
     """liger-kernel's norm ("norm 0", "norm 1": the offset), gated activation or "rotary"; None: not installed, or not
     the same. Its rotation may overwrite its input."""
-    shapes = {"norm 0": [(5, 64), (64,)], "norm 1": [(5, 64), (64,)], "rotary": [(1, 4, 5, 64), (1, 2, 5, 64)]}
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "norm 0": [(5, 64), (64,)],
+        "norm 1": [(5, 64), (64,)],
+        "rotary": [(1, 4, 5, 64), (1, 2, 5, 64)],
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         inputs = [torch.randn(shape) for shape in shapes.get(what, [(5, 64)] * 2)]
@@ -399,7 +415,7 @@ def _liger(what: str, dtype: torch.dtype, device: torch.device) -> Callable[...,
     return None
 
 
-def _liger_function(what: str) -> Callable[..., Tensor]:
+def _liger_function(what: str) -> Callable[..., Any]:
     if what == "silu":
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction as Function
     elif what == "gelu_tanh":
@@ -414,7 +430,7 @@ def _liger_function(what: str) -> Callable[..., Tensor]:
     return Function.apply
 
 
-def _plain_function(what: str) -> Callable[..., Tensor]:
+def _plain_function(what: str) -> Callable[..., Any]:
     if what in ACTIVATIONS:
         return lambda gate, up: ACTIVATIONS[what](gate) * up
     if what == "rotary":
@@ -423,11 +439,11 @@ def _plain_function(what: str) -> Callable[..., Tensor]:
 
 
 @torch.enable_grad()
-def _outcome(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+def _outcome(function: Callable[..., Any], *inputs: Tensor) -> tuple[Tensor, ...]:
     """The values and the gradients of the first two inputs, which are left as they are."""
-    inputs = [tensor.clone() for tensor in inputs]
-    leaves = [tensor.requires_grad_() for tensor in inputs[:2]]
-    y = function(*(tensor * 1 for tensor in leaves), *inputs[2:])
+    copies = [tensor.clone() for tensor in inputs]
+    leaves = [tensor.requires_grad_() for tensor in copies[:2]]
+    y = function(*(tensor * 1 for tensor in leaves), *copies[2:])
     values = y if isinstance(y, tuple) else (y,)
     directions = [value.detach().cos() for value in values]
     return *(value.detach().clone() for value in values), *torch.autograd.grad(values, leaves, directions)

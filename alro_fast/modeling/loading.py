@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -157,11 +157,11 @@ def add_lora(model: PreTrainedModel, arguments: ModelArguments) -> PeftModel:
         target_modules=targets[0] if targets == ["all-linear"] else targets,
     )
     try:
-        model = get_peft_model(model, config, autocast_adapter_dtype=True)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     except ValueError as error:
         raise AlroFastError(f"--lora_target_modules {' '.join(targets)}: {_first_line(error)}") from error
-    fuse_lora(model)
-    return model
+    fuse_lora(adapted)
+    return cast(PeftModel, adapted)
 
 
 def load_for_inference(
@@ -188,7 +188,7 @@ def load_for_inference(
     if adapter.is_file():
         base = base_model or recorded_base(folder)
         place = f"--base_model {base}" if base_model else f"{folder}: base model {base}"
-        model = load_base(base, dtype, trust_remote_code, place=place)
+        model: Any = load_base(base, dtype, trust_remote_code, place=place)
         rows = model.get_input_embeddings().weight.shape[0]
         if tokenizer.vocab_size > rows:
             raise AlroFastError(

@@ -15,7 +15,7 @@ from ..losses import Grades, RankingLists, alro_loss
 from ..modeling.packing import PackedBatch
 from ..options import Where
 from ..prompts import PromptBuilder
-from .base import ALWAYS, Description, Example, LossTerm, describe
+from .base import ALWAYS, Description, Example, LossTerm, describe_run
 from .sft import SFTObjective, answer_form
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Scoring(NamedTuple):
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Scoring:
         """As a run trained with these options does; the defaults for an objective that reads no `--score`."""
-        if "score" not in describe(options.get("objective", "alro")).reads:
+        if "score" not in describe_run(options).reads:
             return cls()
         score = options.get("score", "logprob")
         return cls(score, options.get("score_space", "candidates"), sharpness(options.get("gamma"), score))

@@ -118,9 +118,18 @@ def describe_on_answers(name: str) -> Description:
     return next(stand_ins, None) or describe(name)
 
 
+def describe_run(options: Mapping[str, Any]) -> Description:
+    """Of the objective of a run; options: those that its config.yaml holds."""
+    return describe(options.get("objective", ObjectiveArguments.objective))
+
+
 def objective_arguments() -> type[ObjectiveArguments]:
     """ObjectiveArguments with the options that objectives have of their own."""
-    own = [one.options for one in descriptions().values() if one.options]
+    return _objective_arguments(tuple(one.options for one in descriptions().values() if one.options))
+
+
+@functools.cache
+def _objective_arguments(own: tuple[type, ...]) -> type[ObjectiveArguments]:
     return make_dataclass("AllObjectiveArguments", (), bases=(*own, ObjectiveArguments)) if own else ObjectiveArguments
 
 
@@ -128,7 +137,7 @@ def learned_answers(options: Mapping[str, Any]) -> str:
     """What the model of a run has learned to answer, of LEARNED; options: those that its config.yaml holds."""
     found = options.get("learned_answers")
     if found is None:  # of a version that did not record it
-        found = describe(options.get("objective", ObjectiveArguments.objective)).learns(options)
+        found = describe_run(options).learns(options)
     if found not in LEARNED:
         raise AlroFastError(f"the run has learned to answer {found!r}; expected one of {', '.join(LEARNED)}")
     return found

@@ -113,7 +113,7 @@ def line_start(encode: Encode, text: str) -> tuple[str, int]:
 def _continuations(encode: Encode, anchor: str, texts: Sequence[str]) -> list[list[int]]:
     """A text that merges with the end of its anchor is encoded after a simpler anchor instead."""
     found: list[list[int]] = [[] for _ in texts]
-    left = range(len(texts))
+    left = list(range(len(texts)))
     for before in (anchor, "\n", "x", ""):
         start = encode([before])[0] if before else []
         merged = []

@@ -116,7 +116,7 @@ def prove_answers(
 
 def _every_pair(count: int) -> list[int]:
     """A walk through range(count) on which every number is followed by every other."""
-    walk = []
+    walk: list[int] = []
     for a in range(count - 1):
         for b in range(a + 1, count):
             walk += (a, b)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -166,7 +166,7 @@ def _decode_batch(
             break
         if beams > 1:
             rows = (parent + beams * torch.arange(n, device=device)[:, None]).view(-1)
-            cache.reorder_cache(rows)
+            cache.reorder_cache(cast(torch.LongTensor, rows))
         between = torch.tensor([each[slot] if slot < len(each) else [0] * gap for each in gaps], dtype=torch.long)
         between = between.view(n, gap).to(device).repeat_interleave(beams, 0)
         fed = torch.cat([wide.gather(1, chosen.reshape(-1, 1)), between], dim=1)
@@ -174,9 +174,9 @@ def _decode_batch(
         steps = position[:, None] + torch.arange(1, fed.shape[1] + 1, device=device)
         position = steps[:, -1]
         hidden = _forward(trunk, fed, mask, steps, cache)
-    order, total, scores = order[:, 0].cpu().numpy(), total[:, 0].cpu().numpy(), scores[:, 0].cpu().numpy()
+    orders, totals, read = order[:, 0].cpu().numpy(), total[:, 0].cpu().numpy(), scores[:, 0].cpu().numpy()
     return [
-        Decoded(order[row, :size], float(total[row]), scores[row, :size, :size])
+        Decoded(orders[row, :size], float(totals[row]), read[row, :size, :size])
         for row, size in enumerate(sizes.tolist())
     ]
 

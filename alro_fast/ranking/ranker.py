@@ -31,7 +31,7 @@ from torch import nn
 from ..errors import AlroFastError
 from ..modeling.packing import Branch, Tree
 from ..objectives.alro import Scoring
-from ..objectives.base import describe, learned_answers
+from ..objectives.base import describe_run, learned_answers
 from ..prompts import SignalPrompts
 from ..run_folder import run_options
 from .decoding import decode
@@ -113,7 +113,7 @@ class Ranker:
                 "measure it with alro_fast.evaluate, or tune with --preference_answer identifiers"
             )
         signals = config.get("identifiers") == SignalPrompts.identifiers
-        prompts = SignalPrompts if signals else describe(config.get("objective", "alro")).prompts
+        prompts = SignalPrompts if signals else describe_run(config).prompts
         return cls(
             model,
             tokenizer,

@@ -22,24 +22,26 @@ CURSOR = "cursor"  # its entry among the stateful_callbacks of trainer_state.jso
 
 @dataclass(frozen=True)
 class Cursor:
-    """The place a run has reached, in lists: what of which epoch has been trained, by however many processes.
+    """The place a run has reached: an epoch, and how many batches of its plan were trained.
 
-    A run that goes on drops what was trained from the epoch's plan, `trained` one after the other, and shares out the
-    rest. So every list of the epoch is trained once, wherever a run stops and with as many processes as it goes on.
+    Only the last round of an epoch differs with the number of processes (`share_out`), and an optimiser step takes
+    whole rounds. So a run goes on with the batches after `trained`, however many processes that takes and took before,
+    and every list of the epoch is trained once.
 
     Attributes:
         epoch: counted from 0.
-        trained: (processes, batches of all of them) of every run that trained a part of this epoch, in turn.
+        trained: batches of all processes; may be more than planned when the last round was trained.
         step: optimiser steps of the whole run.
-        accumulation: batches per process and optimiser step of the latest run.
+        processes, accumulation: those of the latest step, None where that is not known.
         plan: `PlannedBatches.fingerprint` of the plans that `trained` counts batches of.
         old: (processes, share) of a checkpoint of version 0.1.0, which recorded no cursor: the share of the epoch that
             was trained, by its own plan. Its epochs differed in their number of batches.
     """
 
     epoch: int = 0
-    trained: tuple[tuple[int, int], ...] = ()
+    trained: int = 0
     step: int = 0
+    processes: int | None = None
     accumulation: int | None = None
     plan: str | None = None
     old: tuple[int, float] | None = None
@@ -51,36 +53,24 @@ class Cursor:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         recorded = state.get("stateful_callbacks", {}).get(CURSOR)
         if recorded is not None:
-            trained, old = tuple(map(tuple, recorded["trained"])), recorded["old"]
-            return cls(**recorded | {"trained": trained, "old": old and tuple(old)})
+            return cls(**recorded | {"old": recorded["old"] and tuple(recorded["old"])})
         share, epoch = math.modf(state["epoch"])
         processes = len(list(folder.glob("rng_state_*.pth"))) or 1
-        return cls(int(epoch), step=state["global_step"], old=(processes, share) if share else None)
-
-    @property
-    def processes(self) -> int | None:
-        """How many trained last, where that is known."""
-        return self.trained[-1][0] if self.trained else self.old[0] if self.old else None
+        return cls(int(epoch), 0, state["global_step"], processes, old=(processes, share) if share else None)
 
     def advanced(self, processes: int, batches: int, accumulation: int, plan: str) -> Cursor:
         """One optimiser step further, in which `processes` trained `batches` together."""
-        trained = list(self.trained)
-        if trained and trained[-1][0] == processes:
-            batches += trained.pop()[1]
-        trained.append((processes, batches))
-        return dataclasses.replace(
-            self, trained=tuple(trained), step=self.step + 1, accumulation=accumulation, plan=plan
-        )
+        return Cursor(self.epoch, self.trained + batches, self.step + 1, processes, accumulation, plan, self.old)
 
     def next_epoch(self) -> Cursor:
         """The beginning of the epoch after this one."""
-        return dataclasses.replace(self, epoch=self.epoch + 1, trained=(), old=None)
+        return dataclasses.replace(self, epoch=self.epoch + 1, trained=0, old=None)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
-class PlannedBatches(Sampler):
+class PlannedBatches(Sampler[list[tuple[int, list[int]]]]):
     """Batches of lists under a token budget, for one process of many; their order is a function of (seed, epoch).
 
     Every epoch has as many batches as any other. Batch b of what is left of an epoch goes to process b % world_size, so
@@ -148,25 +138,23 @@ class PlannedBatches(Sampler):
         if not self._untrained(start):
             self.start = start.next_epoch()
             return
-        self.start, self.done = start, sum(batches for _, batches in start.trained)
+        self.start, self.done = start, start.trained
         if start.old is not None:
-            self.done += len(self._old_plan(start.epoch, start.old[0])) - len(self._untrained_by_old_plan(start))
+            old = self._old_plan(start.epoch, start.old[0])
+            self.done += len(old) - len(self._untrained_by_old_plan(start.epoch, *start.old))
 
     def _untrained(self, start: Cursor) -> list[list[int]]:
-        plan = self.plans(start.epoch) if start.old is None else self._untrained_by_old_plan(start)
-        for processes, batches in start.trained:
-            plan = share_out(plan, processes)[batches:]
-        return plan
+        plan = self.plans(start.epoch) if start.old is None else self._untrained_by_old_plan(start.epoch, *start.old)
+        return plan[start.trained :]
 
-    def _untrained_by_old_plan(self, start: Cursor) -> list[list[int]]:
+    def _untrained_by_old_plan(self, epoch: int, processes: int, share: float) -> list[list[int]]:
         """What version 0.1.0 left of an epoch; its share is of as many batches as its first epoch had."""
-        processes, share = start.old
         steps = round(share * (len(self._old_plan(0, processes)) // processes))
-        return self._old_plan(start.epoch, processes)[steps * processes :]
+        return self._old_plan(epoch, processes)[steps * processes :]
 
     def _old_plan(self, epoch: int, world_size: int) -> list[list[int]]:
         """An epoch as version 0.1.0 shared it out: the batch of most lists is halved, wherever it stands."""
-        plan = plan_batches(self.sizes, self.token_budget, self.seed + epoch)
+        plan = plan_batches(self.sizes, self.token_budget, None if self.seed is None else self.seed + epoch)
         while len(plan) % world_size:
             halve(plan, max(range(len(plan)), key=lambda b: len(plan[b])))
         return plan
@@ -179,9 +167,8 @@ def share_out(plan: Sequence[list[int]], world_size: int) -> list[list[int]]:
     list, processes get an empty batch. Every round but the last is as it was, and the last holds the same lists, so an
     optimiser step of the same number of batches is the same with any number of processes.
     """
-    plan = [batch for batch in plan if batch]
     whole = len(plan) - len(plan) % world_size
-    rounds, last = plan[:whole], plan[whole:]
+    rounds, last = list(plan[:whole]), list(plan[whole:])
     while 0 < len(last) < world_size:
         largest = max(range(len(last)), key=lambda b: len(last[b]))
         if len(last[largest]) > 1:

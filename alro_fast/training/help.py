@@ -43,12 +43,12 @@ def help_text(group: str | None, recipes: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def groups() -> dict[str, tuple[str, list[dataclasses.Field]]]:
+def groups() -> dict[str, tuple[str, list[dataclasses.Field[Any]]]]:
     """Name -> title and options. What several objectives read is in each of their groups."""
     model, data, objective, training = (
         {entry.name: entry for entry in dataclasses.fields(part) if entry.init} for part in _parts()
     )
-    found: dict[str, list[dataclasses.Field]] = {}
+    found: dict[str, list[dataclasses.Field[Any]]] = {}
     for one in descriptions().values():
         mine = found.setdefault(one.stands_for or one.name, [])
         mine += [(data | objective)[name] for name in one.reads if (data | objective)[name] not in mine]
@@ -68,17 +68,17 @@ def groups() -> dict[str, tuple[str, list[dataclasses.Field]]]:
     return named
 
 
-def _group(name: str, title: str, entries: list[dataclasses.Field]) -> str:
+def _group(name: str, title: str, entries: list[dataclasses.Field[Any]]) -> str:
     if name == "transformers":
         return "\n".join([f"{name}: {title}", *(f"  --{entry.name} {_values(entry)}" for entry in entries)])
     reads: dict[str, Where | None] = {}
     for one in descriptions().values():
-        reads = reads | (one.reads if name in (one.name, one.stands_for) else {})
+        reads |= one.reads if name in (one.name, one.stands_for) else {}
     lines = (_lines(entry, entry.metadata.get("read") or reads.get(entry.name)) for entry in entries)
     return "\n".join([f"{name}: {title}", *itertools.chain(*lines)])
 
 
-def _lines(entry: dataclasses.Field, read: Where | None) -> Iterator[str]:
+def _lines(entry: dataclasses.Field[Any], read: Where | None) -> Iterator[str]:
     """One option: its name and values, what it is, where it is read, its default."""
     head = f"--{entry.name} {_values(entry)}"
     said = [str(entry.metadata["help"]), f"Read {read.said}." if read else "", _default(entry)]
@@ -91,18 +91,18 @@ def _lines(entry: dataclasses.Field, read: Where | None) -> Iterator[str]:
         yield f"{first}  {line}" if fits else " " * 32 + line
 
 
-def _values(entry: dataclasses.Field) -> str:
+def _values(entry: dataclasses.Field[Any]) -> str:
     """Its choices, or the type of its value."""
     if entry.metadata.get("choices"):
         return "{" + ",".join(entry.metadata["choices"]) + "}"
-    kind = _types()[entry.name]
+    kind = _types(_parts())[entry.name]
     names = [part.__name__ if isinstance(part, type) else str(part) for part in typing.get_args(kind) or (kind,)]
     names = [name.removeprefix("typing.") for name in names if name != "NoneType"]
     listed = typing.get_origin(kind) is list
     return "|".join(dict.fromkeys(names)).upper() + (" ..." if listed else "")
 
 
-def _default(entry: dataclasses.Field) -> str:
+def _default(entry: dataclasses.Field[Any]) -> str:
     value: Any = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
     if value in (None, "", []):
         return ""
@@ -112,7 +112,7 @@ def _default(entry: dataclasses.Field) -> str:
 
 
 def _row(name: str, text: str) -> str:
-    return f"  {name:<14}{text}"
+    return textwrap.fill(text, WIDTH, initial_indent=f"  {name:<14}", subsequent_indent=" " * 16)
 
 
 def _parts() -> tuple[type, ...]:
@@ -120,5 +120,5 @@ def _parts() -> tuple[type, ...]:
 
 
 @functools.cache
-def _types() -> dict[str, Any]:
-    return {name: kind for part in _parts() for name, kind in typing.get_type_hints(part).items()}
+def _types(parts: tuple[type, ...]) -> dict[str, Any]:
+    return {name: kind for part in parts for name, kind in typing.get_type_hints(part).items()}

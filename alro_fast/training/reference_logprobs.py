@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -53,19 +54,19 @@ def reference_table(
     if path.exists():
         flat = _read(path, prints)
     else:
-        with model.disable_adapter() if hasattr(model, "disable_adapter") else torch.no_grad():
+        with cast(Any, model).disable_adapter() if hasattr(model, "disable_adapter") else torch.no_grad():
             sums = answer_logprobs(model, [example.tree for example in examples], token_budget, backend, autocast)
         flat = np.concatenate(sums).astype(np.float32)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"log_probs": flat}, path, metadata=prints)
     counts = [len(example.tree.ids) for example in examples]
-    parts = torch.from_numpy(flat).split(counts)
+    parts = torch.split(torch.from_numpy(flat), counts)
     return ReferenceTable(dict(zip(names, parts)))
 
 
 def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 over the configuration, and over names, shapes and bytes of every weight that is no adapter's."""
-    config = {key: value for key, value in model.config.to_dict().items() if not _beside_the_point(key)}
+    config = {key: value for key, value in cast(Any, model).config.to_dict().items() if not _beside_the_point(key)}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if "lora_" in name or "modules_to_save" in name:
@@ -82,7 +83,7 @@ def data_fingerprint(examples: Sequence[Example]) -> str:
     for example in examples:
         digest.update(json.dumps([example.source.list_id, *map(int, example.tree.answer_starts)]).encode())
         for ids in example.tree.ids:
-            digest.update(np.ascontiguousarray(ids, dtype=np.int64))
+            digest.update(np.ascontiguousarray(ids, dtype=np.int64).tobytes())
     return digest.hexdigest()
 
 
@@ -103,7 +104,8 @@ def _precision(model: nn.Module, autocast: Autocast) -> str:
 def _read(path: Path, prints: dict[str, str]) -> np.ndarray:
     try:
         with safe_open(path, "np") as opened:
-            found, flat = opened.metadata() or {}, opened.get_tensor("log_probs")
+            found: dict[str, str] = opened.metadata() or {}
+            flat: np.ndarray = opened.get_tensor("log_probs")
     except (OSError, SafetensorError) as error:
         raise AlroFastError(f"--ref_log_probs {path} holds no reference log-probabilities ({error})") from None
     if found.get("format") != FORMAT:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import AlroFastError
 from ..modeling.loading import LOAD_ERRORS, recorded_base, same_base
@@ -71,12 +71,13 @@ def merge_adapter(model: PreTrainedModel, folder: str | Path, base: str) -> PreT
             f"or, where it was moved, name its new place in {ADAPTER_CONFIG}"
         )
     try:
-        return PeftModel.from_pretrained(model, folder).merge_and_unload()
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, folder).merge_and_unload()
     except LOAD_ERRORS as error:
         raise AlroFastError(f"--init_adapter {folder} does not fit {base} ({str(error).splitlines()[0]})") from error
+    return merged
 
 
-def read_adapter_config(folder: str | Path) -> dict:
+def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     """adapter_config.json of a plain LoRA adapter; AlroFastError for anything else."""
     path = Path(folder) / ADAPTER_CONFIG
     if not path.is_file():
@@ -123,7 +124,7 @@ def stack_adapters(first: str | Path, second: str | Path) -> None:
     (folders[1] / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def write_merged_base(base: PreTrainedModel, tokenizer: object, folder: str | Path) -> None:
+def write_merged_base(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Save `base` (earlier adapter merged in) beside the adapter in `folder`, and name it there as its base."""
     folder = Path(folder)
     base.save_pretrained(folder / MERGED_BASE)

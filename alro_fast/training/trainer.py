@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 SIZING_CHUNK = 512
 
 
-class TreeDataset(Dataset):
+class TreeDataset(Dataset[Batch]):
     """Ranking lists as packed batches, built when asked for: an index is (epoch, the lists of one batch).
 
     The first epoch's trees are built once at the start for their sizes; what is drawn later may differ from them by
@@ -86,8 +86,10 @@ def build_batch(examples: Sequence[Example], objective: Objective) -> Batch:
     return Batch(packed, targets, counts, len(examples), [example.source for example in examples])
 
 
-class PlannedLoader(DataLoader):
+class PlannedLoader(DataLoader[Batch]):
     """A DataLoader whose dataset returns whole batches; tells its sampler the epoch, as the Trainer expects."""
+
+    batch_sampler: PlannedBatches
 
     def __init__(self, dataset: TreeDataset, batches: PlannedBatches, **options: Any) -> None:
         # a generator of its own: else every iteration would draw from the one that dropout draws from
@@ -102,8 +104,14 @@ class RankerTrainer(Trainer):
     """transformers.Trainer for ranking objectives.
 
     `evaluate_ranking()` -> {"ndcg@3": ...} is called at every evaluation; `save_extras(folder)` after every
-    save, on the process that saves.
+    save, on the process that saves. Where the Trainer hands dictionaries of tensors on, this one has a `Batch`, hence
+    the overrides that a type checker does not accept.
     """
+
+    args: RankerTrainingArguments
+    model: torch.nn.Module
+    objective: Objective
+    train_dataset: TreeDataset
 
     def __init__(
         self,
@@ -124,7 +132,7 @@ class RankerTrainer(Trainer):
         self._since, self._noted_step = time.perf_counter(), 0
         self.start = self.cursor = Cursor()
         super().__init__(
-            model, args, data_collator=_only, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            model, args, data_collator=cast(Any, _only), train_dataset=train_dataset, eval_dataset=eval_dataset,
             callbacks=callbacks, **options,
         )  # fmt: skip
         self.loss_is_scaled_for_ga = True
@@ -140,7 +148,9 @@ class RankerTrainer(Trainer):
 
     # ---- epochs and batches
 
-    def train(self, resume_from_checkpoint: str | None = None, **options: Any) -> TrainOutput:
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | None = None, **options: Any
+    ) -> TrainOutput:
         """As the Trainer's; a resumed run goes on with the first list that its checkpoint has not trained."""
         self.start = Cursor() if resume_from_checkpoint is None else Cursor.of(resume_from_checkpoint)
         self.start = self.cursor = self.get_train_dataloader().batch_sampler.start
@@ -155,9 +165,12 @@ class RankerTrainer(Trainer):
             )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
 
-    def set_initial_training_values(self, args: RankerTrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
+    def set_initial_training_values(  # type: ignore[override]
+        self, args: RankerTrainingArguments, dataloader: PlannedLoader
+    ) -> tuple[Any, ...]:
         """As the Trainer's; epochs and steps of a run that goes on are those before it and those to come."""
-        epochs, steps_in_epoch, *numbers, in_epoch, steps = super().set_initial_training_values(args, dataloader)
+        values: tuple[Any, ...] = super().set_initial_training_values(args, dataloader)
+        epochs, steps_in_epoch, *numbers, in_epoch, steps = values
         start, accumulation = self.start, args.gradient_accumulation_steps
         if start.step:
             left = dataloader.batch_sampler.rounds_left(start.epoch)
@@ -177,7 +190,7 @@ class RankerTrainer(Trainer):
         super()._init_training_state(*given)
         return self.start.epoch, 0
 
-    def _run_epoch(self, **given: Any) -> None:
+    def _run_epoch(self, **given: Any) -> None:  # type: ignore[override]
         """One epoch, or what is left of it."""
         batches, epoch = given["train_dataloader"].batch_sampler, given["epoch"]
         while self.cursor.epoch < epoch:
@@ -186,14 +199,14 @@ class RankerTrainer(Trainer):
         steps = -(-left // self.args.gradient_accumulation_steps)
         self._fingerprint, self._done = batches.fingerprint, batches.done if epoch == self.start.epoch else 0
         self._in_epoch = self._done + left * self.args.world_size
-        super()._run_epoch(**given | {"steps_in_epoch": left, "num_update_steps_per_epoch": steps})
+        cast(Any, super())._run_epoch(**given | {"steps_in_epoch": left, "num_update_steps_per_epoch": steps})
 
     def get_train_dataloader(self) -> PlannedLoader:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return self._loader(self.train_dataset, self.args.tokens_per_batch, seed, self.start)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> PlannedLoader:
+        dataset: TreeDataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         dataset.check(self._eval_budget, self._eval_option)
         return self._loader(dataset, self._eval_budget, seed=None)
 
@@ -205,8 +218,8 @@ class RankerTrainer(Trainer):
     def _eval_option(self) -> str:
         return "--eval_tokens_per_batch" if self.args.eval_tokens_per_batch else "--tokens_per_batch"
 
-    def num_examples(self, dataloader: DataLoader) -> int:
-        return len(dataloader.dataset)
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        return len(cast(TreeDataset, dataloader.dataset))
 
     def _loader(
         self, dataset: TreeDataset, token_budget: int, seed: int | None, start: Cursor | None = None
@@ -220,7 +233,7 @@ class RankerTrainer(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
         )
 
-    def get_batch_samples(
+    def get_batch_samples(  # type: ignore[override]
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], dict[str, float] | None]:
         """The batches of one optimiser step and, per loss term, how many things it averages over in all processes."""
@@ -234,19 +247,20 @@ class RankerTrainer(Trainer):
             totals = dict(zip(sorted(totals), self.accelerator.reduce(summed, "sum").tolist()))
         return batches, totals
 
-    def _prepare_inputs(self, inputs: Batch) -> Batch:
+    def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]
         return inputs.to(self.args.device, non_blocking=True)
 
-    def floating_point_ops(self, inputs: Batch) -> int:
+    def floating_point_ops(self, inputs: Batch) -> int:  # type: ignore[override]
         return 0
 
     def planned_steps(self) -> int:
         """Optimiser steps of the whole run."""
-        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return int(steps)
 
     # ---- loss
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]
         self,
         model: torch.nn.Module,
         inputs: Batch,
@@ -271,10 +285,11 @@ class RankerTrainer(Trainer):
         head = head_of(plain)
 
         def forward(packed: PackedBatch) -> torch.Tensor:
-            return model(packed_trees=packed).to(head.weight.dtype)  # mixed precision hands results out in float32
+            hidden: torch.Tensor = model(packed_trees=packed)
+            return hidden.to(head.weight.dtype)  # mixed precision hands results out in float32
 
         if hasattr(self.objective, "complete"):
-            batch = self.objective.complete(plain, batch, forward)
+            batch = cast(Any, self.objective).complete(plain, batch, forward)
         return self.objective.loss(forward(batch.packed), head, batch.packed, batch.targets)
 
     # ---- logs
@@ -345,12 +360,12 @@ class RankerTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.save_extras is not None and self.args.should_save:
-            self.save_extras(Path(output_dir or self.args.output_dir))
+            self.save_extras(Path(cast(str, output_dir or self.args.output_dir)))
 
 
 def _accept_trees(model: torch.nn.Module) -> None:
     """Let the causal LM inside `model` be called with `packed_trees=`, through PEFT and data-parallel wrappers too."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     ordinary = causal.forward
 
     @functools.wraps(ordinary)

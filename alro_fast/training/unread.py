@@ -106,9 +106,10 @@ def unread(name: str, options: Any) -> Unread | None:
     wheres = [one.reads[name] for one in mine if one in readers]
     if not wheres:
         return _belongs_to_others(name, mine, readers)
-    if any(where is None or where.holds(options) for where in wheres):
+    told = [where for where in wheres if where is not None]
+    if len(told) < len(wheres) or any(where.holds(options) for where in told):
         return None
-    return _elsewhere(name, wheres[0])
+    return _elsewhere(name, told[0])
 
 
 def without_meaning(name: str, value: Any) -> bool:

@@ -4,8 +4,8 @@
 #include <atomic>
 
 #include "common/buffer.h"
-#include "instruction_sets/kernels.h"
 #include "common/threads.h"
+#include "instruction_sets/kernels.h"
 
 namespace alro {
 

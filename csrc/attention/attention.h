@@ -1,5 +1,5 @@
-// Attention over packed trees, forward and backward, float32. A row sees the prefix of its tree up to itself and its own
-// branch up to itself. Contract: alro_fast/modeling/cpp_attention.py.
+// Attention over packed trees, forward and backward, float32. A row sees the prefix of its tree up to itself and its
+// own branch up to itself. Contract: alro_fast/modeling/cpp_attention.py.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ struct TreeRows {
 struct AttentionArgs {
   int64_t heads, kv_heads, width, trees;
   HeadRows query, key, value, out;
-  float* lse;                 // [queries, heads]: written forward, read backward
+  float* lse;  // [queries, heads]: written forward, read backward
   const TreeRows* tree;
   const int32_t* query_row;   // [queries] row of the stream each query stands at
   const int32_t* branch_row;  // [rows] first row of the branch a row belongs to; the tree's prefix_end for prefix rows

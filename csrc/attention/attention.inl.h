@@ -10,7 +10,7 @@ namespace alro::ALRO_ISA {
 
 constexpr int kKeys = 112 / kBlock * kBlock;  // of a tile
 constexpr int64_t kListed = (kKeys + 15) / 16 * 16;
-constexpr float kHidden = -1e30f;             // score of a key that may not be seen
+constexpr float kHidden = -1e30f;  // score of a key that may not be seen
 
 ALRO_INLINE Tile key_tile(const HeadRows& from, int64_t row, int64_t head, int keys) {
   return {from.at(row, head), from.row_stride, from.at(row, head), from.row_stride, keys, nullptr, 0};

@@ -115,8 +115,7 @@ ALRO_INLINE void store_some(float* p, vf x, int64_t n) {
 // table[index]; a table has at least 32 entries, and `small` says that no index is above 31
 ALRO_INLINE vf look_up(const float* table, vi index, bool small) {
 #if defined(__AVX512F__)
-  if (small)
-    return (vf)_mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)index, _mm512_loadu_ps(table + 16));
+  if (small) return (vf)_mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)index, _mm512_loadu_ps(table + 16));
   return (vf)_mm512_i32gather_ps((__m512i)index, table, 4);
 #elif defined(__AVX2__)
   (void)small;

@@ -37,7 +37,8 @@ void gather_logits(const GatherArgs& args, float* logits) {
   const Kernels& kernels = active_kernels();
   const int64_t h = args.hidden.columns;
   const int64_t work = args.groups * args.slots * args.columns * h;
-  const int threads = int(std::clamp<int64_t>(std::min<int64_t>(work >> 18, args.groups), 1, std::max(args.threads, 1)));
+  const int threads =
+      int(std::clamp<int64_t>(std::min<int64_t>(work >> 18, args.groups), 1, std::max(args.threads, 1)));
   parallel(threads, [&](int thread) {
     Floats row_room(h), column_room(h * args.columns);
     std::vector<const float*> columns(args.columns);
@@ -83,9 +84,9 @@ void gather_backward(const GatherArgs& args, const float* logits, const float* g
     for (int64_t g = 0; g < args.groups; ++g) {
       const int64_t* ids = args.ids + g * args.columns;
       for (int64_t c = 0; c < args.columns; ++c)
-        columns[c] = ids[c] < 0 || !d_hidden ? nullptr
-                                             : open_row(kernels, args.weight, ids[c], begin, end,
-                                                        column_room.get() + c * size);
+        columns[c] = ids[c] < 0 || !d_hidden
+                         ? nullptr
+                         : open_row(kernels, args.weight, ids[c], begin, end, column_room.get() + c * size);
       for (int64_t s = 0; s < args.slots; ++s) {
         const int64_t row = args.rows[g * args.slots + s];
         if (row < 0) continue;

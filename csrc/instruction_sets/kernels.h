@@ -94,7 +94,7 @@ struct Kernels {
   // out [rows, H] = sum over panels and lanes of grad [panel][rows, lanes] * rows_of [panel * lanes, padded H]
   void (*grad_product)(const float* grad, int64_t panels, int lanes, int rows, const float* hidden, int64_t padded,
                        int64_t hidden_size, float* out, int64_t out_stride, float* spare);
-  void (*widen)(const uint16_t* in, float* out, int64_t n);  // bfloat16 -> float32
+  void (*widen)(const uint16_t* in, float* out, int64_t n);                         // bfloat16 -> float32
   void (*interleave)(const uint16_t* a, const uint16_t* b, float* out, int64_t n);  // [n] pairs (a, b)
   float (*dot)(const float* a, const float* b, int64_t n);
   void (*axpy)(float a, const float* x, float* y, int64_t n);
@@ -104,7 +104,7 @@ struct Kernels {
 };
 
 const Kernels* kernels_generic();
-const Kernels* kernels_avx2();    // null where not compiled in or not supported by this processor
+const Kernels* kernels_avx2();  // null where not compiled in or not supported by this processor
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_bf16();
 

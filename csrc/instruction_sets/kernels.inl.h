@@ -2,10 +2,10 @@
 #pragma once
 
 #include "attention/attention.inl.h"
+#include "common/simd.h"
 #include "instruction_sets/kernels.h"
 #include "layers/layers.inl.h"
 #include "listwise/listwise.inl.h"
-#include "common/simd.h"
 #include "vocab/vocab.inl.h"
 
 namespace alro::ALRO_ISA {

@@ -41,7 +41,8 @@ void norm_backward(const NormArgs& args, int threads) {
 
 void gated(const GatedArgs& args, int threads) {
   const LayerKernels& kernels = *active_kernels().layers;
-  over_rows(args.rows, args.columns, threads, [&](int, int64_t begin, int64_t end) { kernels.gated(args, begin, end); });
+  over_rows(args.rows, args.columns, threads,
+            [&](int, int64_t begin, int64_t end) { kernels.gated(args, begin, end); });
 }
 
 void gated_backward(const GatedArgs& args, int threads) {

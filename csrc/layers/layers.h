@@ -1,5 +1,5 @@
-// Layers between the matrix products of a decoder: RMS norm, gated activation and rotary position embedding, forward and
-// backward, one visit of memory each. Sums and products are float32, storage is float32 or bfloat16. Contract:
+// Layers between the matrix products of a decoder: RMS norm, gated activation and rotary position embedding, forward
+// and backward, one visit of memory each. Sums and products are float32, storage is float32 or bfloat16. Contract:
 // alro_fast/modeling/layers.py.
 #pragma once
 

@@ -3,8 +3,8 @@
 
 #include <cmath>
 
-#include "layers/layers.h"
 #include "common/simd.h"
+#include "layers/layers.h"
 
 namespace alro::ALRO_ISA {
 
@@ -77,9 +77,8 @@ static void norm_rows(const NormArgs& args, int64_t begin, int64_t end) {
     });
     const float scale = 1.0f / std::sqrt(sum_lanes(even + odd) / float(args.columns) + args.eps);
     args.scale[row] = scale;
-    along(args.columns, [&](int64_t i, int64_t n) {
-      put(y + i, get(x + i, n) * splat(scale) * (get(weight + i, n) + offset), n);
-    });
+    along(args.columns,
+          [&](int64_t i, int64_t n) { put(y + i, get(x + i, n) * splat(scale) * (get(weight + i, n) + offset), n); });
   }
 }
 
@@ -183,8 +182,7 @@ static void gated_any(const GatedArgs& args, int64_t begin, int64_t end) {
   const bool f32 = args.dtype == DType::f32;
   if (args.activation == Activation::silu)
     (f32 ? gated_rows<float, Activation::silu> : gated_rows<uint16_t, Activation::silu>)(args, begin, end);
-  else
-    (f32 ? gated_rows<float, Activation::gelu_tanh> : gated_rows<uint16_t, Activation::gelu_tanh>)(args, begin, end);
+  else (f32 ? gated_rows<float, Activation::gelu_tanh> : gated_rows<uint16_t, Activation::gelu_tanh>)(args, begin, end);
 }
 static void gated_backward_any(const GatedArgs& args, int64_t begin, int64_t end) {
   const bool f32 = args.dtype == DType::f32;

@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "common/buffer.h"
-#include "instruction_sets/kernels.h"
 #include "common/threads.h"
+#include "instruction_sets/kernels.h"
 
 namespace alro {
 

@@ -2,8 +2,8 @@
 // first-level cache, loss and gradient come out of one visit.
 #pragma once
 
-#include "listwise/listwise.h"
 #include "common/simd.h"
+#include "listwise/listwise.h"
 
 namespace alro::ALRO_ISA {
 
@@ -167,7 +167,8 @@ static void grade_lambda(const List& list, int64_t padded, const float* p, float
 }
 
 // `ranking` form: scores are expected slots, lower is better. work [rows, padded] is free.
-static void slot_lambda(const List& list, int64_t padded, const float* log_p, const float* p, float* work, float* room) {
+static void slot_lambda(const List& list, int64_t padded, const float* log_p, const float* p, float* work,
+                        float* room) {
   const ListwiseArgs& args = list.args;
   const int64_t m = list.rows;
   float* score = room;
@@ -215,8 +216,8 @@ static void slot_lambda(const List& list, int64_t padded, const float* log_p, co
 }
 
 // D(P, Q) of one row and its gradients times `weight`; columns masked in either are left out.
-ALRO_INLINE float divergence_row(Divergence kind, int64_t padded, const float* log_p, const float* p, const float* log_q,
-                                 const float* q, float weight, float* d_student, float* d_teacher) {
+ALRO_INLINE float divergence_row(Divergence kind, int64_t padded, const float* log_p, const float* p,
+                                 const float* log_q, const float* q, float weight, float* d_student, float* d_teacher) {
   const vf cut = splat(kCut), w = splat(weight);
   const bool both = kind == Divergence::symmetric;
   vf forward = vf{}, backward = vf{};

@@ -15,12 +15,12 @@ struct PairLane {
   std::vector<int64_t> pairs[2];  // [0]: pairs whose first is row[0] and second row[1]; [1]: the other way round
 };
 
-struct Group {      // what becomes a Unit
-  int vectors;      // per panel
+struct Group {  // what becomes a Unit
+  int vectors;  // per panel
   int panels;
-  std::vector<int64_t> row[2];      // [lanes] row of hidden, or -1
-  std::vector<bool> primary[2];     // [lanes] this lane gives the row's own outputs; others are copies made for a pair
-  std::vector<int64_t> pair_lane;   // [lanes] index into Plan::pair_lanes, or -1
+  std::vector<int64_t> row[2];     // [lanes] row of hidden, or -1
+  std::vector<bool> primary[2];    // [lanes] this lane gives the row's own outputs; others are copies made for a pair
+  std::vector<int64_t> pair_lane;  // [lanes] index into Plan::pair_lanes, or -1
   bool directed[2] = {false, false};  // some pair has its first row in panel q
   int64_t cost() const { return int64_t(vectors) * panels; }
 };
@@ -30,7 +30,8 @@ struct Plan {
   std::vector<Group> groups;
 };
 
-// Rows of pairs side by side in two panels, all others in one. narrow_tail: a last group of few rows is one vector wide.
+// Rows of pairs side by side in two panels, all others in one. narrow_tail: a last group of few rows is one vector
+// wide.
 Plan make_plan(const HeadArgs&, int lanes_per_vector, bool narrow_tail);
 
 struct Grid {  // of threads: row shares x vocabulary shares

@@ -16,7 +16,7 @@ struct HeadArgs {
   int threads;
 };
 
-struct VocabOut {  // contiguous float32; null: not wanted
+struct VocabOut {   // contiguous float32; null: not wanted
   float* lse;       // [N]
   float* expected;  // [N, H]
   float* cross;     // [P]
@@ -25,11 +25,11 @@ struct VocabOut {  // contiguous float32; null: not wanted
 };
 
 struct WeightGradArgs {
-  const float* lse;       // [N]
-  const float* grad_lse;  // [N]
+  const float* lse;                               // [N]
+  const float* grad_lse;                          // [N]
   const float *cross, *grad_first, *grad_second;  // [P] or null
-  float* d_weight;        // [V, H] or null
-  float* d_bias;          // [V] or null
+  float* d_weight;                                // [V, H] or null
+  float* d_bias;                                  // [V] or null
 };
 
 // -> multiplications of a column with a row done for weighted sums, in units of N * V.

@@ -2,8 +2,8 @@
 // plain vertical arithmetic, W is read where it lies, and logits never leave the first-level cache.
 #pragma once
 
-#include "instruction_sets/kernels.h"
 #include "common/simd.h"
+#include "instruction_sets/kernels.h"
 
 namespace alro::ALRO_ISA {
 

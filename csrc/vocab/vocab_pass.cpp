@@ -105,7 +105,7 @@ void write_results(const HeadArgs& args, const Plan& plan, const Partials& parti
             total += share * panel(s).total[lane];
             if (panel(s).cross) cross += share * panel(s).cross[lane];
           }
-          auto select = [&](float* Panel::*sum) {
+          auto select = [&](float* Panel::* sum) {
             for (int s = 0; s < shares; ++s) {
               sums[s] = panel(s).*sum;
               factor[s] = float(std::exp(double(panel(s).reference[lane]) - highest) / total * args.scale);
@@ -208,8 +208,7 @@ double vocab_pass(const HeadArgs& args, float mass_bound, const VocabOut& out) {
       const int64_t start = (vocab_share + t * grid.vocab_shares) * stride % tiles * rows_per_tile;
       Tile tile = open(kernels, args, start, std::min(rows_per_tile, v - start), room.get());
       tile.progress = float(t + 1) / float(count);
-      for (const Unit& unit : units)
-        multiplied[thread] += vocab_tile(unit, tile, head, scratch, bound) * unit.vectors;
+      for (const Unit& unit : units) multiplied[thread] += vocab_tile(unit, tile, head, scratch, bound) * unit.vectors;
     }
   };
 

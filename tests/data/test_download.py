@@ -13,6 +13,7 @@ import pytest
 from alro_fast.data.sources import download as module
 from alro_fast.data.sources.download import ARCHIVES, LICENCES, Archive, cache_folder, download, fetch, unpack
 from alro_fast.data.sources.interactions import MOVIELENS
+from alro_fast.data.sources.readers import FOLDERS
 from alro_fast.errors import AlroFastError
 
 RATINGS = b"1\t2\t3\t4\n" * 40_000
@@ -235,7 +236,7 @@ def test_table_of_archives():
     assert set(ARCHIVES) == set(MOVIELENS)
     for name, archive in ARCHIVES.items():
         assert archive.url == f"https://files.grouplens.org/datasets/movielens/{name}.zip"
-        assert archive.members == tuple(f"{name}/{file}" for file in MOVIELENS[name][:2])
+        assert archive.members == tuple(f"{name}/{file}" for file in FOLDERS[name][:2])
         assert archive.checksums
         for algorithm, digest in archive.checksums.items():
             assert len(digest) == 2 * hashlib.new(algorithm).digest_size

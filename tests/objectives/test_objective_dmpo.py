@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import byte_tokenizer, catalogue, random_lists, tiny_llama
+from tiny import CHAT, byte_tokenizer, catalogue, chat_tokenizer, random_lists, tiny_llama
 from tokenizers.normalizers import Lowercase
 
 from alro_fast.data.negatives import Negatives
@@ -341,18 +341,6 @@ def test_supervised_tuning_takes_the_chosen_answers_alone():
 
 
 # ---- prompts
-
-CHAT = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def chat_tokenizer():
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|system|>"]})
-    tokenizer.chat_template = CHAT
-    return tokenizer
 
 
 def test_prompt_and_answer_are_the_tokenizers_own_ids():

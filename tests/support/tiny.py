@@ -18,6 +18,11 @@ from alro_fast.errors import AlroFastError
 from alro_fast.modeling.attention import use_tree_attention
 from alro_fast.prompts import PromptBuilder
 
+CHAT = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
 
 def refused(argv) -> str:
     """The message of the one-line error that the train command ends with."""
@@ -39,6 +44,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", name_or_path="test-bytes"
     )
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """The same with a chat template, whose marks are tokens of their own."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|system|>"]})
+    tokenizer.chat_template = CHAT
+    return tokenizer
 
 
 def tiny_llama(vocab_size: int, seed: int = 0, **overrides) -> LlamaForCausalLM:

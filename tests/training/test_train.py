@@ -25,7 +25,10 @@ from tiny import catalogue, random_lists, refused, save_base
 from alro_fast import cli, train
 from alro_fast.data.lists import open_prepared, write_prepared
 from alro_fast.data.records import Signal
+from alro_fast.modeling import attention
+from alro_fast.ranking import reading
 from alro_fast.ranking.ranker import Ranker
+from alro_fast.training import trainer
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +197,23 @@ def test_folders_that_hold_something_are_left_alone(folder):
     before = sorted(folder.joinpath("run").rglob("*"))
     assert "holds an earlier run" in refused(options(folder, "run"))
     assert sorted(folder.joinpath("run").rglob("*")) == before
+
+
+@pytest.mark.parametrize(("words", "ranked"), [([], 1200), (["--eval_tokens_per_batch", "700"], 700)])
+def test_every_forward_keeps_to_its_tokens(folder, tmp_path, monkeypatch, words, ranked):
+    """Training, validation, and the rankings of validation and of the closing table: each within what was given."""
+    sizes = {True: [], False: []}
+    forward = attention.tree_hidden_states
+
+    def measured(model, packed, *rest, **more):
+        sizes[torch.is_grad_enabled()].append(packed.unique_tokens)
+        return forward(model, packed, *rest, **more)
+
+    for module in (trainer, reading):
+        monkeypatch.setattr(module, "tree_hidden_states", measured)
+    train.main(options(folder, tmp_path / "run", "--max_steps", 2, "--save_strategy", "no", *words))
+    assert ranked / 2 < max(sizes[False]) <= ranked
+    assert max(sizes[True]) <= 1200
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(folder, capsys):

@@ -11,8 +11,7 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_objective_dmpo import chat_tokenizer
-from tiny import byte_tokenizer, catalogue, random_lists, refused, save_base, tiny_llama
+from tiny import byte_tokenizer, catalogue, chat_tokenizer, random_lists, refused, save_base, tiny_llama
 from transformers import LlamaForCausalLM
 
 from alro_fast import evaluate, train

@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ...errors import AlroFastError
-from .interactions import MOVIELENS
+from .readers import FOLDERS
 
 BASE = "https://files.grouplens.org/datasets/movielens"
 CHUNK = 1 << 20
@@ -75,7 +75,7 @@ LICENCES = {
 
 
 def _archive(name: str, size: int, **checksums: str) -> Archive:
-    return Archive(f"{BASE}/{name}.zip", size, checksums, tuple(f"{name}/{f}" for f in MOVIELENS[name][:2]))
+    return Archive(f"{BASE}/{name}.zip", size, checksums, tuple(f"{name}/{f}" for f in FOLDERS[name][:2]))
 
 
 ARCHIVES = {  # md5: published beside each archive; sha256: the checksums TensorFlow Datasets pins for the same archives

@@ -14,26 +14,24 @@ import polars as pl
 from ...errors import AlroFastError
 from .readers import (
     AMAZON_COLUMNS,
+    FOLDERS,
     Columns,
     RawData,
     polars_errors,
     read_amazon,
-    read_ml_1m,
-    read_ml_100k,
-    read_movielens_csv,
     read_table,
 )
 
-MOVIELENS = {  # name -> ratings file, item file, official counts of ratings, users and movies
-    "ml-100k": ("u.data", "u.item", (100_000, 943, 1_682)),
-    "ml-1m": ("ratings.dat", "movies.dat", (1_000_209, 6_040, 3_883)),
-    "ml-latest-small": ("ratings.csv", "movies.csv", (100_836, 610, 9_742)),
-    "ml-20m": ("ratings.csv", "movies.csv", (20_000_263, 138_493, 27_278)),
-    "ml-25m": ("ratings.csv", "movies.csv", (25_000_095, 162_541, 62_423)),
-    "ml-32m": ("ratings.csv", "movies.csv", (32_000_204, 200_948, 87_585)),
+MOVIELENS = {  # official counts of ratings, users and movies
+    "ml-100k": (100_000, 943, 1_682),
+    "ml-1m": (1_000_209, 6_040, 3_883),
+    "ml-latest-small": (100_836, 610, 9_742),
+    "ml-20m": (20_000_263, 138_493, 27_278),
+    "ml-25m": (25_000_095, 162_541, 62_423),
+    "ml-32m": (32_000_204, 200_948, 87_585),
 }
 TABLES = ("csv", "parquet")
-DATASETS = (*MOVIELENS, *AMAZON_COLUMNS, *TABLES)
+DATASETS = (*FOLDERS, *AMAZON_COLUMNS, *TABLES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +68,8 @@ def read_interactions(
 ) -> Interactions:
     """Read, check and encode a data set.
 
-    dataset: one of DATASETS. raw_dir: folder of its files (Movielens, Amazon); ratings_file, items_file: single files
-    (csv, parquet; they override the names looked for in raw_dir elsewhere).
+    dataset: one of DATASETS. raw_dir: folder of its files (those of FOLDERS, Amazon); ratings_file, items_file: single
+    files (csv, parquet; they override the names looked for in raw_dir elsewhere).
     duplicates: "error" or "drop" for rows equal in (user, item, time); dropping keeps the last row of the file.
     A user's later ratings of an item already rated are always dropped and counted: a list that showed an item the
     history has rated would give its label away.
@@ -151,13 +149,13 @@ def locate(
                 f"({', '.join(some) or 'none'}); one is expected: choose with --{flag}_file PATH",
             )
         return given[0] or folder / found[0][0], given[1] or folder / found[1][0]
-    names = MOVIELENS[dataset][:2]
-    if not (folder / names[0]).is_file() and (folder / dataset / names[0]).is_file():
+    wanted = FOLDERS[dataset][:2]
+    if not (folder / wanted[0]).is_file() and (folder / dataset / wanted[0]).is_file():
         folder = folder / dataset
-    missing = [n for n, path in zip(names, given) if not path and not (folder / n).is_file()]
+    missing = [n for n, path in zip(wanted, given) if not path and not (folder / n).is_file()]
     held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
     _need(not missing, f"--raw_dir {folder} lacks {' and '.join(missing)} of {dataset} (it holds: {held})")
-    return given[0] or folder / names[0], given[1] or folder / names[1]
+    return given[0] or folder / wanted[0], given[1] or folder / wanted[1]
 
 
 def sha256_of(path: Path) -> str:
@@ -178,11 +176,7 @@ def _read(
         return read_table(ratings, items, columns, separator, workdir)
     if dataset in AMAZON_COLUMNS:
         return read_amazon(dataset, ratings, items, columns, workdir)
-    if dataset == "ml-100k":
-        return read_ml_100k(ratings, items)
-    if dataset == "ml-1m":
-        return read_ml_1m(ratings, items)
-    return read_movielens_csv(ratings, items, columns)
+    return FOLDERS[dataset].read(ratings, items, columns)
 
 
 def _encode(raw: RawData, path: Path) -> tuple[pl.DataFrame, pl.Series, pl.Series, dict[str, int]]:
@@ -213,15 +207,15 @@ def _encode(raw: RawData, path: Path) -> tuple[pl.DataFrame, pl.Series, pl.Serie
         for fault, expression in faults.items():
             if bad := summary[fault].item():
                 _raise_fault(raw.ratings, path, fault, expression, bad)
-        users, items = sorted_ids(users.to_series()), sorted_ids(items.to_series())
+        user_ids, item_ids = sorted_ids(users.to_series()), sorted_ids(items.to_series())
         table = raw.ratings.select(
-            user.cast(pl.Enum(users)).to_physical().cast(pl.UInt32),
-            item.cast(pl.Enum(items)).to_physical().cast(pl.UInt32),
+            user.cast(pl.Enum(user_ids)).to_physical().cast(pl.UInt32),
+            item.cast(pl.Enum(item_ids)).to_physical().cast(pl.UInt32),
             rating.cast(pl.Float32),
             time,
         ).collect(engine="streaming")
-    counts = {"ratings": count, "users": len(users), "rated_items": len(items)}
-    return table, users.alias("user_id"), items.alias("item_id"), counts
+    counts = {"ratings": count, "users": len(user_ids), "rated_items": len(item_ids)}
+    return table, user_ids.alias("user_id"), item_ids.alias("item_id"), counts
 
 
 def _raise_fault(ratings: pl.LazyFrame, path: Path, fault: str, expression: pl.Expr, bad: int) -> None:
@@ -263,7 +257,7 @@ def sorted_ids(ids: pl.Series) -> pl.Series:
 def _check_counts(
     dataset: str, found: tuple[int, int, int], allow_altered: bool, notice: Callable[[str], None]
 ) -> None:
-    official = MOVIELENS[dataset][2]
+    official = MOVIELENS[dataset]
     if found == official:
         return
     words = "{:,} ratings, {:,} users, {:,} movies"

@@ -13,11 +13,11 @@ import io
 import json
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import polars as pl
 
@@ -69,7 +69,7 @@ AMAZON_COLUMNS = {
 }
 
 
-def read_ml_100k(ratings: Path, items: Path) -> RawData:
+def read_ml_100k(ratings: Path, items: Path, _: Columns) -> RawData:
     """u.data (tab-separated user, item, rating, time) and u.item ("|"-separated, latin-1, 19 genre flags)."""
     scan = _scan_csv(ratings, separator="\t", names=["user", "item", "rating", "time"])
     rows = []
@@ -81,7 +81,7 @@ def read_ml_100k(ratings: Path, items: Path) -> RawData:
     return RawData(scan, _items(rows), (ratings, items))
 
 
-def read_ml_1m(ratings: Path, items: Path) -> RawData:
+def read_ml_1m(ratings: Path, items: Path, _: Columns) -> RawData:
     """ratings.dat and movies.dat: fields separated by "::", latin-1; genres separated by "|"."""
     scan = _scan_csv(ratings, separator=":", names=["user", "_1", "item", "_2", "rating", "_3", "time"])
     rows = []
@@ -93,12 +93,6 @@ def read_ml_1m(ratings: Path, items: Path) -> RawData:
     return RawData(scan.select("user", "item", "rating", "time"), _items(rows), (ratings, items))
 
 
-def _text_lines(path: Path) -> Iterator[str]:
-    """Lines of a latin-1 file, where a title may hold characters that str.splitlines takes for line ends."""
-    with path.open(encoding="latin-1") as file:
-        yield from (line.rstrip("\n") for line in file)
-
-
 def read_movielens_csv(ratings: Path, items: Path, columns: Columns) -> RawData:
     """ratings.csv and movies.csv of the later editions: comma-separated with a header, UTF-8."""
     names = columns.over(MOVIELENS_COLUMNS)
@@ -108,6 +102,24 @@ def read_movielens_csv(ratings: Path, items: Path, columns: Columns) -> RawData:
         movies = rows.collect()
     genres = [(genres or "").split("|") for genres in movies["category"]]
     return RawData(scan, _items(zip(movies["item_id"], movies["title"], genres)), (ratings, items))
+
+
+class Folder(NamedTuple):
+    """A data set whose files have names of their own, so that the folder they are in says which to read."""
+
+    ratings: str
+    items: str
+    read: Callable[[Path, Path, Columns], RawData]
+
+
+FOLDERS = {  # --dataset -> its files, and their reader
+    "ml-100k": Folder("u.data", "u.item", read_ml_100k),
+    "ml-1m": Folder("ratings.dat", "movies.dat", read_ml_1m),
+    "ml-latest-small": Folder("ratings.csv", "movies.csv", read_movielens_csv),
+    "ml-20m": Folder("ratings.csv", "movies.csv", read_movielens_csv),
+    "ml-25m": Folder("ratings.csv", "movies.csv", read_movielens_csv),
+    "ml-32m": Folder("ratings.csv", "movies.csv", read_movielens_csv),
+}
 
 
 def read_table(ratings: Path, items: Path | None, columns: Columns, separator: str | None, workdir: Path) -> RawData:
@@ -149,7 +161,7 @@ def read_amazon(edition: str, reviews: Path, metadata: Path, columns: Columns, w
     The 2014 metadata are Python literals rather than JSON; both are read. Products nobody reviewed are left out later.
     """
     names = columns.over(AMAZON_COLUMNS[edition])
-    parts = []
+    parts: list[Path] = []
     wanted = _rating_columns(names)
     for block in _blocks(reviews):
         if not parts:
@@ -164,6 +176,12 @@ def read_amazon(edition: str, reviews: Path, metadata: Path, columns: Columns, w
     key = "parent_asin" if edition == "amazon-2023" else "asin"
     items = _amazon_items(metadata, key, rated)
     return RawData(scan, items, (reviews, metadata), "ms" if edition == "amazon-2023" else "s", rated_items_only=True)
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    """Lines of a latin-1 file, where a title may hold characters that str.splitlines takes for line ends."""
+    with path.open(encoding="latin-1") as file:
+        yield from (line.rstrip("\n") for line in file)
 
 
 def _rating_columns(names: Columns) -> dict[str, tuple[str, str]]:
@@ -198,7 +216,12 @@ def _scan_csv(path: Path, separator: str = ",", names: list[str] | None = None) 
     if path.stat().st_size == 0:
         raise AlroFastError(f"{path.name} is empty; a table is expected in it")
     header = names is None
-    how = {"separator": separator, "has_header": header, "infer_schema": False, "quote_char": '"' if header else None}
+    how: dict[str, Any] = {
+        "separator": separator,
+        "has_header": header,
+        "infer_schema": False,
+        "quote_char": '"' if header else None,
+    }
     with polars_errors(path):
         scan = pl.scan_csv(path, **how)
         found = scan.collect_schema().names()
@@ -327,7 +350,7 @@ def _amazon_category(record: dict) -> list[str]:
     return [main] if isinstance(main, str) and "<" not in main else []
 
 
-def _items(rows: object) -> pl.DataFrame:
+def _items(rows: Iterable[tuple[str, str | None, Sequence[str]]]) -> pl.DataFrame:
     """(item_id, title, category names) -> the item table; names joined by ", ", placeholders for none left out."""
     cells = [(i, title, ", ".join(n for n in names if n not in NO_GENRE)) for i, title, names in rows]
     return pl.DataFrame(cells, schema=ITEM_SCHEMA, orient="row")
