@@ -201,7 +201,7 @@ class ObjectiveArguments:
     permutations: int = option(1, "Re-ordered presentations per list and step (0: none, and no permutation loss).")
     score: str = option("logprob", "Score of item i at slot k (docs/methods.md 1.2).", ["logprob", "prob", "logit"])
     score_space: str = option("candidates", "What scores are normalised over.", ["candidates", "vocab"])
-    psl: str = option("kl", "Distance of the permutation loss (docs/methods.md 1.3).", ["kl", "ce", "symmetric"])
+    psl: str = option("kl", "Distance of the permutation loss, such as kl, ce, symmetric (docs/methods.md 1.3).")
     psl_space: str = option("candidates", "Distributions compared by the permutation loss.", ["candidates", "vocab"])
     psl_detach: bool = option(True, "No gradient through the original order's distribution.")
     dpo_beta: float = option(0.1, "Strength of the preference, times the log-ratio to the reference.")

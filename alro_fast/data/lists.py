@@ -67,7 +67,7 @@ ROW_GROUP = 1 << 16
 
 
 class Lists(Sequence[RankingList]):
-    """The lists of one split; a record is made when it is asked for. A slice is again a `Lists`.
+    """The lists of one split, in columns; a `RankingList` is made when it is asked for. A slice is again a `Lists`.
 
     user_ids: the user of every list; all_equal: bool [number of lists], True where there is nothing to rank.
     """

@@ -20,9 +20,10 @@ import polars as pl
 from ..errors import AlroFastError
 from .near import NEIGHBOURS, PRIOR, SHRINKAGE, Residuals, check_cells
 from .rating_model import BIAS_RIDGE, FACTOR_RIDGE, FACTORS, fit_ratings
+from .seeds import hash_ids, splitmix64
 from .signal_table import OF_CANDIDATES, SIGNALS
 from .sources.interactions import Interactions
-from .windows import Built, ListOptions, Timeline, hash_ids, held_out, splitmix64
+from .windows import Built, ListOptions, Timeline, held_out
 
 FOLDS = 10
 AVERAGE_PRIOR = 5.0  # as many ratings that say the mean of all, in the average

@@ -19,23 +19,28 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import AlroFastError
-from ..ops import HeadStats
+from ..ops import DIVERGENCES, HeadStats
 from ..ops.checks import check_device, check_head, values_are_free
 from .lists import ALROCounts, RankingLists, alro_counts, check_lists, check_shared_tokens
 
 SCORES = ("logprob", "prob", "logit")
 SPACES = ("candidates", "vocab")
-DIVERGENCES = ("kl", "ce", "symmetric")
+VOCABULARY_DIVERGENCES = ("kl", "ce", "symmetric")  # sums of E_p[z] that a pass over the vocabulary can keep
 
 
 class ALROLossOutput(NamedTuple):
     """Scalars, differentiable; `expected_rank` is a constant."""
 
-    loss: Tensor  # sft + alpha * soft_lambda + beta * permutation
+    loss: Tensor  # the three terms below, weighed by `term_weights`
     sft: Tensor  # mean over rows with a label of -log p(label)
     soft_lambda: Tensor  # mean over lists, both orders
     permutation: Tensor  # mean over lists with a twin
     expected_rank: Tensor  # [L, M] expected slot of candidate i, lower is better (ratings form: its expected grade)
+
+
+def term_weights(alpha: float, beta: float) -> dict[str, float]:
+    """What each term of ALROLossOutput weighs in its loss (docs/methods.md 1.4)."""
+    return {"sft": 1.0, "soft_lambda": alpha, "permutation": beta}
 
 
 def alro_loss(
@@ -69,9 +74,10 @@ def alro_loss(
 
     gamma: sharpness of the soft-argmax (1 suits log-probs, about 10 probabilities); sigma: slope of the pairwise loss.
     score, score_space: what the soft-argmax reads, the "logprob", "prob" or "logit" of an identifier, normalised over
-    the list's "candidates" or the whole "vocab". psl: "kl", "ce" or "symmetric" divergence of the twin's original (P)
-    and the list (Q), over the "candidates" or, items paired by their identifiers, the whole "vocab"; psl_detach: no
-    gradient through P; psl_mask_emitted: leave out the candidates the target has placed before the slot.
+    the list's "candidates" or the whole "vocab". psl: divergence ("kl", "ce", "symmetric"; all of `ops.DIVERGENCES`) of
+    the twin's original (P) and the list (Q), over the "candidates" or, items paired by their identifiers, the whole
+    "vocab"; psl_detach: no gradient through P; psl_mask_emitted: leave out the candidates the target has placed before
+    the slot.
     counts: denominators of the means, see `ALROCounts`. mass_bound, backend: see `ops.linear_logprobs`.
     Raises AlroFastError naming the argument; values of index tensors on CUDA are checked by `check_lists` only.
     """
@@ -181,6 +187,11 @@ class _Options:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise AlroFastError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
+        if self.psl_space == "vocab" and self.psl not in VOCABULARY_DIVERGENCES:
+            raise AlroFastError(
+                f"psl is {self.psl!r}, which is taken over the candidates alone; psl_space='vocab' takes one of "
+                f"{', '.join(VOCABULARY_DIVERGENCES)}"
+            )
         if self.psl_mask_emitted and self.psl_space == "vocab":
             raise AlroFastError("psl_mask_emitted needs psl_space='candidates'; got psl_space='vocab'")
 
@@ -240,11 +251,13 @@ def _compose(
     if counts is None:
         counts = ALROCounts(*(count.clamp(min=1) for count in alro_counts(labels, lists, ignore_index)))
     logprobs = torch.where(targets >= 0, stats.target_logits - stats.lse[:, None], 0.0)
-    sft = -logprobs.sum() / counts.rows
-    soft_lambda = terms.soft_lambda.sum() / counts.lists
-    permutation = permutation.sum() / counts.twins
-    loss = sft + options.alpha * soft_lambda + options.beta * permutation
-    return ALROLossOutput(loss, sft, soft_lambda, permutation, terms.expected)
+    means = {
+        "sft": -logprobs.sum() / counts.rows,
+        "soft_lambda": terms.soft_lambda.sum() / counts.lists,
+        "permutation": permutation.sum() / counts.twins,
+    }
+    loss = sum(weight * means[name] for name, weight in term_weights(options.alpha, options.beta).items())
+    return ALROLossOutput(loss, **means, expected_rank=terms.expected)
 
 
 def _scores(logits: Tensor, lse: Tensor, slot_rows: Tensor, options: _Options) -> Tensor:

@@ -51,13 +51,10 @@ def dense_attention(
         [1, T or N, heads, D].
     """
     masks = _masks(layout, window, query, answers)
-    padding = layout.num_rows - layout.num_tokens
-    rows = [*(span.end - span.start for span in layout.spans), padding]
-    queries = query.split([*layout.answer_counts, 0] if answers else rows, dim=2)
-    calls = zip(queries, key.split(rows, dim=2), value.split(rows, dim=2), masks)  # no mask for the padding: no call
-    outputs = [_dense_call(*call, scale, softcap) for call in calls]
-    outputs.append(queries[-1].new_zeros(*queries[-1].shape[:-1], value.shape[-1]))
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    rows = [span.end - span.start for span in layout.spans]
+    queries = query.split(layout.answer_counts if answers else rows, dim=2)
+    calls = zip(queries, key.split(rows, dim=2), value.split(rows, dim=2), masks)
+    return torch.cat([_dense_call(*call, scale, softcap) for call in calls], dim=2).transpose(1, 2)
 
 
 def _dense_call(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:

@@ -18,7 +18,6 @@ from ..data.records import RankingList
 from ..errors import AlroFastError
 from ..losses.preference import dmpo_loss
 from ..modeling.lm_head import Head, head_of
-from ..modeling.logprobs import token_logprobs
 from ..modeling.packing import Branch, PackedBatch, Tree
 from ..options import LISTS, Where
 from ..prompts import PromptBuilder
@@ -68,7 +67,7 @@ class ChosenObjective:
 
     def loss(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: Any) -> list[LossTerm]:
         """The mean cross-entropy, full vocabulary."""
-        logprobs = token_logprobs(hidden, head, packed, self.arguments.backend)
+        logprobs = head.logprobs(hidden, packed.labels, backend=self.arguments.backend)
         return [LossTerm("sft", -logprobs.mean(), 1.0, len(packed.labels))]
 
 
@@ -183,7 +182,7 @@ class DMPOObjective(ChosenObjective):
         return terms
 
     def _sums(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: PreferenceTargets) -> Tensor:
-        logprobs = token_logprobs(hidden, head, packed, self.arguments.backend)
+        logprobs = head.logprobs(hidden, packed.labels, backend=self.arguments.backend)
         return logprobs.new_zeros(len(targets.lengths)).index_add(0, targets.branch, logprobs)
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..data.records import RankingList
 from ..modeling.packing import Branch, PackedBatch, Tree
-from ..ops import linear_logprobs
 from ..prompts import PromptBuilder
 from .base import ALWAYS, Description, Example, LossTerm
 
@@ -52,10 +51,7 @@ class SFTObjective:
 
     def loss(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: Any) -> list[LossTerm]:
         """The mean cross-entropy, full vocabulary."""
-        logprobs, _ = linear_logprobs(
-            hidden, head.weight, packed.labels,
-            bias=head.bias, softcap=head.softcap, scale=head.scale, backend=self.arguments.backend,
-        )  # fmt: skip
+        logprobs = head.logprobs(hidden, packed.labels, backend=self.arguments.backend)
         return [LossTerm("sft", -logprobs.mean(), 1.0, len(packed.labels))]
 
 

@@ -50,18 +50,32 @@ def _resolve(name: str, device_type: str, dtype: torch.dtype) -> ModuleType:
     return importlib.import_module(f".backends.{name}", __package__)
 
 
-def of_long_lists(backend: str, limit: int, longest: int) -> ModuleType:
+def head_server(backend: str, hidden: Tensor, function: str, softcap: float | None) -> ModuleType:
+    """The module that serves a call of `function` (of HEAD_FUNCTIONS): the backend's own or, under "auto", eager."""
+    module = resolve_backend(backend, hidden.device, hidden.dtype)
+    return _or_eager(backend, module, module.SERVES.declines_head(function, softcap))
+
+
+def list_server(
+    backend: str, logits: Tensor, *, form: str, divergence: str, mask_emitted: bool, longest: int
+) -> ModuleType:
+    """The module that serves a call of `listwise`: the backend's own or, under "auto", eager."""
+    module = resolve_backend(backend, logits.device, logits.dtype)
+    return _or_eager(backend, module, module.SERVES.declines_lists(form, divergence, mask_emitted, longest))
+
+
+def _or_eager(backend: str, module: ModuleType, declined: str | None) -> ModuleType:
+    if declined is None:
+        return module
     if backend != "auto":
-        raise AlroFastError(
-            f"lists of {longest} candidates or grades; backend {backend!r} takes at most {limit}: use 'auto' or 'eager'"
-        )
-    _say_once_long_lists(limit)
+        raise AlroFastError(f"backend {backend!r} does not serve {declined}: use 'auto' or 'eager'")
+    _say_once_declined(module.__name__.rpartition(".")[2], declined)
     return eager
 
 
 @functools.cache
-def _say_once_long_lists(limit: int) -> None:
-    log.info("backend eager serves lists of more than %d candidates", limit)
+def _say_once_declined(name: str, declined: str) -> None:
+    log.info("backend eager serves %s, which %s does not", declined, name)
 
 
 def check_backend(name: str) -> None:

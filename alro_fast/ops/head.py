@@ -1,5 +1,6 @@
 """The pass over the LM head: log-probabilities, divergences and the statistics that every loss is made of."""
 
+import functools
 import math
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from ..errors import AlroFastError
 from .backends import eager
 from .checks import check_head, check_index, check_number, check_positive, check_relabel, check_values
-from .dispatch import as_given, no_second_derivative, or_empty, resolve_backend, result_dtype
+from .dispatch import as_given, head_server, no_second_derivative, or_empty, result_dtype
 
 _HALF_MASS_BOUND = 2.0**-12  # an eighth of bfloat16's rounding; what half-precision rows may lose from U by default
 
@@ -224,28 +225,24 @@ def _head(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """lse [N], target_logits [N, C], group_logits [G, S, C], cross [P]; for backward: expected, mixed, spread."""
-    module = resolve_backend(backend, hidden.device, hidden.dtype)
-    gather = getattr(module, "gather_logits", eager.gather_logits)
-    pairs = len(first) > 0
+    serves = functools.partial(head_server, backend, hidden, softcap=softcap)
+    arguments = hidden, weight, bias, softcap, scale
+    mixed = spread = cross = None
     with as_given(hidden):
-        passed = module.vocab_pass(
-            hidden,
-            weight,
-            bias,
-            softcap,
-            scale,
-            first if pairs else None,
-            second if pairs else None,
-            entropy=entropy,
-            want_expected=want_expected,
-            want_spread=want_spread,
-            mass_bound=mass_bound,
-        )
-        target_logits = _gather(gather, hidden, weight, bias, softcap, scale, *_target_groups(targets, hidden))
-        group_logits = _gather(gather, hidden, weight, bias, softcap, scale, rows, ids)
+        if len(first):
+            lse, expected, cross, mixed, spread = serves("paired_vocab_pass").paired_vocab_pass(
+                *arguments, first, second, entropy=entropy, want_expected=want_expected, want_spread=want_spread,
+                mass_bound=mass_bound,
+            )  # fmt: skip
+        else:
+            lse, expected = serves("vocab_pass").vocab_pass(
+                *arguments, want_expected=want_expected, mass_bound=mass_bound
+            )
+        gather = serves("gather_logits").gather_logits
+        target_logits = _gather(gather, *arguments, *_target_groups(targets, hidden))
+        group_logits = _gather(gather, *arguments, rows, ids)
     target_logits = target_logits.view(targets.shape)
-    optional = (passed.cross, passed.expected, passed.mixed, passed.spread)
-    return passed.lse, target_logits, group_logits, *(or_empty(tensor, passed.lse) for tensor in optional)
+    return lse, target_logits, group_logits, *(or_empty(tensor, lse) for tensor in (cross, expected, mixed, spread))
 
 
 @_head.register_fake
@@ -329,7 +326,8 @@ def _head_backward(
     want_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of hidden, weight and bias (empty where not wanted), summed in float32 and rounded once."""
-    module = resolve_backend(backend, hidden.device, hidden.dtype)
+    serves = functools.partial(head_server, backend, hidden, softcap=softcap)
+    arguments = hidden, weight, bias, softcap, scale
     with as_given(hidden):
         grad_lse = torch.zeros_like(lse) if grad_lse.numel() == 0 else grad_lse
         pairs = grad_cross.numel() > 0
@@ -347,25 +345,14 @@ def _head_backward(
                     eager.add_rows(d_hidden, a, own * grad_first[:, None])
                 mean = mixed if mixed.numel() else expected[a]
                 eager.add_rows(d_hidden, b, mean * -grad_second[:, None])
-        if want_weight or want_bias:
-            d_weight, d_bias = module.weight_grad(
-                hidden,
-                weight,
-                bias,
-                softcap,
-                scale,
-                first if pairs else None,
-                second if pairs else None,
-                lse,
-                cross if pairs else None,
-                grad_lse,
-                grad_first if pairs else None,
-                grad_second if pairs else None,
-                entropy=entropy,
-                want_weight=want_weight,
-                want_bias=want_bias,
+        wanted = {"want_weight": want_weight, "want_bias": want_bias}
+        if (want_weight or want_bias) and pairs:
+            d_weight, d_bias = serves("paired_weight_grad").paired_weight_grad(
+                *arguments, first, second, lse, cross, grad_lse, grad_first, grad_second, entropy=entropy, **wanted
             )
-        backward = getattr(module, "gather_backward", eager.gather_backward)
+        elif want_weight or want_bias:
+            d_weight, d_bias = serves("weight_grad").weight_grad(*arguments, lse, grad_lse, **wanted)
+        backward = serves("gather_backward").gather_backward
         gathers = (
             (*_target_groups(targets, hidden), target_logits[:, None], grad_target),
             (rows, ids, group_logits, grad_group),

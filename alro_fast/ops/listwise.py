@@ -6,7 +6,7 @@ from torch import Tensor
 from ..errors import AlroFastError
 from .backends import eager
 from .checks import check_device, check_index, check_positive, check_ranks, check_scores, check_values
-from .dispatch import as_given, no_second_derivative, of_long_lists, or_empty, resolve_backend, result_dtype
+from .dispatch import as_given, list_server, no_second_derivative, or_empty, result_dtype
 
 
 def soft_argmax_ranks(scores: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
@@ -80,6 +80,10 @@ def listwise(
 ) -> eager.Listwise:
     """`backends.eager.listwise` with autograd: soft_lambda [L] and permutation [L] are differentiable in logits."""
     check_positive(gamma=gamma, sigma=sigma)
+    if divergence != "none" and divergence not in eager.DIVERGENCES:
+        raise AlroFastError(
+            f"divergence is {divergence!r}; expected 'none' or one of {', '.join(map(repr, eager.DIVERGENCES))}"
+        )
     logits = logits.to(result_dtype(logits))
     soft_lambda, permutation, expected, *_ = torch.ops.alro_fast.listwise(
         logits,
@@ -116,15 +120,15 @@ def _listwise(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """soft_lambda [L], permutation [L], expected [L, M]; for backward d_soft_lambda, d_student, d_teacher or empty."""
-    module = resolve_backend(backend, logits.device, logits.dtype)
+    form, longest = "ranking" if values is None else "ratings", max(logits.shape[1:])
+    module = list_server(
+        backend, logits, form=form, divergence=divergence, mask_emitted=mask_emitted, longest=longest
+    )  # fmt: skip
     if logits.numel() == 0:  # no list, or none with a candidate
         length, d_logits = len(logits), torch.zeros_like(logits)
         d_teacher = None if detach or divergence == "none" else torch.zeros_like(logits)
         zeros = logits.new_zeros(length), logits.new_zeros(length), torch.zeros_like(ratings)
         return *zeros, d_logits, torch.zeros_like(logits), or_empty(d_teacher, logits)
-    longest = max(logits.shape[1:])
-    if longest > getattr(module, "LONGEST_LIST", longest):
-        module = of_long_lists(backend, module.LONGEST_LIST, longest)
     with as_given(logits):
         terms = module.listwise(
             logits,

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import AlroFastError
 from ..modeling.attention import tree_hidden_states
-from ..modeling.lm_head import Head, head_of
+from ..modeling.lm_head import head_of
 from ..modeling.packing import Tree, collate, plan_batches
-from ..ops import linear_logprobs
 from .decoding import token_logits
 
 if TYPE_CHECKING:
@@ -70,7 +69,8 @@ class BranchReader:
                         found[n] = values
                 for n, (start, end) in zip(numbers, spans, strict=True):
                     if tokens[n] is None:
-                        found[n] = _answer_logprob(hidden[start:end], batch.labels[start:end], head)
+                        logprobs = head.logprobs(hidden[start:end], batch.labels[start:end])
+                        found[n] = logprobs.double().sum(dim=0, keepdim=True).cpu().numpy()
         return found
 
 
@@ -86,11 +86,3 @@ def memory_errors(tokens: int, name: str) -> Iterator[None]:
             f"{name}: not enough memory for a forward pass of {tokens} tokens; lower the token budget, the shuffles or "
             "the history length"
         ) from error
-
-
-def _answer_logprob(hidden: Tensor, labels: Tensor, head: Head) -> np.ndarray:
-    """Summed log-probability of the labels at these rows, full vocabulary; float64 [1]."""
-    logprobs, _ = linear_logprobs(
-        hidden, head.weight, labels, bias=head.bias, softcap=head.softcap, scale=head.scale
-    )  # fmt: skip
-    return logprobs.double().sum(dim=0, keepdim=True).cpu().numpy()

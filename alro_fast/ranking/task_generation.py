@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..data.seeds import generator
 from ..prompts.recranker import TOP, Ask
 from .generation import Generated, mentions, write_answers
 from .hybrid import constants_of, pairs_of, places_of, utilities, win_shares
-from .orders import generator_of, unlabelled
+from .orders import unlabelled
 
 if TYPE_CHECKING:
     from ..data.records import RankingList
@@ -41,7 +42,7 @@ def generate_tasks(
     constants, made = constants_of(hybrid or ranker.hybrid), Generated([], [], [])
     for entry in map(unlabelled, lists):
         m = len(entry.candidates)
-        pairs = pairs_of(m, pairing, generator_of(entry, seed, 0))
+        pairs = pairs_of(m, pairing, generator(seed, 0, name=entry.list_id))
         ways = [way for pair in pairs for way in (pair, pair[::-1])]
         prompts = ranker.prompts.encode([Ask(entry, range(m), ways, [range(m)])])[0]
         (listing,) = prompts.listings

@@ -18,18 +18,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ..data.seeds import generator
 from ..modeling.packing import Branch, Tree
 from ..prompts.recranker import Ask, TaskPrompts
-from .hybrid import HYBRIDS, constants_of, pairs_of, utilities, win_shares
-from .orders import Ranking, generator_of, make_ranking, slide
+from .hybrid import HYBRIDS, pairs_of, utilities, win_shares
+from .options import TASK_METHODS
+from .orders import Ranking, make_ranking, slide
 
 if TYPE_CHECKING:
     from ..data.records import RankingList
     from ..prompts.recranker import RecRankerPrompts
     from .reading import BranchReader
-
-TASK_METHODS = ("pointwise", "pairwise", "listwise", "hybrid")
-
 
 _Branch = tuple[list[int], int, list[int] | None]
 
@@ -73,7 +72,7 @@ def read_tasks(
     asks, pairs = [], []
     for entry, shown in zip(lists, presented, strict=True):
         m = len(entry.candidates)
-        drawn = [pairs_of(m, pairing, generator_of(entry, seed, b)) for b in range(len(shown))]
+        drawn = [pairs_of(m, pairing, generator(seed, b, name=entry.list_id)) for b in range(len(shown))]
         pairs.append(drawn)
         asks.append(
             Ask(
@@ -170,9 +169,3 @@ def _reading(
 def _softmax(logits: np.ndarray) -> np.ndarray:
     weights = np.exp(logits - logits.max())
     return weights / weights.sum()
-
-
-def check_tasks(hybrid: str, pairing: str) -> None:
-    """AlroFastError for constants or a pairing that nobody knows."""
-    constants_of(hybrid)
-    pairs_of(0, pairing, np.random.default_rng(0))

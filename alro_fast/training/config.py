@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 
 from ..errors import AlroFastError
 from ..objectives.base import Description, describe, objective_arguments
+from ..ops import DIVERGENCES
 from ..options import DataArguments, ModelArguments, ObjectiveArguments, RankerTrainingArguments, Where
 from .help import groups, help_text
 from .unread import WITHOUT_MEANING, Unread, objectives_of, unread, without_meaning
@@ -159,6 +160,7 @@ def read_recipe(name: str) -> dict[str, Any]:
 def _parser(kinds: tuple[type, ...]) -> _Parser:
     parser = _Parser(kinds, allow_abbrev=False, prog="python -m alro_fast.train", add_help=False)
     parser.add_argument("--config")
+    parser._option_string_actions["--psl"].choices = list(DIVERGENCES)  # what the ops know
     return parser
 
 

@@ -316,10 +316,11 @@ class Run:
         if self.training.device.type != "cuda" or self.config.objective.backend not in ("auto", "triton"):
             return
         from ..ops.backends import triton
+        from ..ops.backends.warmup import warmup
 
         head = head_of(self.model)
         if triton.unavailable(self.training.device, head.weight.dtype) is None:
-            triton.warmup(
+            warmup(
                 head.weight.shape[1], head.weight.shape[0], dtype=head.weight.dtype, softcap=head.softcap,
                 bias=head.bias is not None, trainable=head.weight.requires_grad, device=self.training.device,
             )  # fmt: skip

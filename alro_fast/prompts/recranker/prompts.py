@@ -11,12 +11,11 @@ of two pages, and share it as a tree.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,12 +24,12 @@ from ...errors import AlroFastError
 from ..encoding import Encoder, Pieces, line_start
 from ..identifiers import LETTERS, Answers, item_labels, labels_in_context, prove_answers
 from ..line import clean, marker_pattern
-from ..template import TEMPLATE_FILE, placeholders, save_settings
+from ..saved import SavedPrompts
+from ..template import placeholders
 from ..turns import find_turns
 from .sentence import Sentence
 from .task_template import TaskTemplate, load_task_template, parse_task_template
 
-SETTINGS_FILE = "recranker.json"
 IDENTIFIERS = ("letters", "items", "titles")
 TOP = 5  # candidates that a listwise answer names
 FEWEST_DISLIKED = 3  # fewer than these are not shown
@@ -72,7 +71,7 @@ class TaskPrompts(NamedTuple):
     dropped_history: int  # oldest history items left out to keep within max_length
 
 
-class RecRankerPrompts:
+class RecRankerPrompts(SavedPrompts):
     """Writes the prompts of the three tasks for one tokenizer and template.
 
     Args:
@@ -89,6 +88,9 @@ class RecRankerPrompts:
         AlroFastError: no such template or a mistake in it, or a tokenizer whose grades, Yes and No, or identifiers are
             not one distinct token each in their place.
     """
+
+    FILE = "recranker.json"
+    read_template = staticmethod(parse_task_template)
 
     def __init__(
         self,
@@ -333,36 +335,13 @@ class RecRankerPrompts:
                         f"{self._encoder.name!r} has item tokens for 0 to {len(self._item_ids) - 1}"
                     )
 
-    # ---- files
+    @staticmethod
+    def options_of(record: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of the prompts that `record` is of."""
+        return dict(record["options"])
 
-    def save(self, directory: str | Path) -> None:
-        """Write prompt_template.yaml and recranker.json."""
-        save_settings(directory, self.template.source, SETTINGS_FILE, self._record())
-
-    @classmethod
-    def load(cls, directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> RecRankerPrompts:
-        """The prompts saved there; AlroFastError if the tokenizer is not the one they were saved with."""
-        directory = Path(directory)
-        try:
-            source = (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
-            record = json.loads((directory / SETTINGS_FILE).read_text(encoding="utf-8"))
-            known, options, name = record["tokenizer"], dict(record["options"]), record["template"]
-        except OSError as error:
-            raise AlroFastError(
-                f"{directory} holds no prompt settings: {Path(error.filename).name} cannot be read; "
-                "expected the output folder of a run of objective recranker"
-            ) from None
-        except (ValueError, KeyError, TypeError):
-            raise AlroFastError(f"{directory / SETTINGS_FILE} is damaged: expected what training wrote") from None
-        encoder = Encoder(tokenizer)
-        if encoder.fingerprint() != known:
-            raise AlroFastError(
-                f"tokenizer {encoder.name!r} is not the one {directory} was made with; load the one saved there"
-            )
-        template = parse_task_template(source, name=name, origin=str(directory / TEMPLATE_FILE))
-        return cls(tokenizer, template, **options)
-
-    def _record(self) -> dict:
+    def record(self) -> dict[str, Any]:
+        """What recranker.json holds: options, and the tokens that came of them."""
         names = ("identifiers", "max_length", "like", "dislike", "rated_items", "liked_items", "disliked_items")
         return {
             "template": self.template.name,
