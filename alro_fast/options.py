@@ -47,6 +47,11 @@ FOLLOWED = Where(
 )
 STAGED = Where("with --stages", lambda o: o.stages is not None, ("stages",))
 LISTS = Where("without --preferences, on ranking lists", lambda o: o.preferences is None, ("preferences",))
+WORDS = Where(
+    "on ranking lists in words: without --preferences, and not with --identifiers signals",
+    lambda o: o.preferences is None and o.identifiers != "signals",
+    ("preferences", "identifiers"),
+)
 FILES = Where("with --preferences", lambda o: o.preferences is not None, ("preferences",))
 UNPREPARED = Where(
     "without --data_dir, whose lists are prepared, and without --preferences",
@@ -133,11 +138,12 @@ class DataArguments:
     train_stride: int | None = option(
         None, "Rated items between two training windows. Default: list_size.", read=PREPARING
     )
-    template: str = option("movies", "Prompt template: the name of a ready one, or a YAML file.", read=LISTS)
+    template: str = option("movies", "Prompt template: the name of a ready one, or a YAML file.", read=WORDS)
     identifiers: str = option(
         "letters",
-        "How candidates are named: letters of the page, or one token per item; objective recranker: or their titles.",
-        ["letters", "items", "titles"],
+        "How candidates are named: letters of the page, one token per item, or signals: a token for every bin of their "
+        "signals in place of words; objective recranker: or their titles.",
+        ["letters", "items", "signals", "titles"],
         read=LISTS,
     )
     answer: str = option(

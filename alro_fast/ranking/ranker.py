@@ -32,6 +32,7 @@ from ..errors import AlroFastError
 from ..modeling.packing import Branch, Tree
 from ..objectives.alro import Scoring
 from ..objectives.base import describe_run
+from ..prompts import SignalPrompts
 from ..run_folder import run_options
 from .decoding import Decoded, decode
 from .options import TASK_METHODS, RankingOptions, check_answer, check_token_budget, ranked_answers
@@ -67,7 +68,7 @@ class Ranker:
         self,
         model: nn.Module,
         tokenizer: Any,
-        prompts: PromptBuilder | RecRankerPrompts,
+        prompts: PromptBuilder | SignalPrompts | RecRankerPrompts,
         *,
         answer: str = "ranking",
         scoring: Scoring | None = None,
@@ -105,10 +106,12 @@ class Ranker:
                 "copy it from the run's folder"
             )
         answer = ranked_answers(folder, config)
+        signals = config.get("identifiers") == SignalPrompts.identifiers
+        prompts = SignalPrompts if signals else describe_run(config).prompts
         return cls(
             model,
             tokenizer,
-            describe_run(config).prompts.load(folder, tokenizer),
+            prompts.load(folder, tokenizer),
             answer=answer,
             hybrid=config.get("hybrid") or "code",
             scoring=Scoring.of(config),
