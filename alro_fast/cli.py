@@ -33,12 +33,12 @@ class OneLineParser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        options.setdefault("formatter_class", _Help)
-        options["allow_abbrev"] = False
-        super().__init__(*args, **options)
+        settings: dict[str, Any] = {"allow_abbrev": False, "formatter_class": _Help} | options
+        super().__init__(*args, **settings)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, but that it takes no `namespace`."""
+    def parse_args(  # type: ignore[override]  # no namespace is filled that others made
+        self, args: Sequence[str] | None = None, namespace: None = None
+    ) -> argparse.Namespace:
         absent = object()
         names = {action.dest: action.default for action in self._actions if action.dest != "help"}
         found = vars(super().parse_args(args, argparse.Namespace(**dict.fromkeys(names, absent))))

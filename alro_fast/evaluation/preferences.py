@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -98,7 +98,7 @@ def evaluate_preferences(options: Any) -> None:
         for ranker in ("untuned", "tuned"):
             if ranker == "untuned" and not hasattr(model, "disable_adapter"):
                 continue
-            with model.disable_adapter() if ranker == "untuned" else contextlib.nullcontext():
+            with cast(Any, model).disable_adapter() if ranker == "untuned" else contextlib.nullcontext():
                 scored[ranker] = score_preferences(model, prompts, people, options.token_budget)
             answers += sum(len(one.chosen) + len(one.rejected) for one in scored[ranker])
         results[name] = measure(scored, options.bootstrap)
