@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from tiny import catalogue, random_lists
 
+from alro_fast.data.lists import write_prepared
 from alro_fast.errors import AlroFastError
-from alro_fast.studies.plan import parse_seeds, plan, read_study
+from alro_fast.studies.plan import READY, parse_seeds, plan, read_study, study_names
 
 TWO = {"name": "two", "base": {"config": "demo"}, "variants": {"sft": {"alpha": 0, "beta": 0}, "both": None}}
 
@@ -71,8 +73,8 @@ def test_stages_are_planned_in_their_folders(tmp_path, preferences):
 
 @pytest.fixture
 def preferences(tmp_path_factory):
-    file = tmp_path_factory.mktemp("files") / "rows.jsonl"
-    file.write_text('{"prompt": "Next:", "chosen": " North", "rejected": [" South", " West"]}\n')
+    file = tmp_path_factory.mktemp("files") / "rows.json"
+    file.write_text('[{"prompt": "Next:", "chosen": " North", "rejected": [" South", " West"]}]')
     return file
 
 
@@ -100,6 +102,22 @@ def preferences(tmp_path_factory):
 )
 def test_mistakes_are_one_line_before_anything_runs(tmp_path, keys, told):
     assert refused(tmp_path, **keys).startswith(told)
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_ready_studies_can_be_planned(tmp_path, preferences, name):
+    """Every variant of each is read whole, given what it needs; and its file says how it is run."""
+    document = read_study(name)
+    write_prepared(tmp_path / "lists", catalogue(40), {"train": random_lists(2, 4, items=40)}, {"dataset": "made"})
+    for number in range(1, 6):
+        (tmp_path / f"pairs_{number}.json").write_text(preferences.read_text().replace("West", f"West {number}"))
+    given = {"data_dir": tmp_path / "lists", "raw_dir": tmp_path, "eval": preferences, "train": tmp_path / "pairs"}
+    given["train"] = preferences if name == "dmpo-stages" else given["train"]
+    study = plan(document, changes={key: str(given[key]) for key in document.get("needs", {})}, seeds=[0])
+    assert len(study.variants) == len(study.runs) >= 3
+    options = [tuple(run.stages[run.measured].items()) for run in study.runs]
+    assert len(set(map(str, options))) == len(options)
+    assert f"python -m alro_fast.study {name}" in (READY / f"{name}.yaml").read_text()
 
 
 def test_lists_and_preferences_are_not_compared(tmp_path, preferences):
