@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import seeds
+
 FACTORS, ROUNDS = 8, 8
 BIAS_RIDGE, FACTOR_RIDGE = 4.0, 12.0  # added to the normal equations: as many ratings that say "the mean"
 
@@ -46,7 +48,7 @@ def fit_ratings(
 ) -> RatingModel:
     """Fit on rows (user, item, rating) [n]."""
     mean = float(rating.mean())
-    generator = np.random.default_rng([seed, 1])
+    generator = seeds.generator(seed, seeds.RATING_MODEL)
     by_user, by_item = _Side(user, item, rating - mean, users), _Side(item, user, rating - mean, items)
     item_side = np.zeros((items, 1 + factors))
     item_side[:, 1:] = generator.normal(scale=0.1, size=(items, factors))

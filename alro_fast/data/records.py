@@ -13,7 +13,7 @@ LARGEST_RATING = 100.0  # gains are 2^rating - 1, in float32
 class Item(NamedTuple):
     """One catalogue entry. `index` is its row in items.parquet; `title` and `category` are untrusted text."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple has a method of that name
     item_id: str
     title: str
     category: str = ""
@@ -32,7 +32,10 @@ class Signal(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RankingList:
-    """One user's history and candidates. `ratings` are labels, never shown in a prompt; NaN: an unrated candidate.
+    """One user's history and candidates, in words: what prompts are written from.
+
+    `losses.RankingLists` are the tensors of a batch, `data.lists.Lists` a split of these records on disk. `ratings` are
+    labels, never shown in a prompt; NaN: an unrated candidate.
 
     `hints`: a predicted rating of each candidate, made without the candidate's own rating or interaction, on the
     data's rating scale; NaN: unknown; empty: no hints at all. It is the signal named "hint"; `signals` are the others.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -17,10 +18,12 @@ import numpy as np
 import polars as pl
 
 from ..errors import AlroFastError
+from .near import NEIGHBOURS, PRIOR, SHRINKAGE, Residuals, check_cells
 from .rating_model import BIAS_RIDGE, FACTOR_RIDGE, FACTORS, fit_ratings
+from .seeds import hash_ids, splitmix64
 from .signal_table import OF_CANDIDATES, SIGNALS
 from .sources.interactions import Interactions
-from .windows import Built, ListOptions, Timeline, hash_ids, held_out, splitmix64
+from .windows import Built, ListOptions, Timeline, held_out
 
 FOLDS = 10
 AVERAGE_PRIOR = 5.0  # as many ratings that say the mean of all, in the average
@@ -41,6 +44,11 @@ HOW = {
         f"length 1, decades of a year that ends the title); w_u: the user's ridge regression of rating - b_i, ridge "
         f"{BIAS_RIDGE:g}, {FACTOR_RIDGE:g}, {ATTRIBUTE_RIDGE:g}, {YEAR_RIDGE:g}; not cut to the rating scale; "
         "candidates only"
+    ),
+    "near": (
+        "sum of sim(c, h) x (rating of h above its level and the user's) / (sum of sim + "
+        f"{PRIOR:g}) over the {NEIGHBOURS} items h most alike of the user's; sim: cosine of the residuals of other "
+        f"users, with {SHRINKAGE:g} added to its denominator, 0 where negative; candidates only"
     ),
 }
 
@@ -86,6 +94,8 @@ def add_signals(
     from threadpoolctl import threadpool_limits
 
     timeline = built.timeline
+    if "near" in options.names:
+        check_cells(len(interactions.user_ids), interactions.items.height)
     user_of_rating = np.repeat(np.arange(len(timeline.offsets) - 1), np.diff(timeline.offsets))
     key = splitmix64(splitmix64(hash_ids(interactions.user_ids)) + np.uint64(of_lists.seed))
     fold = (key % np.uint64(options.folds)).astype(np.int64)
@@ -103,10 +113,14 @@ def add_signals(
                         f"no rating is left to compute --signals with beside fold {k} of --signal_folds "
                         f"{options.folds}; give ratings of more users"
                     )
-                sides.append(ItemSide(timeline, user_of_rating, rows, attributes, ridge, "hint" in options.names))
+                sides.append(ItemSide(timeline, user_of_rating, rows, attributes, ridge, options.names))
             for split in splits:
                 columns[split] = _columns(built, split, options, fold, sides)
     return {split: built.lists[split].with_columns(columns[split]) for split in built.lists}
+
+
+# (past, rating, starts, wanted) of one user -> a number for every item of wanted[l]; see ItemSide.hints
+Predictor = Callable[[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]], list[np.ndarray]]
 
 
 class ItemSide:
@@ -123,7 +137,7 @@ class ItemSide:
         rows: np.ndarray,
         attributes: np.ndarray,
         attribute_ridge: list[float],
-        predicting: bool,
+        names: Sequence[str],
     ) -> None:
         items, users = len(attributes), len(timeline.offsets) - 1
         user, item = user_of_rating[rows], timeline.item[rows].astype(np.int64)
@@ -131,11 +145,17 @@ class ItemSide:
         self.count = np.bincount(item, minlength=items)
         total = np.bincount(item, weights=rating, minlength=items) + AVERAGE_PRIOR * rating.mean()
         self.average = np.where(self.count > 0, total / (self.count + AVERAGE_PRIOR), np.nan)
-        if predicting:
+        if "near" in names:
+            self.residuals = Residuals(user, item, rating, items)
+        if "hint" in names:
             model = fit_ratings(user, item, rating, users, items)
             self.offset = model.mean + model.item[:, 0]
             self.features = np.concatenate([np.ones((items, 1)), model.item[:, 1:], attributes], axis=1)
             self.ridge = np.diag([BIAS_RIDGE] + [FACTOR_RIDGE] * FACTORS + attribute_ridge)
+
+    def predictor(self, name: str) -> Predictor:
+        """What predicts signal "hint" or "near"."""
+        return self.hints if name == "hint" else self.residuals.neighbours().near
 
     def hints(
         self, past: np.ndarray, rating: np.ndarray, starts: np.ndarray, wanted: list[np.ndarray]
@@ -194,25 +214,34 @@ def _columns(
         for part, rows in shown.items():
             values = of_fold[np.repeat(fold[users], rows.lengths), rows.items]
             made.append(rows.series(f"{part}_{name}", values))
-    if "hint" in options.names:
-        made.append(shown["candidate"].series("hints", _hints(built.timeline, users, starts, fold, sides, shown)))
+    for name in (one for one in OF_CANDIDATES if one in options.names):
+        values = _predicted(name, built.timeline, users, starts, fold, sides, shown["candidate"])
+        made.append(shown["candidate"].series("hints" if name == "hint" else f"candidate_{name}", values))
     return made
 
 
-def _hints(
-    timeline: Timeline, users: np.ndarray, starts: np.ndarray, fold: np.ndarray, sides: list[ItemSide], shown: dict
+def _predicted(
+    name: str,
+    timeline: Timeline,
+    users: np.ndarray,
+    starts: np.ndarray,
+    fold: np.ndarray,
+    sides: list[ItemSide],
+    rows: _Rows,
 ) -> np.ndarray:
     """float64, all candidates of all lists end to end; lists stand by user, then time."""
-    rows, values = shown["candidate"], np.empty(len(shown["candidate"].items))
-    cuts = np.concatenate([[0], np.cumsum(rows.lengths)])
+    values, cuts = np.empty(len(rows.items)), np.concatenate([[0], np.cumsum(rows.lengths)])
     first_lists = np.flatnonzero(np.diff(users, prepend=-1))
-    for first, last in itertools.pairwise([*first_lists.tolist(), len(users)]):
-        own = slice(*timeline.offsets[users[first] : users[first] + 2])
-        wanted = [rows.items[cuts[l] : cuts[l + 1]] for l in range(first, last)]
-        predicted = sides[fold[users[first]]].hints(
-            timeline.item[own].astype(np.int64), timeline.rating[own].astype(np.float64), starts[first:last], wanted
-        )
-        values[cuts[first] : cuts[last]] = np.concatenate(predicted)
+    of_user = np.stack([first_lists, np.append(first_lists[1:], len(users))], axis=1)
+    for k, side in enumerate(sides):
+        predict = side.predictor(name)
+        for first, last in of_user[fold[users[first_lists]] == k].tolist():
+            own = slice(*timeline.offsets[users[first] : users[first] + 2])
+            wanted = [rows.items[cuts[l] : cuts[l + 1]] for l in range(first, last)]
+            predicted = predict(
+                timeline.item[own].astype(np.int64), timeline.rating[own].astype(np.float64), starts[first:last], wanted
+            )
+            values[cuts[first] : cuts[last]] = np.concatenate(predicted)
     return values
 
 

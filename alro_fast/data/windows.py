@@ -10,7 +10,6 @@ than a candidate. Equal timestamps are ordered by TIE_RULE.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,9 @@ import numpy as np
 import polars as pl
 
 from ..errors import AlroFastError
+from .item_draws import ItemDraws
 from .lists import LIST_SCHEMA, SPLITS, train_statistics
+from .seeds import hash_ids, splitmix64, uniform
 from .sources.interactions import Interactions
 
 TIE_RULE = (
@@ -98,7 +99,7 @@ class Built(NamedTuple):
 
     items: pl.DataFrame
     lists: dict[str, pl.DataFrame]
-    counts: dict[str, int | dict[str, int]]
+    counts: dict[str, Any]  # int, or int by split
     timeline: Timeline
     windows: dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -141,20 +142,6 @@ def build_lists(interactions: Interactions, options: ListOptions, notice: Callab
     return Built(items, lists, counts, timeline, windows)
 
 
-def hash_ids(ids: pl.Series) -> np.ndarray:
-    """uint64: the first 8 bytes of BLAKE2b of each id, little-endian; the same on every machine and version."""
-    digests = b"".join(hashlib.blake2b(i.encode(), digest_size=8).digest() for i in ids)
-    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
-
-
-def splitmix64(x: np.ndarray) -> np.ndarray:
-    """A bijective mixer of uint64 (Steele, Lea and Flood, 2014); x may be of any shape, at least one-dimensional."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def chronological(
     interactions: Interactions, user_hash: np.ndarray, item_hash: np.ndarray, seed: int
 ) -> tuple[Timeline, int]:
@@ -168,11 +155,11 @@ def chronological(
     unsorted_users = len(np.unique(user[1:][backwards]))
     user_key = splitmix64(user_hash + np.uint64(seed))
     item, rating, time = (np.array(column) for column in (item, rating, time))
-    for rows in _whole_user_slices(offsets, SORT_ROWS):
-        tie = splitmix64(user_key[user[rows]] ^ item_hash[item[rows]])
-        order = np.lexsort((tie, time[rows], user[rows]))
+    for span in _whole_user_slices(offsets, SORT_ROWS):
+        tie = splitmix64(user_key[user[span]] ^ item_hash[item[span]])
+        order = np.lexsort((tie, time[span], user[span]))
         for column in (item, rating, time):
-            column[rows] = column[rows][order]
+            column[span] = column[span][order]
     return Timeline(offsets, item, rating, time), unsorted_users
 
 
@@ -291,19 +278,18 @@ class _Negatives:
     def __init__(self, timeline: Timeline, train_count: np.ndarray, item_hash: np.ndarray, options: ListOptions):
         self.offsets, self.timeline, self.item_hash = timeline.offsets, timeline, item_hash
         self.per_list = options.negatives
-        self.eligible = np.flatnonzero(train_count)
+        self.draws = ItemDraws(train_count, options.negatives_by)
         self.items = len(train_count)
         user = np.repeat(np.arange(len(timeline.offsets) - 1, dtype=np.uint64), np.diff(timeline.offsets))
         self.rated = user * np.uint64(self.items) + timeline.item
         self.rated.sort()
         most = int(np.add.reduceat(train_count[timeline.item] > 0, timeline.offsets[:-1], dtype=np.int64).max())
-        if len(self.eligible) - most < options.negatives:
+        eligible = len(self.draws.eligible)
+        if eligible - most < options.negatives:
             raise AlroFastError(
-                f"--negatives {options.negatives} is too many: one user rated {most:,} of the {len(self.eligible):,} "
+                f"--negatives {options.negatives} is too many: one user rated {most:,} of the {eligible:,} "
                 "items that have training ratings; lower --negatives"
             )
-        weights = train_count[self.eligible] if options.negatives_by == "popularity" else np.ones(len(self.eligible))
-        self.cumulative = np.cumsum(weights, dtype=np.float64)
 
     def draw(self, users: np.ndarray, list_key: np.ndarray) -> np.ndarray:
         """uint32 [lists, negatives], distinct within a list, none rated by its user."""
@@ -316,9 +302,7 @@ class _Negatives:
                 return drawn
             salt = slots + np.uint64(turn * self.per_list + 1)
             key = splitmix64(list_key[rows, None] ^ splitmix64(salt)[None, :])
-            share = (key >> np.uint64(11)).astype(np.float64) * 2.0**-53
-            pick = np.searchsorted(self.cumulative, share * self.cumulative[-1], side="right")
-            fresh = self.eligible[np.minimum(pick, len(self.eligible) - 1)].astype(np.uint32)
+            fresh = self.draws.at(uniform(key)).astype(np.uint32)
             drawn[rows] = np.where(pending[rows], fresh, drawn[rows])
             pending[rows] &= self._taken(users[rows], drawn[rows], pending[rows])
         for row in np.flatnonzero(pending.any(1)):
@@ -340,6 +324,6 @@ class _Negatives:
     def _fill(self, drawn: np.ndarray, pending: np.ndarray, user: int, key: np.uint64) -> None:
         """The rare list whose draws kept failing: choose among all that is left."""
         rated = self.timeline.item[self.offsets[user] : self.offsets[user + 1]]
-        left = np.setdiff1d(self.eligible, np.concatenate([rated, drawn[~pending]]))
+        left = np.setdiff1d(self.draws.eligible, np.concatenate([rated, drawn[~pending]]))
         order = np.argsort(splitmix64(self.item_hash[left] ^ key), kind="stable")
         drawn[pending] = left[order[: pending.sum()]]

@@ -13,6 +13,7 @@ The first three compare answers of one user to one prompt. All arithmetic is flo
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -62,9 +63,12 @@ def preference_metrics(records: Sequence[Scored], seed: int = 42) -> dict[str, f
     }
 
 
-def accuracy_interval(records: Sequence[Scored]) -> Interval:
-    """`user_auc` of the valid records, with its 95 % interval over users."""
-    return bootstrap_interval(user_accuracies([one for one in records if one.valid()]))
+def accuracy_interval(records: Sequence[Scored], resamples: int = 1000) -> Interval:
+    """`user_auc` of the valid records, with its 95 % interval over users; ends are NaN where resamples is 0."""
+    values = user_accuracies([one for one in records if one.valid()])
+    if not resamples:
+        return Interval(float(values.mean()) if len(values) else math.nan, math.nan, math.nan)
+    return bootstrap_interval(values, resamples=resamples)
 
 
 def user_accuracies(records: Sequence[Scored]) -> np.ndarray:

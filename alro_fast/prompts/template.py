@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import string
 from collections.abc import Mapping
@@ -129,15 +128,6 @@ def signal_text(template: PromptTemplate, name: str, value: float) -> str:
 def placeholders(text: str) -> list[tuple[str, str | None]]:
     """`text` as (literal, placeholder after it or None) pairs; doubled braces are literal ones."""
     return [(literal, field) for literal, field, _, _ in string.Formatter().parse(text)]
-
-
-def save_settings(directory: str | Path, source: str, name: str, record: Mapping[str, Any]) -> None:
-    """Write prompt_template.yaml (`source`) and, as JSON, what else the prompts were made with, into file `name`."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / TEMPLATE_FILE).write_text(source, encoding="utf-8")
-    content = json.dumps(record, indent=1, ensure_ascii=False)
-    (directory / name).write_text(content + "\n", encoding="utf-8")
 
 
 def read_text(path: Path) -> str:

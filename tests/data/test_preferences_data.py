@@ -79,7 +79,6 @@ def test_trl_rejected_may_be_a_text_and_rows_of_a_user_become_one(tmp_path):
     assert (first.prompts, first.chosen, first.rejected) == (("A?",), ("x",), ("y", "z"))
     assert (second.prompts, third.chosen) == (("B?",), ("w",))
     assert first.user_id == third.user_id != second.user_id
-    assert len(read_preferences(file, merge=False)) == 4
 
 
 def test_an_answer_rejected_twice_counts_once(tmp_path, capsys):

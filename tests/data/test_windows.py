@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from alro_fast.data import windows
 from alro_fast.data.lists import SPLITS
+from alro_fast.data.seeds import hash_ids
 from alro_fast.data.sources.interactions import Interactions
-from alro_fast.data.windows import ListOptions, build_lists, chronological, hash_ids, plan_windows, splitmix64
+from alro_fast.data.windows import ListOptions, build_lists, chronological, plan_windows
 from alro_fast.errors import AlroFastError
 
 
@@ -226,10 +227,6 @@ def test_tie_rule_is_the_stated_hash():
             assert found == expected[0] + expected[1]
             orders.append(tuple(found))
     assert len(set(orders)) == 4  # other users and other seeds order ties in other ways
-
-
-def test_mixer_matches_the_published_generator():
-    assert splitmix64(np.array([0], dtype=np.uint64)).tolist() == [0xE220A8397B1DCDAF]
 
 
 def test_presented_order_tells_nothing_of_time():

@@ -378,8 +378,8 @@ def test_a_base_alone_is_measured_zero_shot(adapter, prepared, tmp_path, capsys)
     [
         ("--lists x", "give --adapter DIR for a tuned model, or --model_name_or_path BASE"),
         ("--lists x --adapter a --model_name_or_path b", "nothing to measure, or two things"),
-        ("--lists x --adapter a --template movies", "--template is recorded in the folder of --adapter"),
-        ("--preferences x --model_name_or_path b", "--preferences needs --adapter"),
+        ("--lists x --adapter a --template movies", "--template is no option of --adapter, whose folder records it"),
+        ("--preferences x --model_name_or_path b", "--preferences is no option of --model_name_or_path, a base"),
         ("--lists x --adapter a --baselines many", "--baselines 'many': expected one of cheap, all, none"),
     ],
 )

@@ -6,7 +6,7 @@ import numpy as np
 
 from ...errors import AlroFastError
 from ..rating_model import RatingModel, fit_ratings
-from ..windows import splitmix64
+from ..seeds import splitmix64
 from .likes import LikeSplit
 
 
