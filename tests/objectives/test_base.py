@@ -17,9 +17,9 @@ from alro_fast.modeling.attention import use_tree_attention
 from alro_fast.modeling.packing import Branch, Tree, collate
 from alro_fast.objectives.alro import Scoring
 from alro_fast.objectives.base import (
-    Batch,
     LEARNED,
     TEXTS,
+    Batch,
     build_objective,
     describe,
     descriptions,
