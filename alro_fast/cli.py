@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": "how good its rankings are, beside the baselines",
     "rank": "order the candidates of a JSON list",
     "report": "report.html of a run or an evaluation",
+    "study": "a grid of options x seeds over training runs, and one table of paired differences",
     "client": "rank through an inference server",
 }
 

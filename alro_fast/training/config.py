@@ -87,7 +87,7 @@ def parse(argv: Sequence[str]) -> Config:
     for key in values:
         if key not in known:
             parser.error(f"{name}: unknown option {key!r}{_hint(key, known)}")
-    words = {key: _as_flags(key, value) for key, value in values.items()}
+    words = {key: as_flags(key, value) for key, value in values.items()}
     options, extra = parser.parse_known_args([*itertools.chain(*words.values()), *argv])
     if extra:
         parser.error(f"unknown option {extra[0]!r}{_hint(_flag(extra[0], known), known)}")
@@ -208,7 +208,7 @@ def _config_name(argv: Sequence[str]) -> str | None:
     return names[0] if names else None
 
 
-def _as_flags(key: str, value: Any) -> list[str]:
+def as_flags(key: str, value: Any) -> list[str]:
     """A YAML entry as command-line words, so that both go through the same checks. None: the option's default."""
     if value is None or value == []:
         return []

@@ -255,7 +255,7 @@ class PreferenceRun(Run):
             return
         if scored:
             results = {name: measure(rows) for name, rows in scored.items()}
-            save(self.folder, results)
+            save(self.folder, results, scored)
             print(f"\n{table(results)}\n")
         print(f"everything is in {self.folder}")
 
