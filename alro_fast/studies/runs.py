@@ -26,7 +26,7 @@ class Job:
 
     run: PlannedRun
     commands: list[list[str]]
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] = field(init=False)  # once it runs
     started: float = field(default_factory=time.monotonic)
 
 
