@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import TrainingArguments
@@ -291,12 +291,12 @@ class RankerTrainingArguments(TrainingArguments):
         if str(self.resume_from_checkpoint).lower() in ("none", "false", ""):
             self.resume_from_checkpoint = None
         elif str(self.resume_from_checkpoint).lower() == "true":
-            self.resume_from_checkpoint = True
+            self.resume_from_checkpoint = cast(str, True)  # as transformers has it: a path, or True
         elif str(self.resume_from_checkpoint).lower() == "auto":
             self.resume_from_checkpoint = "auto"
         self._check_numbers()
         known = get_available_reporting_integrations() if self.report_to else []
-        for name in self.report_to:
+        for name in self.report_to or ():
             if name not in known:
                 raise AlroFastError(
                     f"--report_to {name} is unknown, or not installed; expected none or {', '.join(known) or 'nothing'}"

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, cast, overload
 
 import numpy as np
 import polars as pl
@@ -39,7 +40,7 @@ ITEM_SCHEMA = {
     "train_count": pl.Int64,
     "train_mean": pl.Float64,
 }
-LIST_SCHEMA = {
+LIST_SCHEMA: dict[str, Any] = {
     "list_id": pl.String,
     "user_id": pl.String,
     "history": pl.List(pl.UInt32),  # item indices, oldest first
@@ -54,7 +55,7 @@ SIGNAL_COLUMNS = dict.fromkeys(  # optional, aligned with history or candidates;
     ("hints", *(f"{part}_{name}" for name in SIGNALS if name != "hint" for part in ("history", "candidate"))),
     pl.List(pl.Float32),
 )
-TARGET_SCHEMA = {
+TARGET_SCHEMA: dict[str, Any] = {
     "split": pl.String,
     "user_id": pl.String,
     "item": pl.UInt32,
@@ -84,6 +85,12 @@ class Lists(Sequence[RankingList]):
 
     def __len__(self) -> int:
         return self._frame.height
+
+    @overload
+    def __getitem__(self, index: int) -> RankingList: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Lists: ...
 
     def __getitem__(self, index: int | slice) -> RankingList | Lists:
         if isinstance(index, slice):
@@ -245,7 +252,7 @@ def write_prepared(
     if unknown:
         raise AlroFastError(f"unknown splits {unknown}; expected {', '.join(SPLITS)}")
     frames = {split: _list_frame(lists_by_split.get(split, ())) for split in SPLITS}
-    highest = max((frame["ratings"].explode().max() or 0.0 for frame in frames.values()), default=0.0)
+    highest = max((cast(float, frame["ratings"].explode().max() or 0.0) for frame in frames.values()), default=0.0)
     if highest > LARGEST_RATING:
         raise AlroFastError(
             f"ratings reach {highest:g}, and gains are 2^rating - 1: bring them to a scale that ends at "

@@ -103,7 +103,7 @@ class _Rows(NamedTuple):
     """Rows `low:high` of each of `count` runs of `length` rows, the first run at row `start` of the stream."""
 
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple has a method of that name
     length: int
     low: int
     high: int
@@ -159,7 +159,8 @@ def _calls(layout: Segments, dtype: torch.dtype) -> tuple[list[_Call], list[_Cal
     where = ("cascade", dtype)
     if where not in layout.cache:
         corner = torch.full((CHUNK, layout.longest), -torch.inf, dtype=dtype).triu(layout.longest - CHUNK + 1)
-        first, second = [], []
+        first: list[_Call] = []
+        second: list[_Call] = []
         for span in layout.spans:
             row = span.start
             for count, length in _runs((span.prefix + span.lengths[0], *span.lengths[1:])):
@@ -307,7 +308,7 @@ def varlen_backend(softcap: bool, device: torch.device) -> VarlenBackend | None:
     return None
 
 
-def torch_varlen(varlen_attn: Callable[..., Tensor]) -> VarlenBackend:
+def torch_varlen(varlen_attn: Callable[..., Any]) -> VarlenBackend:
     """`torch.nn.attention.varlen.varlen_attn`, whose spelling changed: `enable_gqa` came after torch 2.11.
 
     Without the flag the kernel takes fewer key heads as they are; with it the flag has to be set.

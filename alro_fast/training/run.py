@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -213,7 +213,7 @@ class Run:
         if options.model_name_or_path == "scratch":
             if options.use_peft:
                 raise AlroFastError("--model_name_or_path scratch has nothing to adapt; add --use_peft false")
-            model, tokenizer = make_scratch(options, self.prepared.items, training.seed)
+            model, tokenizer = cast(tuple[Any, Any], make_scratch(options, self.prepared.items, training.seed))
         else:
             dtype = resolve_dtype(options.dtype)
             tokenizer = load_tokenizer(options.model_name_or_path, options.trust_remote_code)
@@ -263,14 +263,14 @@ class Run:
 
     def estimate_memory(self) -> int:
         """Bytes, roughly: weights, gradients, Adam's moments and the activations of one packed batch."""
-        config = self.model.config.get_text_config()
+        config: Any = self.model.config.get_text_config()
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         trained = sum(p.numel() * (p.element_size() + 8) for p in self.model.parameters() if p.requires_grad)
         tokens = min(self.training.tokens_per_batch, sum(self.datasets["train"].sizes))
         width = 14 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
         layers = 1 if self.training.gradient_checkpointing else config.num_hidden_layers
         item = 2 if next(self.model.parameters()).dtype == torch.bfloat16 else 4
-        return weights + trained + tokens * width * layers * item
+        return int(weights + trained + tokens * width * layers * item)
 
     def train(self) -> None:
         """Rank untuned, train, rank tuned; then the table and the files of the run."""
@@ -282,8 +282,8 @@ class Run:
         if not self.training.should_save:
             return
         if test:
-            scores = {name: [ranking.scores for ranking in each] for name, each in rankings.items()}
-            scores = baseline_scores(self.prepared, test, self.config.data.baselines) | scores
+            own = {name: [ranking.scores for ranking in each] for name, each in rankings.items()}
+            scores = baseline_scores(self.prepared, test, self.config.data.baselines) | own
             targets = has_targets(self.prepared, "test")
             results = evaluate_rankers(test, scores, targets=targets, prepared=self.prepared)
             results = results.noting(rankings=self.ranker.described())
