@@ -27,7 +27,7 @@ _PUBLIC = {  # name -> module that defines it; imported on first use, so `import
     "linear_logprobs": "ops",
     "soft_argmax_ranks": "ops",
     "soft_lambda": "ops",
-    "warmup": "ops.backends.triton",
+    "warmup": "ops.backends.warmup",
 }
 _ALSO_AT = {  # public modules by the short names that documentation and others' code import: the same module objects
     "attention": "modeling.attention",

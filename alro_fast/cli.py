@@ -6,8 +6,8 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 from .errors import AlroFastError
 
@@ -28,13 +28,64 @@ COMMANDS = {
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, like every other mistake's; options are written in full."""
+    """A parser whose complaints are one line, like every other mistake's; options are written in full.
+
+    What it returns also has `given`: the names of the options that were written, whatever their values.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **options)
+        settings: dict[str, Any] = {"allow_abbrev": False, "formatter_class": _Help} | options
+        super().__init__(*args, **settings)
+
+    def parse_args(  # type: ignore[override]  # no namespace is filled that others made
+        self, args: Sequence[str] | None = None, namespace: None = None
+    ) -> argparse.Namespace:
+        absent = object()
+        names = {action.dest: action.default for action in self._actions if action.dest != "help"}
+        found = vars(super().parse_args(args, argparse.Namespace(**dict.fromkeys(names, absent))))
+        given = tuple(name for name in names if found[name] is not absent)
+        return argparse.Namespace(**names | {name: found[name] for name in given}, given=given)
 
     def error(self, message: str) -> NoReturn:
         raise AlroFastError(f"{message}; {self.prog} --help lists the options")
+
+
+class Reader(NamedTuple):
+    """Who reads an option that not everybody reads.
+
+    The refusal is "--beams is no option of method first (it is read by method beam); leave it out", of `by` "by method
+    beam" and `here` "method {0.method}", formatted with the setting that `reads` is asked about.
+    """
+
+    by: str
+    here: str
+    reads: Callable[[Any], bool]
+
+
+def refuse_unread(given: Iterable[str], readers: Mapping[str, Reader], setting: Any, *others: Any) -> None:
+    """AlroFastError for a given option that no setting reads: an option changes what a command does, or is refused."""
+    for name in given:
+        reader = readers.get(name)
+        if reader is not None and not any(map(reader.reads, (setting, *others))):
+            here = reader.here.format(setting)
+            raise AlroFastError(f"--{name} is no option of {here} (it is read {reader.by}); leave it out")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """A usage line of what must be given, and every option's default beside it."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, **{"max_help_position": 32} | options)
+
+    def _format_usage(self, usage: Any, actions: Iterable[argparse.Action], groups: Any, prefix: Any) -> str:
+        needed = [action for action in actions if action.required or not action.option_strings]
+        return super()._format_usage(usage, needed, [], prefix).rstrip() + " [options]\n\n"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        switch_or_none = action.default is None or isinstance(action.default, bool) or not action.option_strings
+        if switch_or_none or action.default == argparse.SUPPRESS or "default" in (action.help or ""):
+            return action.help
+        return f"{action.help or ''} (default: %(default)s)".lstrip()
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:

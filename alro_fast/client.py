@@ -7,14 +7,14 @@ method `first`. Prompts travel as token ids, so that nobody re-tokenises them. I
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
-from .cli import OneLineParser, run
+from .cli import OneLineParser, refuse_unread, run
 from .errors import AlroFastError
 from .ranking.documents import answer, check_top_k, parse_list, read_documents
-from .ranking.orders import check_presentations
+from .ranking.options import READERS, RankingOptions, add_presentation_options
 from .ranking.served import RankingClient
 
 
@@ -22,7 +22,8 @@ def main(argv: Sequence[str]) -> None:
     """Read and check everything, ask the server, print rankings as they come."""
     options = parser().parse_args(argv)
     check_top_k(options.top_k)
-    check_presentations(options.shuffles, options.merge, options.seed)
+    how = replace(RankingOptions.of(options), method="first")
+    refuse_unread(options.given, READERS | {"seed": READERS["merge"]}, how)
     documents = read_documents(options.file)
     lists = [parse_list(document, number) for number, document in enumerate(documents, start=1)]
     client = RankingClient.load(
@@ -30,26 +31,25 @@ def main(argv: Sequence[str]) -> None:
     )
     if client.prompts.identifiers != "letters":
         raise AlroFastError(f"{options.adapter} names items by tokens added to the model, which servers do not hold")
-    rankings = client.stream(lists, shuffles=options.shuffles, merge_by=options.merge, seed=options.seed)
+    rankings = client.stream(lists, shuffles=how.shuffles, merge_by=how.merge_by, seed=how.seed)
     for document, ranking in zip(documents, rankings, strict=True):
         print(json.dumps(answer(document, ranking, options.top_k), ensure_ascii=False), flush=True)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> OneLineParser:
     """The command's options."""
-    parser = OneLineParser(
-        prog="python -m alro_fast.client", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog="python -m alro_fast.client", description=__doc__)
     parser.add_argument("file", nargs="?", default="-", help="JSON or JSON lines; -: standard input (default)")
-    parser.add_argument("--adapter", required=True, help="folder that alro_fast.train wrote, for its prompt format")
-    parser.add_argument("--url", default="http://localhost:8000", help="the server (default: http://localhost:8000)")
-    parser.add_argument("--model", required=True, help="the adapter's name on the server")
-    parser.add_argument("--api_key", help="sent as a bearer token")
-    parser.add_argument("--parallel", type=int, default=16, help="requests in flight at once (default 16)")
-    parser.add_argument("--shuffles", type=int, default=1, help="presentations of each list, merged (default 1)")
-    parser.add_argument("--merge", default="mean", help="how they are merged: mean (of scores), borda or kemeny")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffles")
-    parser.add_argument("--top_k", type=int, help="print only the best K")
+    parser.add_argument(
+        "--adapter", required=True, metavar="DIR", help="folder that alro_fast.train wrote, for its prompt format"
+    )
+    parser.add_argument("--model", required=True, metavar="NAME", help="the adapter's name on the server")
+    parser.add_argument("--top_k", type=int, metavar="K", help="print only the best K")
+    server = parser.add_argument_group("server")
+    server.add_argument("--url", default="http://localhost:8000", help="where it listens")
+    server.add_argument("--api_key", metavar="KEY", help="sent as a bearer token")
+    server.add_argument("--parallel", type=int, default=16, metavar="N", help="requests in flight at once")
+    add_presentation_options(parser.add_argument_group("rankings"))
     return parser
 
 

@@ -6,7 +6,6 @@ retriever's best candidates. The folder is read like one of alro_fast.prepare.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -21,7 +20,7 @@ from .evaluation.plots import Plots, sampling_plot
 
 def main(argv: Sequence[str]) -> None:
     """Download if need be, read, fit, sample, write; one line per stage."""
-    arguments = parse(argv)
+    arguments = parser().parse_args(argv)
     of_retriever = RetrieverOptions(**{f.name: getattr(arguments, f.name) for f in fields(RetrieverOptions)})
     names = [f.name for f in fields(HintOptions) if f.name != "of_retriever"]
     options = HintOptions(**{name: getattr(arguments, name) for name in names}, of_retriever=of_retriever)
@@ -34,30 +33,34 @@ def main(argv: Sequence[str]) -> None:
     print(table(built))
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Command line -> namespace."""
+def parser() -> OneLineParser:
+    """The command's options."""
     defaults = HintOptions()
-    parser = OneLineParser("python -m alro_fast.first_stage", description=__doc__.splitlines()[0])
+    parser = OneLineParser("python -m alro_fast.first_stage", description=__doc__)
     add_file_options(parser)
     lists = parser.add_argument_group("lists")
-    lists.add_argument("--num_candidates", type=int, default=defaults.num_candidates, help="candidates of a list")
-    lists.add_argument("--num_samples", type=int, default=defaults.num_samples, help="users drawn for training lists")
-    lists.add_argument("--like", type=float, default=defaults.like, help="ratings from here on are likes")
-    lists.add_argument("--min_likes", type=int, default=defaults.min_likes, help="a user with fewer has no targets")
-    lists.add_argument("--dislike", type=float, default=defaults.dislike, help="ratings up to here are dislikes")
-    lists.add_argument("--history_length", type=int, default=defaults.history_length, help="ratings shown of a user")
-    lists.add_argument("--folds", type=int, default=defaults.folds, help="of the training ratings, for their hints")
-    lists.add_argument(
-        "--choice_lists_only", action="store_true", help="no training lists of rated items alone beside the others"
-    )
-    lists.add_argument("--seed", type=int, default=defaults.seed, help="of everything that is drawn")
+    for name, what in (
+        ("num_candidates", "candidates of a list"),
+        ("num_samples", "users drawn for training lists"),
+        ("like", "ratings from here on are likes"),
+        ("min_likes", "a user with fewer has no targets"),
+        ("dislike", "ratings up to here are dislikes"),
+        ("history_length", "ratings shown of a user"),
+        ("folds", "of the training ratings, for their hints"),
+        ("seed", "of everything that is drawn"),
+    ):
+        default = getattr(defaults, name)
+        lists.add_argument(f"--{name}", type=type(default), default=default, metavar="N", help=what)
+    lists.add_argument("--choice_lists_only", action="store_true", help="no training lists of rated items alone")
     fit = parser.add_argument_group("retriever")
-    fit.add_argument("--retriever", choices=RETRIEVERS, default=defaults.retriever)
+    fit.add_argument(
+        "--retriever", choices=RETRIEVERS, default=defaults.retriever, metavar="NAME", help=", ".join(RETRIEVERS)
+    )
     for option in fields(RetrieverOptions):
         has = ", ".join(f"{name} {known[option.name]:g}" for name, known in DEFAULTS.items() if option.name in known)
         kind = int if option.name in ("factors", "iterations", "neighbours") else float
-        fit.add_argument(f"--{option.name}", type=kind, help=f"default: {has}")
-    return parser.parse_args(argv)
+        fit.add_argument(f"--{option.name}", type=kind, metavar="N", help=f"default: {has}")
+    return parser
 
 
 def table(built: Hinted) -> str:

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import TrainingArguments
@@ -47,6 +47,11 @@ FOLLOWED = Where(
 )
 STAGED = Where("with --stages", lambda o: o.stages is not None, ("stages",))
 LISTS = Where("without --preferences, on ranking lists", lambda o: o.preferences is None, ("preferences",))
+WORDS = Where(
+    "on ranking lists in words: without --preferences, and not with --identifiers signals",
+    lambda o: o.preferences is None and o.identifiers != "signals",
+    ("preferences", "identifiers"),
+)
 FILES = Where("with --preferences", lambda o: o.preferences is not None, ("preferences",))
 UNPREPARED = Where(
     "without --data_dir, whose lists are prepared, and without --preferences",
@@ -133,11 +138,12 @@ class DataArguments:
     train_stride: int | None = option(
         None, "Rated items between two training windows. Default: list_size.", read=PREPARING
     )
-    template: str = option("movies", "Prompt template: the name of a ready one, or a YAML file.", read=LISTS)
+    template: str = option("movies", "Prompt template: the name of a ready one, or a YAML file.", read=WORDS)
     identifiers: str = option(
         "letters",
-        "How candidates are named: letters of the page, or one token per item; objective recranker: or their titles.",
-        ["letters", "items", "titles"],
+        "How candidates are named: letters of the page, one token per item, or signals: a token for every bin of their "
+        "signals in place of words; objective recranker: or their titles.",
+        ["letters", "items", "signals", "titles"],
         read=LISTS,
     )
     answer: str = option(
@@ -171,6 +177,12 @@ class DataArguments:
     max_train_lists: int | None = option(None, "Use at most this many training lists (seeded draw).")
     max_eval_lists: int | None = option(None, "Use at most this many validation lists during training.")
     max_test_lists: int | None = option(None, "Use at most this many test lists for the closing table.")
+    baselines: str = option(
+        "cheap",
+        "Rankers without a language model in the closing table. cheap: what is fitted in a few seconds; all: also "
+        "LambdaMART, or SASRec for lists with one target; none: random alone.",
+        ["cheap", "all", "none"],
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_train_lists", "max_eval_lists", "max_test_lists"):
@@ -189,7 +201,7 @@ class ObjectiveArguments:
     permutations: int = option(1, "Re-ordered presentations per list and step (0: none, and no permutation loss).")
     score: str = option("logprob", "Score of item i at slot k (docs/methods.md 1.2).", ["logprob", "prob", "logit"])
     score_space: str = option("candidates", "What scores are normalised over.", ["candidates", "vocab"])
-    psl: str = option("kl", "Distance of the permutation loss (docs/methods.md 1.3).", ["kl", "ce", "symmetric"])
+    psl: str = option("kl", "Distance of the permutation loss, such as kl, ce, symmetric (docs/methods.md 1.3).")
     psl_space: str = option("candidates", "Distributions compared by the permutation loss.", ["candidates", "vocab"])
     psl_detach: bool = option(True, "No gradient through the original order's distribution.")
     dpo_beta: float = option(0.1, "Strength of the preference, times the log-ratio to the reference.")
@@ -279,12 +291,12 @@ class RankerTrainingArguments(TrainingArguments):
         if str(self.resume_from_checkpoint).lower() in ("none", "false", ""):
             self.resume_from_checkpoint = None
         elif str(self.resume_from_checkpoint).lower() == "true":
-            self.resume_from_checkpoint = True
+            self.resume_from_checkpoint = cast(str, True)  # as transformers has it: a path, or True
         elif str(self.resume_from_checkpoint).lower() == "auto":
             self.resume_from_checkpoint = "auto"
         self._check_numbers()
         known = get_available_reporting_integrations() if self.report_to else []
-        for name in self.report_to:
+        for name in self.report_to or ():
             if name not in known:
                 raise AlroFastError(
                     f"--report_to {name} is unknown, or not installed; expected none or {', '.join(known) or 'nothing'}"

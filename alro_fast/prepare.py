@@ -2,37 +2,60 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 
-from .cli import OneLineParser, run
+from .cli import OneLineParser, Reader, refuse_unread, run
 from .data.prepared import FileOptions, add_file_options, prepare_lists
+from .data.signal_table import SIGNALS
+from .data.signals import FOLDS, SignalOptions
 from .data.windows import ListOptions
+
+READERS = {
+    "negatives_by": Reader("with --negatives 1 or more", "lists without negatives", lambda options: options.negatives),
+    "signal_folds": Reader("with --signals", "lists without signals", lambda options: options.signals is not None),
+}
 
 
 def main(argv: Sequence[str]) -> None:
     """Download if need be, read, cut into lists, write; one line per stage."""
-    arguments = parse(argv)
+    arguments = parser().parse_args(argv)
     options = ListOptions(**{f.name: getattr(arguments, f.name) for f in fields(ListOptions)})
-    prepare_lists(FileOptions.of(arguments), options)
+    refuse_unread(arguments.given, READERS, arguments)
+    signals = SignalOptions.of(arguments.signals, arguments.signal_folds)
+    prepare_lists(FileOptions.of(arguments), options, signals)
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Command line -> namespace."""
+def parser() -> OneLineParser:
+    """The command's options."""
     defaults = ListOptions()
-    parser = OneLineParser("python -m alro_fast.prepare", description=__doc__.splitlines()[0])
+    parser = OneLineParser("python -m alro_fast.prepare", description=__doc__)
     add_file_options(parser)
     cut = parser.add_argument_group("lists")
-    cut.add_argument("--history_length", type=int, default=defaults.history_length, help="rated items before a list")
-    cut.add_argument("--list_size", type=int, default=defaults.list_size, help="rated candidates of a list")
-    cut.add_argument("--min_history", type=int, default=defaults.min_history, help="no list with fewer before it")
-    cut.add_argument("--train_stride", type=int, help="ratings from one training list to the next (default: list_size)")
-    cut.add_argument("--max_train_lists_per_user", type=int, help="keep the latest ones (default: all)")
-    cut.add_argument("--negatives", type=int, default=defaults.negatives, help="unrated candidates added to a list")
-    cut.add_argument("--negatives_by", choices=("uniform", "popularity"), default=defaults.negatives_by)
-    cut.add_argument("--seed", type=int, default=defaults.seed, help="of ties, presented order and negatives")
-    return parser.parse_args(argv)
+    for name, what in (
+        ("history_length", "rated items before a list"),
+        ("list_size", "rated candidates of a list"),
+        ("min_history", "no list with fewer before it"),
+        ("train_stride", "ratings from one training list to the next (default: list_size)"),
+        ("max_train_lists_per_user", "keep the latest ones (default: all)"),
+        ("test_lists", "test lists of a user"),
+        ("negatives", "unrated candidates added to a list"),
+        ("seed", "of ties, presented order and negatives"),
+    ):
+        cut.add_argument(f"--{name}", type=int, default=getattr(defaults, name), metavar="N", help=what)
+    cut.add_argument(
+        "--negatives_by",
+        choices=("uniform", "popularity"),
+        default=defaults.negatives_by,
+        metavar="HOW",
+        help="--negatives 1 or more: drawn by uniform or popularity",
+    )
+    beside = parser.add_argument_group("signals")
+    beside.add_argument(
+        "--signals", metavar="NAMES", help=f"numbers beside every item, such as {','.join(SIGNALS)} (default: none)"
+    )
+    beside.add_argument("--signal_folds", type=int, default=FOLDS, metavar="N", help="--signals: folds of the users")
+    return parser
 
 
 if __name__ == "__main__":

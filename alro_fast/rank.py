@@ -5,22 +5,23 @@ Reads one JSON list, an array of them, or JSON lines, from FILE or standard inpu
     {"history": [{"title": "Heat", "category": "Crime", "rating": 4.5}],
      "candidates": [{"id": 7, "title": "Casino", "category": "Crime"}, {"title": "Clueless"}]}
 
-`id` and `category` may be left out, `history` too; `list_id` is passed through. A candidate's `hint` is a first stage's
-predicted rating of it, for models tuned with hints; its `rating`, and the list's `user` or `user_id`, are not read.
+`id` and `category` may be left out, `history` too; `list_id` is passed through. For models tuned with signals, an item
+may have its `average` rating and the `count` of its ratings, a candidate its predicted rating as `hint`. A candidate's
+`rating`, and the list's `user` or `user_id`, are not read.
 Other keys are an error. Prints a JSON line per list, best
 candidate first: {"list_id": ..., "ranking": [{"rank": 1, "id": 7, "title": "Casino", "score": -0.4}, ...]}.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from .cli import OneLineParser, run
 from .ranking.documents import answer, catalogue, check_top_k, numbered, parse_list, read_documents
-from .ranking.options import add_ranking_options
+from .ranking.options import add_model_options, add_ranking_options, check_model_options, settled_options
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,15 +30,10 @@ def main(argv: Sequence[str]) -> None:
     check_top_k(options.top_k)
     documents = read_documents(options.file)
     lists = [parse_list(document, number) for number, document in enumerate(documents, start=1)]
-    from .ranking.ranker import (  # torch takes seconds to import: not before the input is known to be good
-        Ranker,
-        check_device,
-        check_options,
-    )
-    from .ranking.tasks import check_tasks
+    check_model_options(options)
+    how = settled_options(options)
+    from .ranking.ranker import Ranker, check_device  # torch takes seconds to import: not before the input is good
 
-    check_options(options.method, options.shuffles, options.merge, options.beams, options.seed, options.token_budget)
-    check_tasks(options.hybrid or "code", options.pairing)
     check_device(options.device)
     ranker = Ranker.load(
         options.adapter,
@@ -51,30 +47,19 @@ def main(argv: Sequence[str]) -> None:
         lists = [numbered(*pair, items) for pair in zip(lists, documents, strict=True)]
     most = ranker.prompts.max_candidates
     long = sum(len(entry.candidates) > most for entry in lists)
-    if long and options.method not in ("pointwise", "pairwise"):
+    if long and how.method not in ("pointwise", "pairwise"):
         print(f"{long} lists have more than {most} candidates: ranked by sliding windows of {most}", file=sys.stderr)
-    rankings = ranker.stream(
-        lists,
-        method=options.method,
-        shuffles=options.shuffles,
-        merge_by=options.merge,
-        beams=options.beams,
-        seed=options.seed,
-        hybrid=options.hybrid,
-        pairing=options.pairing,
-    )
-    for document, ranking in zip(documents, rankings, strict=True):
+    for document, ranking in zip(documents, ranker.stream(lists, **asdict(how)), strict=True):
         print(json.dumps(answer(document, ranking, options.top_k), ensure_ascii=False), flush=True)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> OneLineParser:
     """The command's options."""
-    parser = OneLineParser(
-        prog="python -m alro_fast.rank", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog="python -m alro_fast.rank", description=__doc__)
     parser.add_argument("file", nargs="?", default="-", help="JSON or JSON lines; -: standard input (default)")
+    parser.add_argument("--top_k", type=int, metavar="K", help="print only the best K")
+    add_model_options(parser)
     add_ranking_options(parser)
-    parser.add_argument("--top_k", type=int, help="print only the best K")
     return parser
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
+from . import seeds
 from .lists import LIST_SCHEMA, SPLITS, check_output_folder, read_manifest, seen_frame, write_prepared
 from .sources.interactions import Interactions
 from .windows import ORDER_RULE, SPLIT_RULE, TIE_RULE, ListOptions, build_lists
@@ -76,7 +77,7 @@ class DemoWorld(NamedTuple):
 
 def make_world(users: int, items: int, seed: int) -> DemoWorld:
     """Draw the catalogue and the tastes."""
-    draw = np.random.default_rng([seed, 0])
+    draw = seeds.generator(seed, seeds.DEMO_ITEMS)
     names = draw.permutation(len(ADJECTIVES) * len(NOUNS))[:items]
     quality = QUALITY_SPREAD * draw.standard_normal(items)
     popularity = np.exp(0.8 * draw.standard_normal(items) + 0.7 * quality)
@@ -91,7 +92,7 @@ def make_world(users: int, items: int, seed: int) -> DemoWorld:
 
 def make_ratings(world: DemoWorld, per_user: int, seed: int) -> Interactions:
     """Every user rates `per_user` items, drawn by popularity without replacement, in random order."""
-    draw = np.random.default_rng([seed, 1])
+    draw = seeds.generator(seed, seeds.DEMO_RATINGS)
     users, items = len(world.taste), len(world.titles)
     race = np.log(world.popularity) + draw.gumbel(size=(users, items))
     chosen = np.argpartition(-race, per_user - 1, axis=1)[:, :per_user]

@@ -1,7 +1,7 @@
 """The prepared folder: items, ranking lists and a manifest, written once and read by everything after.
 
     items.parquet            row i is Item.index i: item_id, title, category, train_count, train_mean (null: unrated)
-    lists-<split>.parquet    one row per list, see LIST_SCHEMA, and HINTED_SCHEMA where lists carry hints
+    lists-<split>.parquet    one row per list, see LIST_SCHEMA; SIGNAL_COLUMNS where lists carry hints or other signals
     targets.parquet          of a first stage: one row per held-out like, see TARGET_SCHEMA (optional)
     seen.parquet             every item each user has rated, in a list or not, see SEEN_SCHEMA (optional)
     sampling.png             of a first stage: a plot of the users it sampled (optional)
@@ -19,6 +19,8 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, cast, overload
 
 import numpy as np
 import polars as pl
@@ -26,7 +28,8 @@ import polars as pl
 from .. import __version__
 from ..errors import AlroFastError
 from ..run_folder import check_writable
-from .records import LARGEST_RATING, Item, RankingList
+from .records import LARGEST_RATING, Item, RankingList, Signal
+from .signal_table import SIGNALS
 
 SPLITS = ("train", "valid", "test")
 FORMAT, FORMAT_VERSION = "alro_fast ranking lists", 1
@@ -37,7 +40,7 @@ ITEM_SCHEMA = {
     "train_count": pl.Int64,
     "train_mean": pl.Float64,
 }
-LIST_SCHEMA = {
+LIST_SCHEMA: dict[str, Any] = {
     "list_id": pl.String,
     "user_id": pl.String,
     "history": pl.List(pl.UInt32),  # item indices, oldest first
@@ -48,8 +51,11 @@ LIST_SCHEMA = {
     "first_time": pl.Int64,  # of the earliest and the latest rated candidate, in the manifest's time_unit
     "last_time": pl.Int64,
 }
-HINTED_SCHEMA = LIST_SCHEMA | {"hints": pl.List(pl.Float32)}  # null: a list without; a null within: unknown
-TARGET_SCHEMA = {
+SIGNAL_COLUMNS = dict.fromkeys(  # optional, aligned with history or candidates; null: a list without; within: unknown
+    ("hints", *(f"{part}_{name}" for name in SIGNALS if name != "hint" for part in ("history", "candidate"))),
+    pl.List(pl.Float32),
+)
+TARGET_SCHEMA: dict[str, Any] = {
     "split": pl.String,
     "user_id": pl.String,
     "item": pl.UInt32,
@@ -62,7 +68,7 @@ ROW_GROUP = 1 << 16
 
 
 class Lists(Sequence[RankingList]):
-    """The lists of one split; a record is made when it is asked for. A slice is again a `Lists`.
+    """The lists of one split, in columns; a `RankingList` is made when it is asked for. A slice is again a `Lists`.
 
     user_ids: the user of every list; all_equal: bool [number of lists], True where there is nothing to rank.
     """
@@ -74,13 +80,17 @@ class Lists(Sequence[RankingList]):
         self._history_ratings, _ = _flat(frame["history_ratings"], np.float32)
         self._candidates, self._offsets = _flat(frame["candidates"], np.uint32)
         self._ratings, _ = _flat(frame["ratings"], np.float32)
-        if "hints" in frame.columns:
-            self._hints, self._hint_offsets = _flat(frame["hints"], np.float32)
-        else:
-            self._hints, self._hint_offsets = np.zeros(0, np.float32), np.zeros(frame.height + 1, np.int64)
+        self._beside = {name: _flat(frame[name], np.float32) for name in SIGNAL_COLUMNS if name in frame.columns}
+        self._names = [name for name in SIGNALS if f"candidate_{name}" in self._beside]
 
     def __len__(self) -> int:
         return self._frame.height
+
+    @overload
+    def __getitem__(self, index: int) -> RankingList: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Lists: ...
 
     def __getitem__(self, index: int | slice) -> RankingList | Lists:
         if isinstance(index, slice):
@@ -88,7 +98,6 @@ class Lists(Sequence[RankingList]):
         row = range(len(self))[index]
         past = slice(*self._history_offsets[row : row + 2])
         here = slice(*self._offsets[row : row + 2])
-        hinted = slice(*self._hint_offsets[row : row + 2])
         return RankingList(
             list_id=self._frame["list_id"][row],
             user_id=self._frame["user_id"][row],
@@ -96,8 +105,34 @@ class Lists(Sequence[RankingList]):
             history_ratings=tuple(self._history_ratings[past].tolist()),
             candidates=tuple(self._items[i] for i in self._candidates[here].tolist()),
             ratings=tuple(self._ratings[here].tolist()),
-            hints=tuple(self._hints[hinted].tolist()),
+            hints=self._values("hints", row),
+            signals=tuple(
+                Signal(name, self._values(f"history_{name}", row), self._values(f"candidate_{name}", row))
+                for name in self._names
+            ),
         )
+
+    def _values(self, column: str, row: int) -> tuple[float, ...]:
+        if column not in self._beside:
+            return ()
+        values, offsets = self._beside[column]
+        return tuple(values[offsets[row] : offsets[row + 1]].tolist())
+
+    @property
+    def signals(self) -> list[str]:
+        """Names of the signals that these lists carry, "hint" for their hints."""
+        return [name for name in SIGNALS if name in self._names or (name == "hint" and "hints" in self._beside)]
+
+    @property
+    def frame(self) -> pl.DataFrame:
+        """The lists as stored, of LIST_SCHEMA."""
+        return self._frame
+
+    @property
+    def rated(self) -> np.ndarray:
+        """bool [number of lists]: a candidate at least carries a rating."""
+        known = np.concatenate([[0], np.cumsum(~np.isnan(self._ratings))])
+        return known[self._offsets[1:]] > known[self._offsets[:-1]]
 
     @property
     def user_ids(self) -> list[str]:
@@ -106,6 +141,13 @@ class Lists(Sequence[RankingList]):
     @property
     def all_equal(self) -> np.ndarray:
         return self._frame["all_equal"].to_numpy()
+
+
+def with_ratings(lists: Sequence[RankingList]) -> Sequence[RankingList]:
+    """The lists that have a rated candidate: `lists` themselves where all do."""
+    if isinstance(lists, Lists):
+        return lists if lists.rated.all() else [lists[i] for i in np.flatnonzero(lists.rated).tolist()]
+    return [one for one in lists if not all(map(math.isnan, one.ratings))]
 
 
 class PreparedData:
@@ -118,13 +160,13 @@ class PreparedData:
     def __init__(self, path: Path, manifest: dict):
         self.path = path
         self.manifest = manifest
-        frame = self._read("items.parquet", (ITEM_SCHEMA,))
+        frame = self._read("items.parquet", ITEM_SCHEMA)
         columns = (frame[name].to_list() for name in ("item_id", "title", "category"))
         self.items: list[Item] = [Item(index, *cells) for index, cells in enumerate(zip(*columns))]
         self.train_count: np.ndarray = frame["train_count"].to_numpy()
         self.train_mean: np.ndarray = frame["train_mean"].fill_null(math.nan).to_numpy()
         has_targets = "targets.parquet" in manifest["files"]
-        self.targets: pl.DataFrame | None = self._read("targets.parquet", (TARGET_SCHEMA,)) if has_targets else None
+        self.targets: pl.DataFrame | None = self._read("targets.parquet", TARGET_SCHEMA) if has_targets else None
         self._lists: dict[str, Lists] = {}
 
     def lists(self, split: str) -> Lists:
@@ -132,19 +174,26 @@ class PreparedData:
         if split not in SPLITS:
             raise AlroFastError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
         if split not in self._lists:
-            frame = self._read(f"lists-{split}.parquet", (LIST_SCHEMA, HINTED_SCHEMA))
+            frame = self._read(f"lists-{split}.parquet", LIST_SCHEMA, SIGNAL_COLUMNS)
             self._lists[split] = Lists(self.items, frame)
         return self._lists[split]
+
+    def known_ratings(self, split: str) -> pl.DataFrame:
+        """user_id, item, rating: what the lists say of ratings before the candidates of "valid" or "test": those of
+        histories and of the candidates of earlier splits; a (user, item) that is a held-out candidate is left out."""
+        frames = {name: self.lists(name).frame for name in SPLITS}
+        earlier = SPLITS[: SPLITS.index(split)]
+        return _distinct_ratings(frames, earlier, [name for name in SPLITS if name not in earlier])
 
     def seen(self) -> dict[str, np.ndarray] | None:
         """User -> uint32 indices of every item the user has rated; None: the folder does not say."""
         if "seen.parquet" not in self.manifest["files"]:
             return None
-        frame = self._read("seen.parquet", (SEEN_SCHEMA,))
+        frame = self._read("seen.parquet", SEEN_SCHEMA)
         items, offsets = _flat(frame["items"], np.uint32)
         return dict(zip(frame["user_id"].to_list(), np.split(items, offsets[1:-1])))
 
-    def _read(self, name: str, schemas: Sequence[Mapping[str, pl.DataType]]) -> pl.DataFrame:
+    def _read(self, name: str, schema: Mapping, optional: Mapping = MappingProxyType({})) -> pl.DataFrame:
         file = self.path / name
         if not file.is_file():
             raise AlroFastError(f"{self.path} lacks {name}; prepare the data again")
@@ -153,10 +202,8 @@ class PreparedData:
         if found != self.manifest["files"].get(name, {}).get("sha256"):
             raise AlroFastError(f"{file} is not the file its manifest.json speaks of; prepare the data again")
         frame = pl.read_parquet(file)
-        if dict(frame.schema) not in schemas:
-            raise AlroFastError(
-                f"{file} has columns {frame.columns}; expected {list(schemas[0])}: prepare the data again"
-            )
+        if not _fits(frame, schema, optional):
+            raise AlroFastError(f"{file} has columns {frame.columns}; expected {list(schema)}: prepare the data again")
         return frame
 
 
@@ -193,7 +240,8 @@ def write_prepared(
     """Write a prepared folder, whole or not at all; the same arguments give the same bytes.
 
     items: records, their train statistics then counted over the lists; or a frame of ITEM_SCHEMA.
-    lists_by_split: records or a frame of LIST_SCHEMA or HINTED_SCHEMA for each split; a split left out is empty.
+    lists_by_split: records or a frame of LIST_SCHEMA, with SIGNAL_COLUMNS or not, for each split; one not given is
+        empty.
     manifest_extra: what the manifest says beyond format, versions and file hashes.
     targets, seen: frames of TARGET_SCHEMA and SEEN_SCHEMA, written as targets.parquet and seen.parquet.
     An earlier prepared folder at `path` is replaced; any other content is refused.
@@ -204,7 +252,7 @@ def write_prepared(
     if unknown:
         raise AlroFastError(f"unknown splits {unknown}; expected {', '.join(SPLITS)}")
     frames = {split: _list_frame(lists_by_split.get(split, ())) for split in SPLITS}
-    highest = max((frame["ratings"].explode().max() or 0.0 for frame in frames.values()), default=0.0)
+    highest = max((cast(float, frame["ratings"].explode().max() or 0.0) for frame in frames.values()), default=0.0)
     if highest > LARGEST_RATING:
         raise AlroFastError(
             f"ratings reach {highest:g}, and gains are 2^rating - 1: bring them to a scale that ends at "
@@ -273,10 +321,9 @@ def _flat(column: pl.Series, dtype: type) -> tuple[np.ndarray, np.ndarray]:
 
 def _list_frame(lists: Sequence[RankingList] | pl.DataFrame) -> pl.DataFrame:
     if isinstance(lists, pl.DataFrame):
-        if dict(lists.schema) not in (LIST_SCHEMA, HINTED_SCHEMA):
+        if not _fits(lists, LIST_SCHEMA, SIGNAL_COLUMNS):
             raise AlroFastError(f"list frame has columns {dict(lists.schema)}; expected {LIST_SCHEMA}")
         return lists
-    hinted = any(one.hints for one in lists)
     rows = [
         (
             one.list_id,
@@ -288,11 +335,28 @@ def _list_frame(lists: Sequence[RankingList] | pl.DataFrame) -> pl.DataFrame:
             one.all_equal,
             None,
             None,
-            *([_nan_to_none(one.hints) or None] if hinted else []),
         )
         for one in lists
     ]
-    return pl.DataFrame(rows, schema=HINTED_SCHEMA if hinted else LIST_SCHEMA, orient="row")
+    beside = {}
+    for name in SIGNALS:
+        found = [one.signal(name) for one in lists]
+        if any(signal.candidates or signal.history for signal in found):
+            columns = {"hints": "candidates"} if name == "hint" else {
+                f"history_{name}": "history", f"candidate_{name}": "candidates"
+            }  # fmt: skip
+            for column, part in columns.items():
+                values = [_nan_to_none(getattr(signal, part)) or None for signal in found]
+                beside[column] = pl.Series(values, dtype=SIGNAL_COLUMNS[column])
+    return pl.DataFrame(rows, schema=LIST_SCHEMA, orient="row").with_columns(**beside)
+
+
+def _fits(frame: pl.DataFrame, schema: Mapping, optional: Mapping) -> bool:
+    """Whether the columns are those of `schema` and, beyond them, some of `optional`."""
+    beyond = {name: kind for name, kind in frame.schema.items() if name not in schema}
+    return all(optional.get(name) == kind for name, kind in beyond.items()) and all(
+        frame.schema.get(name) == kind for name, kind in schema.items()
+    )
 
 
 def _nan_to_none(values: Sequence[float]) -> list[float | None]:
@@ -304,16 +368,24 @@ def _item_frame(items: Sequence[Item], frames: Mapping[str, pl.DataFrame]) -> pl
     for index, item in enumerate(items):
         if item.index != index:
             raise AlroFastError(f"item {item.item_id!r} has index {item.index} at position {index}; they must agree")
-    seen = [frames["train"].select("user_id", item="candidates", rating="ratings")]
-    seen += [frame.select("user_id", item="history", rating="history_ratings") for frame in frames.values()]
-    held_out = pl.concat([frames[s].select("user_id", item="candidates") for s in ("valid", "test")])
-    ratings = pl.concat([f.filter(pl.col("item").list.len() > 0).explode("item", "rating") for f in seen])
-    ratings = ratings.drop_nulls("rating").unique(subset=["user_id", "item"], keep="first", maintain_order=True)
-    ratings = ratings.join(held_out.explode("item"), on=["user_id", "item"], how="anti", maintain_order="left")
+    ratings = _distinct_ratings(frames, ("train",), ("valid", "test"))
     count, mean = train_statistics(ratings["item"].to_numpy(), ratings["rating"].to_numpy(), len(items))
     columns = {name: [getattr(item, name) for item in items] for name in ("item_id", "title", "category")}
     frame = pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.String))
     return frame.with_columns(train_count=count, train_mean=mean)
+
+
+def _distinct_ratings(
+    frames: Mapping[str, pl.DataFrame], shown: Sequence[str], held_out: Sequence[str]
+) -> pl.DataFrame:
+    """user_id, item, rating: distinct (user, item) ratings in the candidates of splits `shown` and in all histories,
+    without those of any candidate of splits `held_out`."""
+    seen = [frames[split].select("user_id", item="candidates", rating="ratings") for split in shown]
+    seen += [frame.select("user_id", item="history", rating="history_ratings") for frame in frames.values()]
+    hidden = pl.concat([frames[split].select("user_id", item="candidates") for split in held_out])
+    ratings = pl.concat([f.filter(pl.col("item").list.len() > 0).explode("item", "rating") for f in seen])
+    ratings = ratings.drop_nulls("rating").unique(subset=["user_id", "item"], keep="first", maintain_order=True)
+    return ratings.join(hidden.explode("item"), on=["user_id", "item"], how="anti", maintain_order="left")
 
 
 def train_statistics(item: np.ndarray, rating: np.ndarray, items: int) -> tuple[pl.Series, pl.Series]:

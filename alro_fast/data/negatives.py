@@ -7,15 +7,16 @@ model as it stands. The outcome is again a ranking list, of 1 + k candidates, so
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import AlroFastError
+from . import seeds
+from .item_draws import ItemDraws, first_new
 from .records import Item, RankingList, target_ranks
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 DRAWS = ("uniform", "popularity", "hardest")
 SOURCES = ("catalogue", "candidates")
 POOL = 4  # `hardest` looks among this many times k catalogue items
+ROUNDS = 32  # of 2 k + 8 proposals each, before what is left is listed
 
 
 class Negatives:
@@ -61,20 +63,18 @@ class Negatives:
             raise AlroFastError(f"--num_negatives {count} is too few; a preference needs at least 1")
         self.items, self.count, self.by, self.source, self.seed = items, count, by, source, seed
         self.train_count = np.asarray(train_count, dtype=np.float64)
-        self.eligible = np.flatnonzero(self.train_count)
-        weights = self.train_count[self.eligible] if by == "popularity" else np.ones(len(self.eligible))
-        self.cumulative = np.cumsum(weights)
+        self.draws = ItemDraws(self.train_count, by)
         self.seen: dict[str, set[int]] = {}
         for one in lists:
             if one.user_id not in self.seen:
                 self.seen[one.user_id] = set(() if seen is None else seen.get(one.user_id, np.empty(0)).tolist())
             self.seen[one.user_id].update(item.index for item in (*one.history, *one.candidates))
         self.mined: dict[str, tuple[Item, ...]] = {}  # list_id -> its hardest negatives, set by whoever has the model
-        eligible = set(self.eligible.tolist())
+        eligible = set(self.draws.eligible.tolist())
         most = max((len(mine & eligible) for mine in self.seen.values()), default=0)
-        if source == "catalogue" and len(self.eligible) - most < count * (POOL if by == "hardest" else 1):
+        if source == "catalogue" and len(eligible) - most < count * (POOL if by == "hardest" else 1):
             raise AlroFastError(
-                f"--num_negatives {count} is too many: a user has seen {most:,} of the {len(self.eligible):,} rated "
+                f"--num_negatives {count} is too many: a user has seen {most:,} of the {len(eligible):,} rated "
                 "items; lower it, or take --negatives_from candidates"
             )
 
@@ -126,9 +126,12 @@ class Negatives:
         order = self._generator(one, epoch, "order").permutation(len(candidates)).tolist()
         candidates = [candidates[i] for i in order]
         ratings = tuple(rating_of.get(item.index, math.nan) for item in candidates)
-        hint_of = {item.index: hint for item, hint in zip(one.candidates, one.hints)}
-        hints = tuple(hint_of.get(item.index, math.nan) for item in candidates) if one.hints else ()
-        return replace(one, candidates=tuple(candidates), ratings=ratings, hints=hints)
+        place_of = {item.index: place for place, item in enumerate(one.candidates)}
+        if all(item.index in place_of for item in candidates):
+            return one.select(place_of[item.index] for item in candidates)
+        # Hints and signals are unknown of items from the catalogue: shown of the others, they would name the positive.
+        signals = tuple(signal._replace(candidates=()) for signal in one.signals)
+        return replace(one, candidates=tuple(candidates), ratings=ratings, hints=(), signals=signals)
 
     def _below(self, one: RankingList) -> list[int]:
         best = positive(one)
@@ -151,28 +154,28 @@ class Negatives:
     def _from_catalogue(self, one: RankingList, generator: np.random.Generator, count: int) -> tuple[Item, ...]:
         best = one.candidates[positive(one)]
         taken = self.seen.get(one.user_id, set()) | {item.index for item in (*one.history, *one.candidates)}
-        drawn: list[Item] = []
-        for _ in range(32):
-            share = generator.random(2 * count + 8) * self.cumulative[-1]
-            for place in np.searchsorted(self.cumulative, share, side="right"):
-                item = self.items[self.eligible[min(place, len(self.eligible) - 1)]]
-                if len(drawn) < count and item.index not in taken and item.title != best.title:
-                    taken.add(item.index)
-                    drawn.append(item)
-            if len(drawn) == count:
-                return tuple(drawn)
-        left = [i for i in self.eligible.tolist() if i not in taken and self.items[i].title != best.title]
-        if len(left) < count - len(drawn):
-            raise AlroFastError(
-                f"list {one.list_id}: its user has seen all but {len(left) + len(drawn)} rated items, fewer than "
-                f"--num_negatives {self.count} needs; lower it"
-            )
-        chosen = generator.choice(len(left), count - len(drawn), replace=False)
-        return (*drawn, *(self.items[left[i]] for i in chosen))
+
+        def proposals() -> Iterator[int]:
+            for _ in range(ROUNDS):
+                for index in self.draws.at(generator.random(2 * count + 8)).tolist():
+                    if self.items[index].title != best.title:
+                        yield index
+
+        drawn = first_new(proposals(), count, taken)
+        missing = count - len(drawn)
+        if missing:
+            eligible = self.draws.eligible.tolist()
+            left = [i for i in eligible if i not in taken and self.items[i].title != best.title]
+            if len(left) < missing:
+                raise AlroFastError(
+                    f"list {one.list_id}: its user has seen all but {len(left) + len(drawn)} rated items, fewer than "
+                    f"--num_negatives {self.count} needs; lower it"
+                )
+            drawn += [left[i] for i in generator.choice(len(left), missing, replace=False)]
+        return tuple(self.items[index] for index in drawn)
 
     def _generator(self, one: RankingList, epoch: int, purpose: str = "draw") -> np.random.Generator:
-        digest = hashlib.blake2b(f"{purpose}/{one.list_id}".encode(), digest_size=8).digest()
-        return np.random.default_rng([self.seed, epoch, int.from_bytes(digest, "little")])
+        return seeds.generator(self.seed, epoch, name=f"{purpose}/{one.list_id}")
 
 
 def positive(one: RankingList) -> int:

@@ -60,11 +60,10 @@ class _Row(NamedTuple):
     user: str | None
 
 
-def read_preferences(path: str | Path, *, need_rejected: bool = True, merge: bool = True) -> list[Preference]:
+def read_preferences(path: str | Path, *, need_rejected: bool = True) -> list[Preference]:
     """Records of a .json, .jsonl or .parquet file, in the order of their first rows.
 
     need_rejected: False also takes rows without a rejected answer, as supervised tuning does.
-    merge: False keeps every row a record of its own.
     Raises AlroFastError naming file and row: not a preference file, no rejected answer, an empty answer, an answer both
     chosen and rejected, an empty prompt, half a character.
     """
@@ -74,10 +73,7 @@ def read_preferences(path: str | Path, *, need_rejected: bool = True, merge: boo
         raise AlroFastError(f"{path} holds no rows; {EXPECTED}")
     for number, row in enumerate(rows):
         _check(row, f"{path.name}, row {number}", need_rejected)
-    if merge:
-        records = _merged(rows, path.stem)
-    else:
-        records = [_record(path.stem, number, [row], None) for number, row in enumerate(rows)]
+    records = _merged(rows, path.stem)
     repeated = sum(len(row.rejected) for row in rows) - sum(len(one.rejected) for one in records)
     if repeated:
         print(f"{path}: {repeated:,} rejected answers stand there twice for one user and prompt; each is taken once")

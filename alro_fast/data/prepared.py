@@ -11,12 +11,14 @@ from typing import Any, Self
 
 import numpy as np
 
+from ..cli import Reader, refuse_unread
 from ..errors import AlroFastError
 from .lists import check_output_folder, read_manifest, seen_frame, write_prepared
+from .signals import SignalOptions, add_signals, signal_rules
 from .sources.download import LICENCES, cache_folder, download
-from .sources.interactions import DATASETS, TABLES, Interactions, read_interactions
+from .sources.interactions import DATASETS, MOVIELENS, TABLES, Interactions, read_interactions
 from .sources.readers import NO_TIME, Columns
-from .windows import ORDER_RULE, SPLIT_RULE, TIE_RULE, ListOptions, build_lists
+from .windows import ORDER_RULE, TIE_RULE, ListOptions, build_lists
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class FileOptions:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Self:
-        """Those of a command line parsed with `add_file_options`."""
+        """Those of a command line parsed with `add_file_options`; AlroFastError for one that its data do not read."""
+        refuse_unread(arguments.given, READERS, arguments)
         columns = Columns(**{f.name: getattr(arguments, f"{f.name}_column") for f in fields(Columns)})
         return cls(**{f.name: getattr(arguments, f.name) for f in fields(cls) if f.name != "columns"}, columns=columns)
 
@@ -53,64 +56,99 @@ class FileOptions:
         }
 
 
-def prepare_lists(files: FileOptions, options: ListOptions) -> None:
-    """Download if need be, read, cut into lists, write; a line for every stage.
+def prepare_lists(files: FileOptions, options: ListOptions, signals: SignalOptions | None = None) -> None:
+    """Download if need be, read, cut into lists, put signals beside their items, write; a line for every stage.
 
     Raises AlroFastError for files that cannot be read, or an output folder that holds something else.
     """
-    recorded = asdict(options) | files.recorded
+    recorded = options.recorded | files.recorded | (signals.recorded if signals else {})
     check_output(files, recorded)
 
     stage = Stages()
     interactions = read_files(files, stage)
 
     built = build_lists(interactions, options, notice=stage.notice)
-    lists = ", ".join(f"{split} {count:,}" for split, count in built.counts["lists"].items())
-    stage.done(f"cut lists: {lists}; users skipped: {built.counts['users_skipped']:,}")
+    cut = ", ".join(f"{split} {frame.height:,}" for split, frame in built.lists.items())
+    stage.done(f"cut lists: {cut}; users skipped: {built.counts['users_skipped']:,}")
 
-    rules = {"tie_rule": TIE_RULE, "split_rule": SPLIT_RULE, "order_rule": ORDER_RULE}
+    rules = {"tie_rule": TIE_RULE, "split_rule": options.split_rule, "order_rule": ORDER_RULE}
     manifest = manifest_of(files, interactions, recorded, options.seed, rules, built.counts)
+    lists = built.lists
+    if signals:
+        lists = add_signals(built, interactions, signals, options)
+        manifest["signals"] = signal_rules(signals, options.seed)
+        stage.done(f"computed signals: {', '.join(signals.names)}")
     seen = seen_frame(interactions.user, interactions.item, interactions.user_ids)
-    write_prepared(files.output_dir, built.items, built.lists, manifest, seen=seen)
+    write_prepared(files.output_dir, built.items, lists, manifest, seen=seen)
     stage.done(f"wrote {files.output_dir}")
+
+
+def downloads(options: Any) -> bool:
+    """Whether nothing names files, so that they are fetched."""
+    return options.raw_dir is None and options.ratings_file is None and options.dataset not in TABLES
+
+
+NAMED_COLUMNS = Reader(
+    "for csv, parquet, Amazon data and MovieLens from ml-latest-small on",
+    "dataset {0.dataset}, whose columns have no names",
+    lambda options: options.dataset not in ("ml-100k", "ml-1m"),
+)
+ITEM_COLUMNS = Reader(
+    "for csv, parquet and MovieLens from ml-latest-small on",
+    "dataset {0.dataset}",
+    lambda options: options.dataset in TABLES or (options.dataset in MOVIELENS and NAMED_COLUMNS.reads(options)),
+)
+READERS = {  # options that not every data set reads; settings are namespaces of `add_file_options`
+    "raw_dir": Reader(
+        "for MovieLens and Amazon data",
+        "dataset {0.dataset} with files of its own",
+        lambda options: options.dataset not in TABLES and not (options.ratings_file and options.items_file),
+    ),
+    "accept_licence": Reader("where MovieLens is fetched, without --raw_dir", "data that are here", downloads),
+    "allow_altered": Reader("for MovieLens data", "dataset {0.dataset}", lambda options: options.dataset in MOVIELENS),
+    "separator": Reader("for csv", "dataset {0.dataset}", lambda options: options.dataset == "csv"),
+    **dict.fromkeys(("user_column", "item_column", "rating_column", "time_column"), NAMED_COLUMNS),
+    **dict.fromkeys(("title_column", "category_column"), ITEM_COLUMNS),
+}
 
 
 def add_file_options(parser: argparse.ArgumentParser) -> None:
     """What data to read and where to write: shared by the commands that turn ratings into lists."""
-    parser.add_argument("--dataset", required=True, choices=DATASETS)
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder for the lists")
+    parser.add_argument("--dataset", required=True, choices=DATASETS, metavar="NAME", help=", ".join(DATASETS))
+    parser.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="folder for the lists")
     parser.add_argument(
         "--overwrite_output_dir", action="store_true", help="replace lists made with other options (nothing else)"
     )
+    parser.add_argument(
+        "--duplicates", choices=("error", "drop"), default="error", help="rows equal in user, item and time"
+    )
+    parser.add_argument("--untitled", choices=("keep", "drop"), default="keep", help="items without a title")
     files = parser.add_argument_group("files")
-    files.add_argument("--raw_dir", type=Path, help="folder of the files; without it MovieLens ones are fetched")
-    files.add_argument("--accept_licence", action="store_true", help="you have read the terms of a downloaded data set")
-    files.add_argument("--allow_altered", action="store_true", help="accept MovieLens files that are not as published")
-    files.add_argument("--ratings_file", type=Path, help="the ratings (csv, parquet), or the reviews to choose")
-    files.add_argument("--items_file", type=Path, help="titles and categories by item (optional for csv, parquet)")
-    files.add_argument("--separator", help="of a CSV file; default ',' (.tsv: tab)")
+    files.add_argument("--ratings_file", type=Path, metavar="FILE", help="the ratings (csv, parquet), or the reviews")
+    files.add_argument("--items_file", type=Path, metavar="FILE", help="titles and categories; csv, parquet: optional")
+    folders = parser.add_argument_group("MovieLens and Amazon data")
+    folders.add_argument(
+        "--raw_dir", type=Path, metavar="DIR", help="folder of the files (default: MovieLens is fetched)"
+    )
+    folders.add_argument("--accept_licence", action="store_true", help="you have read the terms of what is fetched")
+    folders.add_argument("--allow_altered", action="store_true", help="MovieLens: accept files not as published")
+    columns = parser.add_argument_group("columns (not of ml-100k and ml-1m)")
+    columns.add_argument("--separator", metavar="C", help="csv: between columns (default: ','; of a .tsv file: tab)")
     for name, what in (
         ("user", "user ids"),
         ("item", "item ids, in the ratings and the item file"),
         ("rating", "ratings, numbers"),
-        (
-            "time",
-            f"timestamps: whole numbers, or dates in Parquet; {NO_TIME}: a table without times, ordered at random",
-        ),
-        ("title", "titles"),
-        ("category", "categories, shown beside the title"),
+        ("time", f"whole numbers, or dates in Parquet; {NO_TIME}: a table without times, ordered at random"),
+        ("title", "titles (not of Amazon data)"),
+        ("category", "categories, shown beside the title (not of Amazon data)"),
     ):
-        files.add_argument(f"--{name}_column", metavar="NAME", help=f"column of {what}")
-    files.add_argument(
-        "--duplicates", choices=("error", "drop"), default="error", help="rows equal in user, item and time"
-    )
-    files.add_argument("--untitled", choices=("keep", "drop"), default="keep", help="items without a title")
+        columns.add_argument(f"--{name}_column", metavar="NAME", help=what)
 
 
 def read_files(files: FileOptions, stage: Stages) -> Interactions:
     """Download if need be, read and check."""
     raw_dir = files.raw_dir
-    if raw_dir is None and files.ratings_file is None and files.dataset not in TABLES:
+    if downloads(files):
         folder = cache_folder(files.dataset)
         raw_dir = download(files.dataset, folder, accept_licence=files.accept_licence)
         stage.done(f"files of {files.dataset} at {raw_dir}")

@@ -1,7 +1,8 @@
 """Ratings -> ranking lists: `build_lists`.
 
-A user's ratings in chronological order are cut into windows of `list_size` candidates. The last window is the test
-list, the one before it the validation list; training windows slide back from there, `train_stride` ratings at a time.
+A user's ratings in chronological order are cut into windows of `list_size` candidates. The last `test_lists` windows
+are the test lists, the one before them the validation list; training windows slide back from there, `train_stride`
+ratings at a time.
 The history of a list is the last `history_length` ratings before its window. So an item of a held-out list stands in no
 earlier list or history of its user (each user rates an item once, see interactions.py), and no history item is later
 than a candidate. Equal timestamps are ordered by TIE_RULE.
@@ -9,17 +10,18 @@ than a candidate. Equal timestamps are ordered by TIE_RULE.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 
 from ..errors import AlroFastError
+from .item_draws import ItemDraws
 from .lists import LIST_SCHEMA, SPLITS, train_statistics
+from .seeds import hash_ids, splitmix64, uniform
 from .sources.interactions import Interactions
 
 TIE_RULE = (
@@ -30,6 +32,12 @@ SPLIT_RULE = (
     "per user and by time: the last list_size ratings are the test list, the list_size before them the validation "
     "list, training lists end where the validation list begins and slide back by train_stride; "
     "history = the last history_length ratings before a list"
+)
+SPLIT_RULE_OF_MORE = (
+    "per user and by time: the last {test_lists} x list_size ratings are {test_lists} test lists one after the other "
+    "(those with min_history ratings before them), the list_size before them the validation list, training lists "
+    "end where the validation list begins and slide back by train_stride; history = the last history_length ratings "
+    "before a list, so a later test list shows the ratings of an earlier one"
 )
 ORDER_RULE = "candidates are presented in the order of a hash of (seed, user id, list position, item id)"
 SORT_ROWS = 4_000_000
@@ -46,12 +54,13 @@ class ListOptions:
     min_history: int = 5  # a list with fewer earlier ratings is not made
     train_stride: int | None = None  # ratings between the starts of two training lists; None: list_size (no overlap)
     max_train_lists_per_user: int | None = None  # the latest ones are kept; None: all
+    test_lists: int = 1  # per user, one after the other
     negatives: int = 0  # unrated candidates added to every list: items the user never rated, without a grade
     negatives_by: str = "uniform"  # or "popularity": drawn with probability proportional to train_count
     seed: int = 0
 
     def __post_init__(self) -> None:
-        lowest = {"history_length": 1, "list_size": 2, "min_history": 1, "negatives": 0, "seed": 0}
+        lowest = {"history_length": 1, "list_size": 2, "min_history": 1, "test_lists": 1, "negatives": 0, "seed": 0}
         for name in ("train_stride", "max_train_lists_per_user"):
             if getattr(self, name) is not None:
                 lowest[name] = 1
@@ -61,13 +70,16 @@ class ListOptions:
         if self.negatives_by not in {"uniform", "popularity"}:
             raise AlroFastError(f"--negatives_by {self.negatives_by!r}; expected 'uniform' or 'popularity'")
 
+    @property
+    def split_rule(self) -> str:
+        """What the manifest says of how ratings are split."""
+        return SPLIT_RULE if self.test_lists == 1 else SPLIT_RULE_OF_MORE.format(test_lists=self.test_lists)
 
-class Built(NamedTuple):
-    """items: frame of lists.ITEM_SCHEMA; lists: split -> frame of lists.LIST_SCHEMA; counts for the manifest."""
-
-    items: pl.DataFrame
-    lists: dict[str, pl.DataFrame]
-    counts: dict[str, int | dict[str, int]]
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What the manifest says of these options; `test_lists` where there are several: older ones do not have it."""
+        known = asdict(self)
+        return known if self.test_lists > 1 else {name: value for name, value in known.items() if name != "test_lists"}
 
 
 class Timeline(NamedTuple):
@@ -77,6 +89,19 @@ class Timeline(NamedTuple):
     item: np.ndarray
     rating: np.ndarray
     time: np.ndarray
+
+
+class Built(NamedTuple):
+    """items: frame of lists.ITEM_SCHEMA; lists: split -> frame of lists.LIST_SCHEMA; counts for the manifest.
+
+    timeline: what was cut; windows: split -> (user, position of the first candidate among the user's ratings) per list.
+    """
+
+    items: pl.DataFrame
+    lists: dict[str, pl.DataFrame]
+    counts: dict[str, Any]  # int, or int by split
+    timeline: Timeline
+    windows: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def build_lists(interactions: Interactions, options: ListOptions, notice: Callable[[str], None] = print) -> Built:
@@ -114,21 +139,7 @@ def build_lists(interactions: Interactions, options: ListOptions, notice: Callab
             for split, (users, starts) in windows.items()
         },
     }
-    return Built(items, lists, counts)
-
-
-def hash_ids(ids: pl.Series) -> np.ndarray:
-    """uint64: the first 8 bytes of BLAKE2b of each id, little-endian; the same on every machine and version."""
-    digests = b"".join(hashlib.blake2b(i.encode(), digest_size=8).digest() for i in ids)
-    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
-
-
-def splitmix64(x: np.ndarray) -> np.ndarray:
-    """A bijective mixer of uint64 (Steele, Lea and Flood, 2014); x may be of any shape, at least one-dimensional."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return Built(items, lists, counts, timeline, windows)
 
 
 def chronological(
@@ -144,11 +155,11 @@ def chronological(
     unsorted_users = len(np.unique(user[1:][backwards]))
     user_key = splitmix64(user_hash + np.uint64(seed))
     item, rating, time = (np.array(column) for column in (item, rating, time))
-    for rows in _whole_user_slices(offsets, SORT_ROWS):
-        tie = splitmix64(user_key[user[rows]] ^ item_hash[item[rows]])
-        order = np.lexsort((tie, time[rows], user[rows]))
+    for span in _whole_user_slices(offsets, SORT_ROWS):
+        tie = splitmix64(user_key[user[span]] ^ item_hash[item[span]])
+        order = np.lexsort((tie, time[span], user[span]))
         for column in (item, rating, time):
-            column[rows] = column[rows][order]
+            column[span] = column[span][order]
     return Timeline(offsets, item, rating, time), unsorted_users
 
 
@@ -159,18 +170,31 @@ def plan_windows(ratings_of: np.ndarray, options: ListOptions) -> dict[str, tupl
     """
     size, stride = options.list_size, options.train_stride or options.list_size
     windows = {}
-    for split, lists_from_the_end in (("test", 1), ("valid", 2)):
-        start = ratings_of - lists_from_the_end * size
-        users = np.flatnonzero(start >= options.min_history)
-        windows[split] = users, start[users]
-    room = ratings_of - 3 * size - options.min_history
+    for split, from_the_end in (("test", np.arange(options.test_lists, 0, -1)), ("valid", options.test_lists + 1)):
+        start = ratings_of[:, None] - np.atleast_1d(from_the_end) * size
+        users, which = np.nonzero(start >= options.min_history)
+        windows[split] = users, start[users, which]
+    last = ratings_of - (options.test_lists + 2) * size  # where a user's last training list begins
+    room = last - options.min_history
     many = np.where(room >= 0, room // stride + 1, 0)
     if options.max_train_lists_per_user is not None:
         many = np.minimum(many, options.max_train_lists_per_user)
     users = np.repeat(np.arange(len(ratings_of)), many)
     nth = np.arange(len(users)) - np.repeat(np.cumsum(many) - many, many)
-    windows["train"] = users, (ratings_of - 3 * size)[users] - (many[users] - 1 - nth) * stride
+    windows["train"] = users, last[users] - (many[users] - 1 - nth) * stride
     return windows
+
+
+def held_out(
+    timeline: Timeline, windows: dict[str, tuple[np.ndarray, np.ndarray]], splits: Sequence[str], size: int
+) -> np.ndarray:
+    """bool [ratings of the timeline]: in the window of a list of one of these splits."""
+    held = np.zeros(len(timeline.item), dtype=bool)
+    for split in splits:
+        users, starts = windows[split]
+        for k in range(size):
+            held[timeline.offsets[users] + starts + k] = True
+    return held
 
 
 def _whole_user_slices(offsets: np.ndarray, rows: int) -> list[slice]:
@@ -185,12 +209,8 @@ def _whole_user_slices(offsets: np.ndarray, rows: int) -> list[slice]:
 def _with_statistics(
     items: pl.DataFrame, timeline: Timeline, windows: dict[str, tuple[np.ndarray, np.ndarray]], options: ListOptions
 ) -> pl.DataFrame:
-    held_out = np.zeros(len(timeline.item), dtype=bool)
-    for split in ("valid", "test"):
-        users, starts = windows[split]
-        for k in range(options.list_size):
-            held_out[timeline.offsets[users] + starts + k] = True
-    count, mean = train_statistics(timeline.item[~held_out], timeline.rating[~held_out], items.height)
+    held = held_out(timeline, windows, ("valid", "test"), options.list_size)
+    count, mean = train_statistics(timeline.item[~held], timeline.rating[~held], items.height)
     return items.with_columns(train_count=count, train_mean=mean)
 
 
@@ -258,19 +278,18 @@ class _Negatives:
     def __init__(self, timeline: Timeline, train_count: np.ndarray, item_hash: np.ndarray, options: ListOptions):
         self.offsets, self.timeline, self.item_hash = timeline.offsets, timeline, item_hash
         self.per_list = options.negatives
-        self.eligible = np.flatnonzero(train_count)
+        self.draws = ItemDraws(train_count, options.negatives_by)
         self.items = len(train_count)
         user = np.repeat(np.arange(len(timeline.offsets) - 1, dtype=np.uint64), np.diff(timeline.offsets))
         self.rated = user * np.uint64(self.items) + timeline.item
         self.rated.sort()
         most = int(np.add.reduceat(train_count[timeline.item] > 0, timeline.offsets[:-1], dtype=np.int64).max())
-        if len(self.eligible) - most < options.negatives:
+        eligible = len(self.draws.eligible)
+        if eligible - most < options.negatives:
             raise AlroFastError(
-                f"--negatives {options.negatives} is too many: one user rated {most:,} of the {len(self.eligible):,} "
+                f"--negatives {options.negatives} is too many: one user rated {most:,} of the {eligible:,} "
                 "items that have training ratings; lower --negatives"
             )
-        weights = train_count[self.eligible] if options.negatives_by == "popularity" else np.ones(len(self.eligible))
-        self.cumulative = np.cumsum(weights, dtype=np.float64)
 
     def draw(self, users: np.ndarray, list_key: np.ndarray) -> np.ndarray:
         """uint32 [lists, negatives], distinct within a list, none rated by its user."""
@@ -283,9 +302,7 @@ class _Negatives:
                 return drawn
             salt = slots + np.uint64(turn * self.per_list + 1)
             key = splitmix64(list_key[rows, None] ^ splitmix64(salt)[None, :])
-            share = (key >> np.uint64(11)).astype(np.float64) * 2.0**-53
-            pick = np.searchsorted(self.cumulative, share * self.cumulative[-1], side="right")
-            fresh = self.eligible[np.minimum(pick, len(self.eligible) - 1)].astype(np.uint32)
+            fresh = self.draws.at(uniform(key)).astype(np.uint32)
             drawn[rows] = np.where(pending[rows], fresh, drawn[rows])
             pending[rows] &= self._taken(users[rows], drawn[rows], pending[rows])
         for row in np.flatnonzero(pending.any(1)):
@@ -307,6 +324,6 @@ class _Negatives:
     def _fill(self, drawn: np.ndarray, pending: np.ndarray, user: int, key: np.uint64) -> None:
         """The rare list whose draws kept failing: choose among all that is left."""
         rated = self.timeline.item[self.offsets[user] : self.offsets[user + 1]]
-        left = np.setdiff1d(self.eligible, np.concatenate([rated, drawn[~pending]]))
+        left = np.setdiff1d(self.draws.eligible, np.concatenate([rated, drawn[~pending]]))
         order = np.argsort(splitmix64(self.item_hash[left] ^ key), kind="stable")
         drawn[pending] = left[order[: pending.sum()]]

@@ -13,6 +13,7 @@ The first three compare answers of one user to one prompt. All arithmetic is flo
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -53,23 +54,29 @@ def preference_metrics(records: Sequence[Scored], seed: int = 42) -> dict[str, f
     total, records = len(records), [one for one in records if one.valid()]
     if not records:
         return dict.fromkeys(("pair_accuracy", "user_auc", "hit@1", "pooled_coin_auc"), float("nan")) | {"valid": 0.0}
-    by_user: dict[str, list[np.ndarray]] = {}
-    for one in records:
-        by_user.setdefault(one.user_id, []).append(one.wins())
     return {
         "pair_accuracy": float(np.concatenate([one.wins() for one in records]).mean()),
-        "user_auc": float(np.mean([np.concatenate(wins).mean() for wins in by_user.values()])),
+        "user_auc": float(np.mean(user_accuracies(records))),
         "hit@1": float(np.mean([one.hit() for one in records])),
         "valid": len(records) / total,
         "pooled_coin_auc": pooled_coin_auc(records, seed),
     }
 
 
-def accuracy_interval(records: Sequence[Scored]) -> Interval:
-    """`user_auc` of the valid records (pair accuracy where all have one size), with its 95 % interval over users."""
-    records = [one for one in records if one.valid()]
-    values = np.array([one.wins().mean() for one in records])
-    return bootstrap_interval(values, np.array([one.user_id for one in records]))
+def accuracy_interval(records: Sequence[Scored], resamples: int = 1000) -> Interval:
+    """`user_auc` of the valid records, with its 95 % interval over users; ends are NaN where resamples is 0."""
+    values = user_accuracies([one for one in records if one.valid()])
+    if not resamples:
+        return Interval(float(values.mean()) if len(values) else math.nan, math.nan, math.nan)
+    return bootstrap_interval(values, resamples=resamples)
+
+
+def user_accuracies(records: Sequence[Scored]) -> np.ndarray:
+    """Pair accuracy of each user, all pairs of a user's records together; float64 [users], by first appearance."""
+    by_user: dict[str, list[np.ndarray]] = {}
+    for one in records:
+        by_user.setdefault(one.user_id, []).append(one.wins())
+    return np.array([np.concatenate(wins).mean() for wins in by_user.values()])
 
 
 def pooled_coin_auc(records: Sequence[Scored], seed: int = 42) -> float:

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -21,7 +21,6 @@ from ..data.records import RankingList
 from ..errors import AlroFastError
 from ..modeling.logprobs import answer_logprobs
 from ..modeling.packing import Tree
-from ..objectives.base import TEXTS, learned_answers
 from ..objectives.dmpo import branches_of
 from ..prompts import PromptBuilder
 from ..prompts.preference import PreferencePrompts
@@ -51,11 +50,11 @@ def score_preferences(
     ]
 
 
-def measure(records: dict[str, list[Scored]]) -> dict[str, dict[str, Any]]:
-    """Ranker -> metrics, with the bootstrap interval of the users' mean accuracy."""
+def measure(records: dict[str, list[Scored]], bootstrap: int = 1000) -> dict[str, dict[str, Any]]:
+    """Ranker -> metrics, with the bootstrap interval of the users' mean accuracy; bootstrap: its resamples."""
     found = {}
     for name, scored in records.items():
-        _, low, high = accuracy_interval(scored)
+        _, low, high = accuracy_interval(scored, bootstrap)
         found[name] = preference_metrics(scored) | {"interval": [low, high], "records": len(scored)}
     return found
 
@@ -101,10 +100,10 @@ def evaluate_preferences(options: Any) -> None:
         for ranker in ("untuned", "tuned"):
             if ranker == "untuned" and not hasattr(model, "disable_adapter"):
                 continue
-            with model.disable_adapter() if ranker == "untuned" else contextlib.nullcontext():
+            with cast(Any, model).disable_adapter() if ranker == "untuned" else contextlib.nullcontext():
                 scored[ranker] = score_preferences(model, prompts, people, options.token_budget)
             answers += sum(len(one.chosen) + len(one.rejected) for one in scored[ranker])
-        results[name], scores[name] = measure(scored), scored
+        results[name], scores[name] = measure(scored, options.bootstrap), scored
     seconds = time.perf_counter() - started
     print(table(results))
     print(f"{answers:,} answers in {seconds:.1f} s")
@@ -112,11 +111,6 @@ def evaluate_preferences(options: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save(folder, results, scores)
     print(f"preference_results.json and {SCORES} are in {folder}")
-
-
-def answers_with_texts(config: dict[str, Any]) -> bool:
-    """True for a run whose model has learned to answer with texts: nothing that a ranking could be read from."""
-    return learned_answers(config) in TEXTS
 
 
 def contests_of(folder: str, split: str, config: dict[str, Any]) -> tuple[str, list[RankingList]]:

@@ -1,4 +1,4 @@
-"""A tuned model's rankings beside the untuned model's and the baselines', on the lists of a prepared folder."""
+"""A model's rankings, tuned or as it is, beside the baselines', on the lists of a prepared folder."""
 
 from __future__ import annotations
 
@@ -15,50 +15,48 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..cli import Reader, refuse_unread
 from ..data.lists import PreparedData, open_prepared
 from ..data.records import RankingList
 from ..errors import AlroFastError
 from ..ranking.generation import generate_and_parse
+from ..ranking.options import TASK_METHODS, RankingOptions
 from ..ranking.orders import Ranking
 from ..ranking.ranker import Ranker
 from ..ranking.task_generation import generate_tasks
-from ..ranking.tasks import TASK_METHODS
 from . import metrics
 from .baselines import baseline_scores
 from .report import report_line
 from .targets import evaluate_rankers, has_targets, save_measurement
+from .zero_shot import zero_shot_ranker
+
+GRADED = Reader("for graded lists", "a first stage's lists, of one target each", lambda targets: not targets)
 
 
-def evaluate_rankings(options: argparse.Namespace) -> None:
+def evaluate_rankings(options: argparse.Namespace, how: RankingOptions) -> None:
     """Load, rank with and without the adapter, compare, write; options: those of `alro_fast.evaluate`, checked."""
     prepared = open_prepared(options.lists)
-    lists = prepared.lists(options.split)
-    if not len(lists):
+    split = prepared.lists(options.split)
+    if not len(split):
         raise AlroFastError(f"{options.lists} holds no {options.split} lists; choose another --split")
-    lists = [lists[i] for i in range(min(options.limit or len(lists), len(lists)))]
-    ranker = Ranker.load(
-        options.adapter,
-        device=options.device,
-        base_model=options.base_model,
-        trust_remote_code=options.trust_remote_code,
-        token_budget=options.token_budget,
-    )
-    if options.generate and ranker.answer == "ratings":
-        raise AlroFastError("--generate needs a model that answers with identifiers; this one answers with grades")
-    if ranker.prompts.identifiers == "items":
+    targets = has_targets(prepared, options.split)
+    refuse_unread(options.given, {"gain": GRADED}, targets)
+    lists = [split[i] for i in range(min(options.limit or len(split), len(split)))]
+    if options.adapter is None:
+        ranker = zero_shot_ranker(options, prepared)
+    else:
+        ranker = Ranker.load(
+            options.adapter,
+            device=options.device,
+            base_model=options.base_model,
+            trust_remote_code=options.trust_remote_code,
+            token_budget=options.token_budget,
+        )
+    if options.adapter is not None and ranker.prompts.identifiers == "items":
         check_catalogue(Path(options.adapter), prepared)
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
 
-    how = {
-        "method": options.method,
-        "shuffles": options.shuffles,
-        "merge_by": options.merge,
-        "beams": options.beams,
-        "seed": options.seed,
-        "hybrid": options.hybrid,
-        "pairing": options.pairing,
-    }
     rankings: dict[str, list[Ranking]] = {}
     seconds: dict[str, float] = {}
     if hasattr(ranker.model, "disable_adapter"):
@@ -66,24 +64,23 @@ def evaluate_rankings(options: argparse.Namespace) -> None:
             rankings["untuned"], seconds["untuned"] = timed(ranker, lists, how)
     if ranker.answer == "tasks" and options.method is None:  # the hybrid, and a row for each of its tasks
         for task in TASK_METHODS[:-1]:
-            rankings[task], seconds[task] = timed(ranker, lists, how | {"method": task})
-    rankings["tuned"], seconds["tuned"] = timed(ranker, lists, how)
+            rankings[task], seconds[task] = timed(ranker, lists, dataclasses.replace(how, method=task))
+    judged = "untuned" if options.adapter is None else "tuned"
+    rankings[judged], seconds[judged] = timed(ranker, lists, how)
     scores = {name: [ranking.scores for ranking in each] for name, each in rankings.items()}
     notes = {"device": str(ranker.device), "peak_memory_gib": peak_memory(ranker.device) / 2**30}
     if options.generate:
         start = time.perf_counter()
         if ranker.answer == "tasks":
-            told = {name: how[name] for name in ("hybrid", "pairing", "seed")}
-            generated = generate_tasks(ranker, lists, **told)
+            generated = generate_tasks(ranker, lists, hybrid=how.hybrid, pairing=how.pairing, seed=how.seed)
         else:
             generated = generate_and_parse(ranker, lists)
         seconds["generate"] = time.perf_counter() - start
         scores["generate"] = generated.scores
         notes["generate_invalid_rate"] = generated.invalid_rate
-    targets = has_targets(prepared, options.split)
     results = evaluate_rankers(
         lists,
-        baseline_scores(prepared, lists) | scores,
+        baseline_scores(prepared, lists, options.baselines, split=options.split) | scores,
         targets=targets,
         prepared=prepared,
         split=options.split,
@@ -95,7 +92,7 @@ def evaluate_rankings(options: argparse.Namespace) -> None:
         seconds=seconds,
         sensitivity={name: order_sensitivity(each) for name, each in rankings.items()} if options.shuffles > 1 else {},
         about=notes,
-    ).noting(rankings=ranker.described(**how))
+    ).noting(rankings=how.described())
     results = save_measurement(folder, results, lists, rankings, targets=targets)
     print(results.table())
     if options.generate:
@@ -121,10 +118,10 @@ def check_catalogue(adapter: Path, prepared: PreparedData) -> None:
         )
 
 
-def timed(ranker: Ranker, lists: Sequence[RankingList], how: dict) -> tuple[list[Ranking], float]:
+def timed(ranker: Ranker, lists: Sequence[RankingList], how: RankingOptions) -> tuple[list[Ranking], float]:
     """Rankings, and the seconds they took: prompts, forward passes and sorting, no loading."""
     start = time.perf_counter()
-    rankings = ranker.rank(lists, **how)
+    rankings = ranker.rank(lists, **dataclasses.asdict(how))
     return rankings, time.perf_counter() - start
 
 

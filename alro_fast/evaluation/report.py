@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ..errors import AlroFastError
 from . import metrics
 from .plots import Plots, loss_plot, ndcg_plot, order_plot, position_plot, rankers, validation_plot  # fmt: skip
-from .results import LABELS
+from .results import BASELINES, LABELS
 
 EXAMPLES = 20
 
@@ -93,7 +93,7 @@ def report_line(folder: str | Path, run_folder: str | Path | None = None) -> str
 
 def best_without_a_model(results: dict) -> str | None:
     """The ranker that needs no model and has the highest NDCG@3, beside a tuned model; None: there is none."""
-    plain = [name for name in ("popularity", "mean_rating", "retriever", "hints") if name in results]
+    plain = [name for name in BASELINES if name in results]
     measured = [name for name in plain if results[name].get("ndcg@3") is not None and "tuned" in results]
     return max(measured, key=lambda name: results[name]["ndcg@3"], default=None)
 

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -26,7 +26,13 @@ Scores = Sequence[Sequence[float] | np.ndarray]  # per list, per candidate in th
 Scorer = Scores | Callable[["Sequence[RankingList]"], Scores]
 
 logger = logging.getLogger(__name__)
-LABELS = {"mean_rating": "mean rating", "generate": "tuned, generate", "oracle": "best possible"}
+LABELS = {
+    "mean_rating": "mean rating", "shrunk_mean": "shrunk mean", "biased_mf": "biased MF", "lambdamart": "LambdaMART",
+    "sasrec": "SASRec", "generate": "tuned, generate", "oracle": "best possible",
+}  # fmt: skip
+BASELINES = (  # what needs no language model
+    "popularity", "mean_rating", "shrunk_mean", "biased_mf", "sasrec", "lambdamart", "retriever", "hints",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,13 +92,15 @@ class Results:
                 row += f"{self.lists / max(self.seconds[ranker], 1e-9):>9.1f}"
             lines.append(row.rstrip())
         lines.append("")
-        if {"tuned", "untuned"} <= self.per_list.keys() and ranked:
-            metric = f"ndcg@{3 if 3 in self.cutoffs else self.cutoffs[-1]}"
-            change = self.compare("tuned", "untuned", metric)
-            lines.append(
-                f"tuned - untuned, {metric.upper()}: {change.difference:+.4f} [{change.low:+.4f}, {change.high:+.4f}], "
-                f"p = {change.p_value:.2g} (paired over users, sign flips)"
-            )
+        metric = f"ndcg@{3 if 3 in self.cutoffs else self.cutoffs[-1]}"
+        mine = judged(self.per_list)
+        for other in ("untuned", *BASELINES):
+            if {mine, other} <= self.per_list.keys() and other != mine and ranked:
+                change = self.compare(mine, other, metric)
+                lines.append(
+                    f"{mine} - {LABELS.get(other, other)}, {metric.upper()}: {change.difference:+.4f} "
+                    f"[{change.low:+.4f}, {change.high:+.4f}], p = {change.p_value:.2g} (paired over users, sign flips)"
+                )
         lines += [
             f"order sensitivity of {name}: mean Kendall tau {tau:.3f} between presentations (1: order never matters)"
             for name, tau in self.sensitivity.items()
@@ -127,14 +135,15 @@ class Results:
         return document
 
     def _comparisons(self) -> list[dict[str, Any]]:
-        """The tuned ranker against every other, paired on the same lists."""
-        if "tuned" not in self.per_list or self.lists == self.all_equal:
+        """The tuned ranker (a base alone: the untuned one) against every other, paired on the same lists."""
+        mine = judged(self.per_list)
+        if mine not in self.per_list or self.lists == self.all_equal:
             return []
         made = []
         for other in self.per_list:
-            for metric in (f"ndcg@{k}" for k in self.cutoffs if other != "tuned"):
-                change = {name: plain(value) for name, value in self.compare("tuned", other, metric)._asdict().items()}
-                made.append({"first": "tuned", "second": other, "metric": metric, **change})
+            for metric in (f"ndcg@{k}" for k in self.cutoffs if other != mine):
+                change = {name: plain(value) for name, value in self.compare(mine, other, metric)._asdict().items()}
+                made.append({"first": mine, "second": other, "metric": metric, **change})
         return made
 
     def save(self, folder: str | Path) -> Path:
@@ -270,10 +279,12 @@ def _check_shape(name: str, scores: Scores, lists: Sequence[RankingList]) -> Non
             )
 
 
-_ROWS = (
-    "random", "popularity", "mean_rating", "retriever", "hints", "untuned", "generate",
-    "pointwise", "pairwise", "listwise", "tuned",
-)  # fmt: skip
+_ROWS = ("random", *BASELINES, "untuned", "generate", "pointwise", "pairwise", "listwise", "tuned")
+
+
+def judged(rankers: Container[str]) -> str:
+    """The ranker that a measurement is about: the tuned model, or a base alone."""
+    return "tuned" if "tuned" in rankers else "untuned"
 
 
 def row_of(name: str) -> tuple[int, str]:

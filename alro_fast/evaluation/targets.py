@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,18 @@ import numpy as np
 
 from . import metrics
 from .baselines import first_stage_scores
-from .results import LABELS, Results, Scores, evaluate_lists, plain, row_of, write_predictions, write_trec
+from .results import (
+    BASELINES,
+    LABELS,
+    Results,
+    Scores,
+    evaluate_lists,
+    judged,
+    plain,
+    row_of,
+    write_predictions,
+    write_trec,
+)
 
 if TYPE_CHECKING:
     from ..data.lists import PreparedData
@@ -35,13 +46,13 @@ def has_targets(prepared: PreparedData, split: str) -> bool:
 
 @dataclass(frozen=True)
 class TargetResults(Results):
-    """Metrics per list; 0 for a list without its target. `found`: bool [lists], the list holds its target."""
+    """Metrics per user; 0 where the list lacks its target, or there is none. `found`: bool [users], it holds it."""
 
-    found: np.ndarray | None = None
+    found: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
 
     @property
     def ceiling(self) -> float:
-        """Share of lists that hold their target: what a perfect ranker reaches."""
+        """Share of users whose list holds their target: what a perfect ranker reaches."""
         return float(self.found.mean())
 
     def within(self, ranker: str, metric: str) -> float:
@@ -71,12 +82,13 @@ class TargetResults(Results):
             + _cell(1.0 if held else math.nan) * len(SHOWN)
         ]
         lines.append("")
-        for other in ("retriever", "untuned"):
-            if {"tuned", other} <= self.per_list.keys():
-                change = self.compare("tuned", other, "ndcg@5")
+        mine = judged(self.per_list)
+        for other in ("untuned", *BASELINES):
+            if {mine, other} <= self.per_list.keys() and other != mine:
+                change = self.compare(mine, other, "ndcg@5")
                 lines.append(
-                    f"tuned - {other}, NDCG@5 over all users: {change.difference:+.4f} [{change.low:+.4f}, "
-                    f"{change.high:+.4f}], p = {change.p_value:.2g} (paired over users, sign flips)"
+                    f"{mine} - {LABELS.get(other, other)}, NDCG@5 over all users: {change.difference:+.4f} "
+                    f"[{change.low:+.4f}, {change.high:+.4f}], p = {change.p_value:.2g} (paired over users, sign flips)"
                 )
         lines += [f"{name}: {convention}" for name, convention in self.conventions.items()]
         return "\n".join(lines)
@@ -115,13 +127,14 @@ def save_measurement(
     *,
     targets: bool,
 ) -> Results:
-    """Write results.json, predictions.jsonl and the TREC files of `tuned`; the results, which say what the latter hold.
+    """Write results.json, predictions.jsonl and the TREC files of `tuned` (of a base alone: `untuned`); the results,
+    which say what the latter hold.
 
     TREC files of lists with targets: 1 for the target and 0 for the others; a list without its target has no lines.
     """
     write_predictions(folder / "predictions.jsonl", lists, rankings)
     graded = as_grades(lists) if targets else lists
-    factor = write_trec(folder, graded, [ranking.scores for ranking in rankings["tuned"]], tag="alro_fast")
+    factor = write_trec(folder, graded, [ranking.scores for ranking in rankings[judged(rankings)]], tag="alro_fast")
     if factor is None:
         held = "no run.trec and qrels.trec, which hold whole numbers: ratings have over three decimals"
     elif targets:
@@ -153,11 +166,13 @@ def evaluate_targets(
 ) -> TargetResults:
     """Measure every ranker's scores (per list and candidate, higher is better) on lists with one target each.
 
-    Ties count as their mean over all orders of the tied.
+    Ties count as their mean over all orders of the tied. With `prepared` and all lists of the split, users with a
+    target and without a list (they have seen every item that can be retrieved) count as misses.
     """
+    absent = _users_without_a_list(prepared, split, len(lists))
     relevant = metrics.pad([one.ratings for one in as_grades(lists)])
     found = np.nanmax(relevant, axis=1, initial=0.0) > 0
-    per_list = {}
+    per_list: dict[str, dict[str, np.ndarray]] = {}
     for name in sorted(scores, key=row_of):
         padded = metrics.pad(scores[name])
         per_list[name] = {}
@@ -166,6 +181,7 @@ def evaluate_targets(
             gains = metrics.ndcg(padded, relevant, k, "linear")
             per_list[name] |= {f"hr@{k}": np.where(found, hits, 0.0), f"ndcg@{k}": np.where(found, gains, 0.0)}
         per_list[name]["mrr"] = np.where(found, metrics.reciprocal_rank(padded, relevant, relevant=1.0), 0.0)
+        per_list[name] = {metric: np.append(row, np.zeros(len(absent))) for metric, row in per_list[name].items()}
     conventions = {
         "target": "the one rated candidate; every other candidate counts as not relevant",
         "all users": "a user whose target is not among the candidates counts 0; ndcg: 1 / log2(1 + place)",
@@ -175,7 +191,15 @@ def evaluate_targets(
     if prepared is not None:
         conventions["equal timestamps in the data"] = str(prepared.manifest.get("tie_rule", "not recorded"))
     return TargetResults(
-        split=split, lists=len(lists), all_equal=0, cutoffs=CUTOFFS,
-        users=np.array([entry.user_id for entry in lists]), per_list=per_list, seconds={}, conventions=conventions,
-        bootstrap=bootstrap, found=found,
+        split=split, lists=len(lists) + len(absent), all_equal=0, cutoffs=CUTOFFS,
+        users=np.array([*(entry.user_id for entry in lists), *absent]), per_list=per_list, seconds={},
+        conventions=conventions, bootstrap=bootstrap, found=np.append(found, np.zeros(len(absent), dtype=bool)),
     )  # fmt: skip
+
+
+def _users_without_a_list(prepared: PreparedData | None, split: str, lists: int) -> list[str]:
+    """Users of targets.parquet that have no list; none where the lists measured are only some of the split's."""
+    if prepared is None or prepared.targets is None or len(prepared.lists(split)) != lists:
+        return []
+    targets = prepared.targets
+    return sorted(set(targets["user_id"].filter(targets["split"] == split)) - set(prepared.lists(split).user_ids))

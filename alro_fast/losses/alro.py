@@ -12,30 +12,35 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..errors import AlroFastError
-from ..ops import HeadStats
+from ..ops import DIVERGENCES, HeadStats
 from ..ops.checks import check_device, check_head, values_are_free
 from .lists import ALROCounts, RankingLists, alro_counts, check_lists, check_shared_tokens
 
 SCORES = ("logprob", "prob", "logit")
 SPACES = ("candidates", "vocab")
-DIVERGENCES = ("kl", "ce", "symmetric")
+VOCABULARY_DIVERGENCES = ("kl", "ce", "symmetric")  # sums of E_p[z] that a pass over the vocabulary can keep
 
 
 class ALROLossOutput(NamedTuple):
     """Scalars, differentiable; `expected_rank` is a constant."""
 
-    loss: Tensor  # sft + alpha * soft_lambda + beta * permutation
+    loss: Tensor  # the three terms below, weighed by `term_weights`
     sft: Tensor  # mean over rows with a label of -log p(label)
     soft_lambda: Tensor  # mean over lists, both orders
     permutation: Tensor  # mean over lists with a twin
     expected_rank: Tensor  # [L, M] expected slot of candidate i, lower is better (ratings form: its expected grade)
+
+
+def term_weights(alpha: float, beta: float) -> dict[str, float]:
+    """What each term of ALROLossOutput weighs in its loss (docs/methods.md 1.4)."""
+    return {"sft": 1.0, "soft_lambda": alpha, "permutation": beta}
 
 
 def alro_loss(
@@ -69,9 +74,10 @@ def alro_loss(
 
     gamma: sharpness of the soft-argmax (1 suits log-probs, about 10 probabilities); sigma: slope of the pairwise loss.
     score, score_space: what the soft-argmax reads, the "logprob", "prob" or "logit" of an identifier, normalised over
-    the list's "candidates" or the whole "vocab". psl: "kl", "ce" or "symmetric" divergence of the twin's original (P)
-    and the list (Q), over the "candidates" or, items paired by their identifiers, the whole "vocab"; psl_detach: no
-    gradient through P; psl_mask_emitted: leave out the candidates the target has placed before the slot.
+    the list's "candidates" or the whole "vocab". psl: divergence ("kl", "ce", "symmetric"; all of `ops.DIVERGENCES`) of
+    the twin's original (P) and the list (Q), over the "candidates" or, items paired by their identifiers, the whole
+    "vocab"; psl_detach: no gradient through P; psl_mask_emitted: leave out the candidates the target has placed before
+    the slot.
     counts: denominators of the means, see `ALROCounts`. mass_bound, backend: see `ops.linear_logprobs`.
     Raises AlroFastError naming the argument; values of index tensors on CUDA are checked by `check_lists` only.
     """
@@ -115,7 +121,8 @@ def alro_loss_from_logits(
     if logits.dim() != 2 or not logits.is_floating_point():
         raise AlroFastError(f"logits has shape {tuple(logits.shape)} and dtype {logits.dtype}; expected floats [N, V]")
     check_device("labels", labels, logits, "logits")
-    check_lists(labels, lists, *logits.shape, ignore_index)
+    row_count, vocab_size = logits.shape
+    check_lists(labels, lists, row_count, vocab_size, ignore_index)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return _compose(
         functools.partial(_stats_from_logits, wide),
@@ -138,7 +145,7 @@ class ALROLoss(nn.Module):
         self, *, alpha: float = 1.0, beta: float = 1.0, gamma: float = 1.0, sigma: float = 1.0, **options
     ) -> None:
         super().__init__()
-        known = set(alro_loss.__kwdefaults__) - {"bias", "counts"}
+        known = set(alro_loss.__kwdefaults__ or ()) - {"bias", "counts"}
         unknown = sorted(set(options) - known)
         if unknown:
             raise AlroFastError(f"ALROLoss got {unknown}; expected options among {sorted(known)}")
@@ -181,6 +188,11 @@ class _Options:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise AlroFastError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
+        if self.psl_space == "vocab" and self.psl not in VOCABULARY_DIVERGENCES:
+            raise AlroFastError(
+                f"psl is {self.psl!r}, which is taken over the candidates alone; psl_space='vocab' takes one of "
+                f"{', '.join(VOCABULARY_DIVERGENCES)}"
+            )
         if self.psl_mask_emitted and self.psl_space == "vocab":
             raise AlroFastError("psl_mask_emitted needs psl_space='candidates'; got psl_space='vocab'")
 
@@ -226,7 +238,7 @@ def _compose(
         sigma=options.sigma,
         backend=backend,
     )
-    compare = {}
+    compare: dict[str, Any] = {}
     if pairs is None:
         compare = {"divergence": options.psl, "detach": options.psl_detach, "mask_emitted": options.psl_mask_emitted}
     values = None if grades is None else grades.values
@@ -238,13 +250,16 @@ def _compose(
         permutation = pairs.divergence(stats)
 
     if counts is None:
-        counts = ALROCounts(*(count.clamp(min=1) for count in alro_counts(labels, lists, ignore_index)))
+        counts = ALROCounts._make(cast(Tensor, n).clamp(min=1) for n in alro_counts(labels, lists, ignore_index))
     logprobs = torch.where(targets >= 0, stats.target_logits - stats.lse[:, None], 0.0)
-    sft = -logprobs.sum() / counts.rows
-    soft_lambda = terms.soft_lambda.sum() / counts.lists
-    permutation = permutation.sum() / counts.twins
-    loss = sft + options.alpha * soft_lambda + options.beta * permutation
-    return ALROLossOutput(loss, sft, soft_lambda, permutation, terms.expected)
+    means = {
+        "sft": -logprobs.sum() / counts.rows,
+        "soft_lambda": terms.soft_lambda.sum() / counts.lists,
+        "permutation": permutation.sum() / counts.twins,
+    }
+    weights = term_weights(options.alpha, options.beta)
+    loss = cast(Tensor, sum(weight * means[name] for name, weight in weights.items()))
+    return ALROLossOutput(loss, **means, expected_rank=terms.expected)
 
 
 def _scores(logits: Tensor, lse: Tensor, slot_rows: Tensor, options: _Options) -> Tensor:
@@ -351,7 +366,7 @@ def _stats_from_logits(
     target_logits = torch.where(targets >= 0, logits.gather(1, targets.clamp(min=0)), 0.0)
     pads = (rows < 0)[:, :, None] | (ids < 0)[:, None, :]
     group_logits = logits[rows.clamp(min=0)[:, :, None], ids.clamp(min=0)[:, None, :]].masked_fill(pads, 0.0)
-    if first is None:
+    if first is None or second is None:
         return HeadStats(lse, target_logits, group_logits, lse.new_empty(0))
     z_a, z_b = logits[first.clamp(min=0)], logits[second.clamp(min=0)]
     z_a = torch.where(_column(detach_first, z_a), z_a.detach(), z_a)

@@ -1,12 +1,14 @@
 """Ranking lists as the losses take them: tensors of a batch, and their checks.
 
-Three things go by the name of lists: `RankingLists` here (tensors of a batch), `data.records.RankingList` (one user's
-history and candidates) and `data.lists.Lists` (a prepared split, read lazily).
+Three things go by the name of lists, one at each stage of the way to a loss:
+
+    data.lists.Lists           a prepared split on disk: a sequence that makes a record when it is asked for one
+    data.records.RankingList   that record: one user's history, candidates and their ratings, in words
+    losses.RankingLists        many presentations of them in one batch: where each slot's row, identifier and grade are
 """
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -25,7 +27,10 @@ class Grades(NamedTuple):
 
 
 class RankingLists(NamedTuple):
-    """L ranking lists of at most M candidates; axis i is in item space: one item in a list and in its twin.
+    """A batch of L presentations of at most M candidates, as tensors that point into its answer rows and vocabulary.
+
+    Not a `RankingList` (one user's record, in words), of which each may be here several times, in several orders. Axis
+    i is in item space: one item in a list and in its twin.
 
     A list of n candidates fills the first n entries of its rows; the rest are pads.
     """
@@ -38,9 +43,11 @@ class RankingLists(NamedTuple):
     grades: Grades | None = None  # None: the `ranking` form
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> RankingLists:
-        move = functools.partial(torch.Tensor.to, device=device, non_blocking=non_blocking)
-        grades = None if self.grades is None else Grades(*map(move, self.grades))
-        return RankingLists(*map(move, self[:5]), grades)
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device=device, non_blocking=non_blocking)
+
+        grades = None if self.grades is None else Grades._make(map(move, self.grades))
+        return RankingLists._make([*map(move, self[:5]), grades])
 
 
 def alro_counts(labels: Tensor, lists: RankingLists, ignore_index: int = -100) -> ALROCounts:

@@ -9,6 +9,7 @@ Symbols and section numbers are those of docs/methods.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -75,16 +76,18 @@ def relabelled(z_q: Tensor, ids_p: Tensor, ids_q: Tensor) -> Tensor:
 
 
 def divergence(z_p: Tensor, z_q: Tensor, kind: str = "kl", detach_p: bool = False) -> Tensor:
-    """1.3, over the last axis of logits: "kl" KL(P || Q), "ce" -sum P log Q, "symmetric" (KL(P||Q) + KL(Q||P)) / 2."""
+    """1.3, over the last axis of logits; kind: a name of DIVERGENCES."""
+    if kind not in DIVERGENCES:
+        raise ValueError(f"divergence kind is {kind!r}; expected one of {', '.join(DIVERGENCES)}")
     log_p, log_q = torch.log_softmax(z_p.detach() if detach_p else z_p, -1), torch.log_softmax(z_q, -1)
-    p, q = log_p.exp(), log_q.exp()
-    if kind == "kl":
-        return (p * (log_p - log_q)).sum(-1)
-    if kind == "ce":
-        return -(p * log_q).sum(-1)
-    if kind == "symmetric":
-        return (p * (log_p - log_q)).sum(-1) / 2 + (q * (log_q - log_p)).sum(-1) / 2
-    raise ValueError(f"divergence kind is {kind!r}; expected kl, ce or symmetric")
+    return DIVERGENCES[kind](log_p, log_q)
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # log p, log q [.., C] -> [..]
+    "kl": lambda log_p, log_q: (log_p.exp() * (log_p - log_q)).sum(-1),  # KL(P || Q)
+    "ce": lambda log_p, log_q: -(log_p.exp() * log_q).sum(-1),
+    "symmetric": lambda log_p, log_q: (DIVERGENCES["kl"](log_p, log_q) + DIVERGENCES["kl"](log_q, log_p)) / 2,
+}
 
 
 def soft_argmax(y: Tensor, gamma: float) -> Tensor:

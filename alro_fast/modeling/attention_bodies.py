@@ -51,13 +51,10 @@ def dense_attention(
         [1, T or N, heads, D].
     """
     masks = _masks(layout, window, query, answers)
-    padding = layout.num_rows - layout.num_tokens
-    rows = [*(span.end - span.start for span in layout.spans), padding]
-    queries = query.split([*layout.answer_counts, 0] if answers else rows, dim=2)
-    calls = zip(queries, key.split(rows, dim=2), value.split(rows, dim=2), masks)  # no mask for the padding: no call
-    outputs = [_dense_call(*call, scale, softcap) for call in calls]
-    outputs.append(queries[-1].new_zeros(*queries[-1].shape[:-1], value.shape[-1]))
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    rows = [span.end - span.start for span in layout.spans]
+    queries = query.split(layout.answer_counts if answers else rows, dim=2)
+    calls = zip(queries, key.split(rows, dim=2), value.split(rows, dim=2), masks)
+    return torch.cat([_dense_call(*call, scale, softcap) for call in calls], dim=2).transpose(1, 2)
 
 
 def _dense_call(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -106,7 +103,7 @@ class _Rows(NamedTuple):
     """Rows `low:high` of each of `count` runs of `length` rows, the first run at row `start` of the stream."""
 
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple has a method of that name
     length: int
     low: int
     high: int
@@ -162,7 +159,8 @@ def _calls(layout: Segments, dtype: torch.dtype) -> tuple[list[_Call], list[_Cal
     where = ("cascade", dtype)
     if where not in layout.cache:
         corner = torch.full((CHUNK, layout.longest), -torch.inf, dtype=dtype).triu(layout.longest - CHUNK + 1)
-        first, second = [], []
+        first: list[_Call] = []
+        second: list[_Call] = []
         for span in layout.spans:
             row = span.start
             for count, length in _runs((span.prefix + span.lengths[0], *span.lengths[1:])):
@@ -310,7 +308,7 @@ def varlen_backend(softcap: bool, device: torch.device) -> VarlenBackend | None:
     return None
 
 
-def torch_varlen(varlen_attn: Callable[..., Tensor]) -> VarlenBackend:
+def torch_varlen(varlen_attn: Callable[..., Any]) -> VarlenBackend:
     """`torch.nn.attention.varlen.varlen_attn`, whose spelling changed: `enable_gqa` came after torch 2.11.
 
     Without the flag the kernel takes fewer key heads as they are; with it the flag has to be set.

@@ -33,11 +33,26 @@ class Head(NamedTuple):
     softcap: float | None
     scale: float
 
+    @property
+    def terms(self) -> dict[str, Any]:
+        """All but the weight, as the keyword arguments of ops and losses."""
+        return {"bias": self.bias, "softcap": self.softcap, "scale": self.scale}
+
+    def logprobs(self, hidden: Tensor, labels: Tensor, *, ignore_index: int = -100, backend: str = "auto") -> Tensor:
+        """log p(label) of every row, full vocabulary: float32 [N]; 0 (no gradient) where ignored.
+
+        hidden [N, H], of any floating dtype; labels [N].
+        """
+        hidden = hidden.to(self.weight.dtype)  # mixed precision hands the trunk's results out in another
+        return ops.linear_logprobs(
+            hidden, self.weight, labels, **self.terms, ignore_index=ignore_index, backend=backend
+        )[0]  # fmt: skip
+
 
 def head_of(model: Any) -> Head:
     """The LM head of `model` (any causal LM of transformers, with or without PEFT) as plain tensors.
 
-    Found through `get_output_embeddings()`; scale and soft-cap come from the configuration (`check_head` proves them).
+    Found through `get_output_embeddings()`; scale and soft-cap come from the configuration (`prove_head` proves them).
     An adapter that is active on the head is added to its weight: exact, differentiable, at the cost of a [V, H] tensor.
     A DTensor (FSDP2) is gathered, once per call. Call it in every step, after the forward pass: what it returns is a
     snapshot, and FSDP2 may have gathered the head already.
@@ -52,7 +67,7 @@ def head_of(model: Any) -> Head:
 
 
 @torch.no_grad()
-def check_head(model: Any) -> None:
+def prove_head(model: Any) -> None:
     """Raises AlroFastError unless `head_of(model)` gives the model's own logits; one forward pass of three tokens.
 
     Finds models that treat logits in a way no configuration field we know of tells. Collective under FSDP and DDP.
@@ -70,9 +85,7 @@ def check_head(model: Any) -> None:
         hidden,
         head.weight,
         torch.arange(logits.shape[1], device=hidden.device).expand(len(hidden), -1),
-        bias=head.bias,
-        softcap=head.softcap,
-        scale=head.scale,
+        **head.terms,
     )
     difference = (ours + lse[:, None] - logits).abs().max().item()
     rounding = 1e-3 if hidden.dtype in (torch.float32, torch.float64) else 0.03
@@ -86,7 +99,7 @@ def check_head(model: Any) -> None:
 
 
 def fused_head(model: nn.Module, *, check: bool = True, backend: str = "auto") -> FusedHead:
-    """A callable that gives `model`'s per-token log-probs without logits. check: prove the head first, `check_head`."""
+    """A callable that gives `model`'s per-token log-probs without logits. check: prove the head first, `prove_head`."""
     return FusedHead(model, check=check, backend=backend)
 
 
@@ -96,16 +109,16 @@ class FusedHead:
     def __init__(self, model: nn.Module, *, check: bool = True, backend: str = "auto") -> None:
         ops.check_backend(backend)
         self.model, self.backend = model, backend
-        self._inner = getattr(model, "module", model)  # DDP; FSDP2 keeps the model's own class
+        self._inner: Any = getattr(model, "module", model)  # DDP; FSDP2 keeps the model's own class
         self._trunk = trunk_of(self._inner)
-        bare = self._inner.get_base_model() if hasattr(self._inner, "get_base_model") else self._inner
+        bare: Any = self._inner.get_base_model() if hasattr(self._inner, "get_base_model") else self._inner
         if "logits_to_keep" not in inspect.signature(bare.forward).parameters:
             raise AlroFastError(
                 f"{type(bare).__name__}.forward takes no logits_to_keep, so its logits cannot be left out; "
                 "use the model's own logits with alro_loss_from_logits"
             )
         if check:
-            check_head(self._inner)
+            prove_head(self._inner)
 
     @property
     def head(self) -> Head:
@@ -150,23 +163,14 @@ class FusedHead:
         if not (every_row or torch.compiler.is_compiling()):
             kept = (targets != ignore_index).nonzero()[:, 0]
             rows, targets = rows[kept], targets[kept]
-        logprobs, _ = ops.linear_logprobs(
-            rows.to(head.weight.dtype),
-            head.weight,
-            targets,
-            bias=head.bias,
-            softcap=head.softcap,
-            scale=head.scale,
-            ignore_index=ignore_index,
-            backend=self.backend,
-        )
+        logprobs = head.logprobs(rows, targets, ignore_index=ignore_index, backend=self.backend)
         if not (every_row or torch.compiler.is_compiling()):
             everywhere = logprobs.new_zeros(labels[:, 1:].numel())
             logprobs = everywhere.index_copy(0, kept, logprobs)
         return nn.functional.pad(logprobs.view(len(labels), -1), (1, 0))
 
 
-def _effective(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _effective(module: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the head, active adapters included."""
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
         if module.disable_adapters:
@@ -214,7 +218,7 @@ def _with_lora(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
-def _plain(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _plain(weight: Any, bias: Any) -> tuple[Tensor, Tensor | None]:
     """Gathered tensors, or an error that says how to get them."""
     if weight.numel() == 0 or weight.dim() != 2:
         raise AlroFastError(

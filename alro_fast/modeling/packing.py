@@ -113,10 +113,9 @@ class Segments:
     """What attention must know of a packed stream; the same object serves every layer of a step.
 
     Attributes:
-        spans: the trees in stream order; rows from `num_tokens` on are padding and belong to no tree.
-        num_rows: rows of the stream, padding included.
+        spans: the trees in stream order.
         stream: every row a query. The first branch of a tree brings the prefix's queries along, every further branch
-            that has rows of its own sees the prefix's keys through `kv_index`; padding is one more sequence.
+            that has rows of its own sees the prefix's keys through `kv_index`.
         answers: the answer rows alone as queries, one sequence per branch.
         answer_rows: int64 [N], as in the batch.
         answer_counts: answer rows per tree.
@@ -124,7 +123,6 @@ class Segments:
     """
 
     spans: tuple[TreeSpan, ...]
-    num_rows: int
     stream: Varlen
     answers: Varlen
     answer_rows: Tensor
@@ -132,7 +130,8 @@ class Segments:
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
-    def num_tokens(self) -> int:
+    def num_rows(self) -> int:
+        """Rows of the stream."""
         return self.spans[-1].end
 
     @property
@@ -161,7 +160,7 @@ class PackedBatch:
         tree_indices: the input trees of this batch, in stream order.
         branch_rows: per tree, the answer-row offsets of its branches: branch b of tree t has rows
             `branch_rows[t][b] : branch_rows[t][b + 1]`.
-        unique_tokens: stream rows without padding; unshared_tokens: tokens of all branches one by one;
+        unique_tokens: stream rows; unshared_tokens: tokens of all branches one by one;
             padded_tokens: rows of the rectangle (branches x longest branch) an ordinary padded batch would hold.
     """
 
@@ -181,16 +180,11 @@ class PackedBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         return _mapped(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> PackedBatch:
-        return _mapped(self, Tensor.pin_memory)
 
-
-def pack(
-    trees: Sequence[Tree], token_budget: int, seed: int | None = None, pad_to_multiple: int = 1
-) -> list[PackedBatch]:
+def pack(trees: Sequence[Tree], token_budget: int, seed: int | None = None) -> list[PackedBatch]:
     """Plan and collate all `trees`: every tree once, whole, in batches of at most `token_budget` rows."""
     plan = plan_batches([tree.num_tokens for tree in trees], token_budget, seed, names=[str(tree) for tree in trees])
-    return [collate(trees, indices, pad_to_multiple) for indices in plan]
+    return [collate(trees, indices) for indices in plan]
 
 
 def plan_batches(
@@ -252,7 +246,7 @@ class EpochPlans:
     def __call__(self, epoch: int) -> list[list[int]]:
         """Which trees go into which batch of an epoch: every tree once, `num_batches` batches within the budget."""
         if self.seed is None:
-            return plan_batches(self.lengths, self.token_budget)
+            return plan_batches(self.lengths.tolist(), self.token_budget)
         # trees of fewer than two pools are halved: one pool of all trees is packed much alike in every epoch
         pool = POOL_BUDGETS if epoch == 0 else min(POOL_BUDGETS, -(-self.num_batches // 2))
         return _shuffled_plan(self.lengths, self.token_budget, self.seed + epoch, pool, self.num_batches)
@@ -264,12 +258,16 @@ def halve(batches: list[list[int]], place: int) -> None:
     batches[place : place + 1] = [batches[place][:middle], batches[place][middle:]]
 
 
-def collate(trees: Sequence[Tree], indices: Sequence[int], pad_to_multiple: int = 1, pad_id: int = 0) -> PackedBatch:
-    """Lay `trees[i] for i in indices` side by side in one stream.
+def plan_forwards(sizes: Sequence[int], token_budget: int) -> list[list[int]]:
+    """`plan_batches` where a tree larger than the budget is no error, but a batch of its own. 0: every tree is."""
+    fitting = [i for i, size in enumerate(sizes) if size <= token_budget]
+    plan = plan_batches([sizes[i] for i in fitting], token_budget) if fitting else []
+    alone = [[i] for i, size in enumerate(sizes) if size > token_budget]
+    return sorted([[fitting[i] for i in batch] for batch in plan] + alone)
 
-    `pad_to_multiple` lengthens the stream to a multiple of it by rows of `pad_id` that no tree sees and no answer is
-    read from: constant shapes for compilers, the same results.
-    """
+
+def collate(trees: Sequence[Tree], indices: Sequence[int]) -> PackedBatch:
+    """Lay `trees[i] for i in indices` side by side in one stream."""
     if not len(indices):
         raise AlroFastError("no trees to collate; a batch needs at least one")
     spans, ids, positions, answer_rows, labels, branch_rows = [], [], [], [], [], []
@@ -296,19 +294,17 @@ def collate(trees: Sequence[Tree], indices: Sequence[int], pad_to_multiple: int 
         branch_rows.append(tuple(offsets))
         start = span.end
     # From here on for the batch as a whole: which tree and which branch (of that tree) every answer row is of.
-    padding = -start % pad_to_multiple
     branches = [branch for offsets in branch_rows for branch in range(len(offsets) - 1)]
     rows_per_branch = np.concatenate([np.diff(offsets) for offsets in branch_rows])
     tree_of_branch = np.repeat(np.arange(len(spans)), [len(span.lengths) for span in spans])
     lengths = [len(branch) for index in indices for branch in trees[index].ids]
     rows = torch.from_numpy(np.concatenate(answer_rows))
     return PackedBatch(
-        input_ids=torch.from_numpy(np.concatenate([*ids, np.full(padding, pad_id, dtype=np.int64)])),
-        position_ids=torch.from_numpy(np.concatenate([*positions, np.zeros(padding, dtype=np.int64)])),
+        input_ids=torch.from_numpy(np.concatenate(ids)),
+        position_ids=torch.from_numpy(np.concatenate(positions)),
         segments=Segments(
             spans=tuple(spans),
-            num_rows=start + padding,
-            stream=_stream_sequences(spans, start, padding),
+            stream=_stream_sequences(spans),
             answers=_answer_sequences([trees[index] for index in indices], spans),
             answer_rows=rows,
             answer_counts=tuple(offsets[-1] - offsets[0] for offsets in branch_rows),
@@ -399,7 +395,7 @@ def _best_fit_decreasing(items: Sequence[int], lengths: np.ndarray, budget: int)
     return batches
 
 
-def _stream_sequences(spans: Sequence[TreeSpan], num_tokens: int, padding: int) -> Varlen:
+def _stream_sequences(spans: Sequence[TreeSpan]) -> Varlen:
     q_lengths, k_lengths, keys = [], [], []
     for span in spans:
         own = span.start + span.prefix
@@ -413,10 +409,6 @@ def _stream_sequences(spans: Sequence[TreeSpan], num_tokens: int, padding: int) 
             if branch == 0 or length:
                 k_lengths.append(span.prefix + length)
             own += length
-    if padding:
-        q_lengths.append(padding)
-        k_lengths.append(padding)
-        keys.append(np.arange(num_tokens, num_tokens + padding))
     return _varlen(q_lengths, k_lengths, keys if sum(k_lengths) > sum(q_lengths) else None)
 
 

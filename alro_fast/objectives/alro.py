@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from ..data.records import RankingList
+from ..data.seeds import draw
 from ..errors import AlroFastError
 from ..losses import Grades, RankingLists, alro_loss
+from ..losses.alro import term_weights
 from ..modeling.packing import PackedBatch
 from ..options import Where
 from ..prompts import PromptBuilder
@@ -24,12 +26,10 @@ if TYPE_CHECKING:
 
 
 class ALROTargets(NamedTuple):
-    """The lists of a batch in tensors, and the counts its means run over (Python ints: no sync)."""
+    """The lists of a batch in tensors, and what the mean of each term runs over (Python ints: no sync)."""
 
     lists: RankingLists
-    rows: int
-    presented: int
-    twins: int
+    counts: dict[str, int]
 
 
 class ALROObjective(SFTObjective):
@@ -49,14 +49,15 @@ class ALROObjective(SFTObjective):
     def orders(self, ranking_list: RankingList, index: int, epoch: int) -> list[list[int] | None]:
         """The stored order, then `permutations` others, never the identity."""
         size = len(ranking_list.candidates)
-        draw = random.Random(f"{self.seed}/{epoch}/{index}")
-        return [None, *(permutation(size, draw) for _ in range(self.arguments.permutations if size > 1 else 0))]
+        drawn = draw(self.seed, epoch, index)
+        return [None, *(permutation(size, drawn) for _ in range(self.arguments.permutations if size > 1 else 0))]
 
     def targets(self, packed: PackedBatch, examples: Sequence[Example]) -> tuple[ALROTargets, dict[str, int]]:
         """Rows, identifiers, ratings and target ranks of every presentation, padded to the longest list."""
         # A view is one list in one order; the first view of an example is the stored order, the others are its twins.
         views = [(t, v) for t, example in enumerate(examples) for v in range(len(example.views))]
-        width = max(len(example.source.candidates) for example in examples)
+        sources = [cast(RankingList, example.source) for example in examples]
+        width = max(len(source.candidates) for source in sources)
         slot_rows = torch.full((len(views), width), -1, dtype=torch.long)
         candidate_ids = torch.full((len(views), width), -1, dtype=torch.long)
         ratings = torch.full((len(views), width), torch.nan)
@@ -66,46 +67,42 @@ class ALROObjective(SFTObjective):
         original = tree = 0  # of the example at hand: its first view's index, its first tree's index in the batch
         for l, (t, v) in enumerate(views):
             example, view = examples[t], examples[t].views[v]
-            m = len(example.source.candidates)
+            m = len(sources[t].candidates)
             if v == 0:
                 original = l
             else:
                 twin[l] = original
             if self.answer == "ranking":  # one tree for all views, a branch each; a row for every slot of the answer
-                ratings[l, :m] = torch.tensor(example.source.ratings)
+                ratings[l, :m] = torch.tensor(sources[t].ratings)
                 ranks[l, :m] = torch.tensor(view.ranks)
                 slot_rows[l, :m] = packed.branch_rows[tree][v] + torch.tensor(view.slot_offsets)
                 candidate_ids[l, :m] = torch.tensor(view.candidate_ids)
             else:  # a tree per view, a branch per rated candidate, a row where its grade is predicted
                 # An unrated candidate has no grade, hence no row: it is left out, ranks stay those of the rest.
                 rated = [i for i, branch in enumerate(view.branches) if branch.answer_ids]
-                ratings[l, : len(rated)] = torch.tensor([example.source.ratings[i] for i in rated])
+                ratings[l, : len(rated)] = torch.tensor([sources[t].ratings[i] for i in rated])
                 ranks[l, : len(rated)] = torch.tensor([view.ranks[i] for i in rated])
                 rows = zip(rated, packed.branch_rows[tree + v])
                 slot_rows[l, : len(rated)] = torch.tensor([row + view.branches[i].grade_offset for i, row in rows])
                 grades = Grades(torch.tensor(view.grade_ids), torch.tensor(view.grade_values))
             tree += len(example.trees) if v == len(example.views) - 1 else 0
         twins = sum(len(example.views) - 1 for example in examples)
-        targets = ALROTargets(
-            RankingLists(slot_rows, candidate_ids, ratings, ranks, twin, grades), len(packed.labels), len(views), twins
-        )
-        return targets, {"sft": targets.rows, "soft_lambda": targets.presented, "permutation": targets.twins}
+        counts = {"sft": len(packed.labels), "soft_lambda": len(views), "permutation": twins}
+        lists = RankingLists(slot_rows, candidate_ids, ratings, ranks, twin, grades)
+        return ALROTargets(lists, counts), counts
 
     def loss(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: ALROTargets) -> list[LossTerm]:
-        """The three terms; docs/methods.md 1.4 weighs them 1, alpha, beta."""
+        """The three terms of `alro_loss`, with their weights."""
         options = self.arguments
         out = alro_loss(
             hidden, head.weight, packed.labels, targets.lists,
             alpha=options.alpha, beta=options.beta, gamma=sharpness(options.gamma, options.score), sigma=options.sigma,
             score=options.score, score_space=options.score_space,
             psl=options.psl, psl_space=options.psl_space, psl_detach=options.psl_detach,
-            bias=head.bias, softcap=head.softcap, scale=head.scale, backend=options.backend,
+            **head.terms, backend=options.backend,
         )  # fmt: skip
-        return [
-            LossTerm("sft", out.sft, 1.0, targets.rows),
-            LossTerm("soft_lambda", out.soft_lambda, options.alpha, targets.presented),
-            LossTerm("permutation", out.permutation, options.beta, targets.twins),
-        ]
+        weights = term_weights(options.alpha, options.beta)
+        return [LossTerm(name, getattr(out, name), weight, targets.counts[name]) for name, weight in weights.items()]
 
 
 class Scoring(NamedTuple):
@@ -129,11 +126,11 @@ def sharpness(gamma: float | None, score: str) -> float:
     return gamma if gamma is not None else (10.0 if score == "prob" else 1.0)
 
 
-def permutation(size: int, draw: random.Random) -> list[int]:
+def permutation(size: int, generator: random.Random) -> list[int]:
     """A uniform draw from the permutations of range(size) other than the identity; size >= 2."""
     identity = list(range(size))
     while True:
-        order = draw.sample(identity, size)
+        order = generator.sample(identity, size)
         if order != identity:
             return order
 

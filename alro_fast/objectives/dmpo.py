@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from ..data.records import RankingList
 from ..errors import AlroFastError
 from ..losses.preference import dmpo_loss
 from ..modeling.lm_head import Head, head_of
-from ..modeling.logprobs import token_logprobs
 from ..modeling.packing import Branch, PackedBatch, Tree
 from ..options import LISTS, Where
 from ..prompts import PromptBuilder
@@ -50,7 +49,9 @@ class ChosenObjective:
     def encode(self, source: Preference | RankingList, epoch: int) -> PreferenceIds:
         """Branches of one record; those of a ranking list with the negatives of this epoch."""
         if isinstance(source, RankingList):
-            source = self.negatives.contest(source, epoch if self.arguments.resample_negatives else 0)
+            source = cast("Negatives", self.negatives).contest(
+                source, epoch if self.arguments.resample_negatives else 0
+            )
         return self.prompts.encode(source)
 
     def examples(self, lists: Sequence[Preference | RankingList], indices: Sequence[int], epoch: int) -> list[Example]:
@@ -68,7 +69,7 @@ class ChosenObjective:
 
     def loss(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: Any) -> list[LossTerm]:
         """The mean cross-entropy, full vocabulary."""
-        logprobs = token_logprobs(hidden, head, packed, self.arguments.backend)
+        logprobs = head.logprobs(hidden, packed.labels, backend=self.arguments.backend)
         return [LossTerm("sft", -logprobs.mean(), 1.0, len(packed.labels))]
 
 
@@ -148,7 +149,7 @@ class DMPOObjective(ChosenObjective):
         training = model.training
         model.eval()
         try:
-            with torch.no_grad(), model.disable_adapter():
+            with torch.no_grad(), cast(Any, model).disable_adapter():
                 reference = self._sums(forward(batch.packed), head_of(model), batch.packed, batch.targets)
         finally:
             model.train(training)
@@ -161,7 +162,8 @@ class DMPOObjective(ChosenObjective):
         chosen, rejected = (_gathered(policy, branches) for branches in (targets.chosen, targets.rejected))
         reference: list[Tensor | None] = [None, None]
         if not options.reference_free:
-            reference = [_gathered(targets.reference, branches) for branches in (targets.chosen, targets.rejected)]
+            sums = cast(Tensor, targets.reference)
+            reference = [_gathered(sums, branches) for branches in (targets.chosen, targets.rejected)]
         mask = targets.rejected >= 0
         out = dmpo_loss(
             chosen, rejected, *reference, beta=options.dpo_beta, variant=options.dmpo_variant,
@@ -183,7 +185,7 @@ class DMPOObjective(ChosenObjective):
         return terms
 
     def _sums(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: PreferenceTargets) -> Tensor:
-        logprobs = token_logprobs(hidden, head, packed, self.arguments.backend)
+        logprobs = head.logprobs(hidden, packed.labels, backend=self.arguments.backend)
         return logprobs.new_zeros(len(targets.lengths)).index_add(0, targets.branch, logprobs)
 
 

@@ -9,7 +9,6 @@ alone.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..data.records import RankingList
+from ..data.seeds import draw
 from ..errors import AlroFastError
 from ..modeling.packing import Branch, PackedBatch, Tree
-from ..ops import linear_logprobs
 from ..prompts.recranker import Ask, Question, RecRankerPrompts, TaskPrompts
 from .base import ALWAYS, Description, Example, LossTerm
 
@@ -54,18 +53,18 @@ class RecRankerObjective:
 
     def ask(self, source: RankingList, index: int, epoch: int) -> Ask:
         """The questions of one list in one epoch; none where its ratings tell no answer."""
-        draw, options = random.Random(f"{self.seed}/{epoch}/{index}"), self.arguments
+        drawn, options = draw(self.seed, epoch, index), self.arguments
         rated = [i for i, rating in enumerate(source.ratings) if rating == rating]
         liked = self.prompts.liked(source)
         others = sorted(set(range(len(source.candidates))) - set(liked))
         pairs = [(i, j) for i in liked for j in others]
-        points = sorted(draw.sample(rated, min(options.points_per_list, len(rated))))
-        pairs = draw.sample(pairs, min(options.pairs_per_list, len(pairs)))
+        points = sorted(drawn.sample(rated, min(options.points_per_list, len(rated))))
+        pairs = drawn.sample(pairs, min(options.pairs_per_list, len(pairs)))
         order, past = list(range(len(source.candidates))), list(range(len(source.history)))
         if options.position_shifting:
-            pairs = [pair if draw.random() < 0.5 else pair[::-1] for pair in pairs]
-            draw.shuffle(order)
-            draw.shuffle(past)
+            pairs = [pair if drawn.random() < 0.5 else pair[::-1] for pair in pairs]
+            drawn.shuffle(order)
+            drawn.shuffle(past)
         point, pair, listing = self.weights
         return Ask(
             source, points if point else [], pairs if pair else [], [order] if rated and listing else [], past
@@ -96,10 +95,7 @@ class RecRankerObjective:
 
     def loss(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: TaskRows) -> list[LossTerm]:
         """A term per task: the mean cross-entropy of its answers' tokens, full vocabulary."""
-        logprobs, _ = linear_logprobs(
-            hidden, head.weight, packed.labels,
-            bias=head.bias, softcap=head.softcap, scale=head.scale, backend=self.arguments.backend,
-        )  # fmt: skip
+        logprobs = head.logprobs(hidden, packed.labels, backend=self.arguments.backend)
         sums = logprobs.new_zeros(len(TASKS)).index_add(0, targets.task, logprobs)
         return [
             LossTerm(name, -total / max(count, 1), weight, count)
@@ -118,7 +114,8 @@ def parse_weights(text: str) -> tuple[float, float, float]:
             f"--task_weights {text!r}: expected three numbers of at least 0, not all 0, such as 1,1,1 "
             f"({', '.join(TASKS)}); 0 leaves a task out"
         )
-    return weights
+    pointwise, pairwise, listwise = weights
+    return pointwise, pairwise, listwise
 
 
 def trees_of(prompts: TaskPrompts, name: str) -> list[Tree]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..data.records import RankingList
 from ..modeling.packing import Branch, PackedBatch, Tree
-from ..ops import linear_logprobs
 from ..prompts import PromptBuilder
 from .base import ALWAYS, Description, Example, LossTerm
 
@@ -36,7 +35,7 @@ class SFTObjective:
         orders = [self.orders(source, index, epoch) for source, index in zip(lists, indices)]
         repeated = [source for source, each in zip(lists, orders) for _ in each]
         build = self.builder.rankings if self.answer == "ranking" else self.builder.rates
-        views = iter(build(repeated, [order for each in orders for order in each]))
+        views: Iterator[Any] = iter(build(repeated, [order for each in orders for order in each]))
         examples = []
         for source, each in zip(lists, orders):
             mine = tuple(next(views) for _ in each)
@@ -52,10 +51,7 @@ class SFTObjective:
 
     def loss(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: Any) -> list[LossTerm]:
         """The mean cross-entropy, full vocabulary."""
-        logprobs, _ = linear_logprobs(
-            hidden, head.weight, packed.labels,
-            bias=head.bias, softcap=head.softcap, scale=head.scale, backend=self.arguments.backend,
-        )  # fmt: skip
+        logprobs = head.logprobs(hidden, packed.labels, backend=self.arguments.backend)
         return [LossTerm("sft", -logprobs.mean(), 1.0, len(packed.labels))]
 
 
@@ -73,7 +69,8 @@ def branches_of(view: RankingPrompt | RatingPrompt) -> list[Branch]:
 
 def answer_form(options: Mapping[str, Any]) -> str:
     """What a model learns to answer that is trained on whole lists: what `--answer` says."""
-    return options.get("answer", "ranking")
+    answer: str = options.get("answer", "ranking")
+    return answer
 
 
 SFT = Description(

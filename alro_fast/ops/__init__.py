@@ -2,7 +2,8 @@
 
 Each op is a `torch.library` custom op with a fake implementation and its own autograd (`torch.compile(fullgraph=True)`
 works) and is served by a backend: `triton` (CUDA), `cpp` (CPU), `eager` (anything). "auto" takes the first that
-can serve the tensors at hand and logs its choice once. The logits of a row are, everywhere,
+can serve the tensors at hand and logs its choice once; calls that its declaration (`backends.serves`) leaves out go to
+`eager`, with a line of their own. The logits of a row are, everywhere,
 
     z = softcap(scale * (hidden @ weight.T + bias)),      softcap(x) = cap * tanh(x / cap), or x where cap is None.
 
@@ -14,12 +15,14 @@ Values of index tensors (targets, relabelled ids, ranks) are checked where that 
 CPU, outside torch.compile. On CUDA an id outside the vocabulary is a device-side assertion or undefined.
 """
 
+from .backends.eager import DIVERGENCES
 from .dispatch import BACKENDS, available_backends, check_backend, resolve_backend
 from .head import HeadStats, head, linear_kl, linear_logprobs, relabel_correction
 from .listwise import descending_ranks, listwise, soft_argmax_ranks, soft_lambda
 
 __all__ = [
     "BACKENDS",
+    "DIVERGENCES",
     "HeadStats",
     "available_backends",
     "check_backend",

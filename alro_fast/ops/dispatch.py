@@ -6,6 +6,7 @@ import importlib
 import logging
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -50,18 +51,32 @@ def _resolve(name: str, device_type: str, dtype: torch.dtype) -> ModuleType:
     return importlib.import_module(f".backends.{name}", __package__)
 
 
-def of_long_lists(backend: str, limit: int, longest: int) -> ModuleType:
+def head_server(backend: str, hidden: Tensor, function: str, softcap: float | None) -> ModuleType:
+    """The module that serves a call of `function` (of HEAD_FUNCTIONS): the backend's own or, under "auto", eager."""
+    module = resolve_backend(backend, hidden.device, hidden.dtype)
+    return _or_eager(backend, module, module.SERVES.declines_head(function, softcap))
+
+
+def list_server(
+    backend: str, logits: Tensor, *, form: str, divergence: str, mask_emitted: bool, longest: int
+) -> ModuleType:
+    """The module that serves a call of `listwise`: the backend's own or, under "auto", eager."""
+    module = resolve_backend(backend, logits.device, logits.dtype)
+    return _or_eager(backend, module, module.SERVES.declines_lists(form, divergence, mask_emitted, longest))
+
+
+def _or_eager(backend: str, module: ModuleType, declined: str | None) -> ModuleType:
+    if declined is None:
+        return module
     if backend != "auto":
-        raise AlroFastError(
-            f"lists of {longest} candidates or grades; backend {backend!r} takes at most {limit}: use 'auto' or 'eager'"
-        )
-    _say_once_long_lists(limit)
+        raise AlroFastError(f"backend {backend!r} does not serve {declined}: use 'auto' or 'eager'")
+    _say_once_declined(module.__name__.rpartition(".")[2], declined)
     return eager
 
 
 @functools.cache
-def _say_once_long_lists(limit: int) -> None:
-    log.info("backend eager serves lists of more than %d candidates", limit)
+def _say_once_declined(name: str, declined: str) -> None:
+    log.info("backend eager serves %s, which %s does not", declined, name)
 
 
 def check_backend(name: str) -> None:
@@ -74,13 +89,15 @@ def _reason_against(name: str, device: torch.device, dtype: torch.dtype) -> str 
         module = importlib.import_module(f".backends.{name}", __package__)
     except ImportError as error:
         return f"not installed here ({error})"
-    return module.unavailable(device, dtype)
+    reason: str | None = module.unavailable(device, dtype)
+    return reason
 
 
 @contextlib.contextmanager
 def as_given(tensor: Tensor) -> Iterator[None]:
     """Backends compute in the dtypes they are given, on the device of `tensor`: Triton launches on the current one."""
-    with torch.autocast(tensor.device.type, enabled=False), torch.cuda.device_of(tensor):
+    device = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+    with torch.autocast(tensor.device.type, enabled=False), device:
         yield
 
 
@@ -89,7 +106,7 @@ def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
-def no_second_derivative(ctx, *grads):
+def no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
     raise AlroFastError(
         "double backward through alro_fast ops is not supported: call backward without create_graph, or take the loss "
         "from alro_fast.reference, which has derivatives of every order"

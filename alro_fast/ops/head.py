@@ -1,6 +1,9 @@
 """The pass over the LM head: log-probabilities, divergences and the statistics that every loss is made of."""
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +11,7 @@ from torch import Tensor
 from ..errors import AlroFastError
 from .backends import eager
 from .checks import check_head, check_index, check_number, check_positive, check_relabel, check_values
-from .dispatch import as_given, no_second_derivative, or_empty, resolve_backend, result_dtype
+from .dispatch import as_given, head_server, no_second_derivative, or_empty, result_dtype
 
 _HALF_MASS_BOUND = 2.0**-12  # an eighth of bfloat16's rounding; what half-precision rows may lose from U by default
 
@@ -224,35 +227,32 @@ def _head(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """lse [N], target_logits [N, C], group_logits [G, S, C], cross [P]; for backward: expected, mixed, spread."""
-    module = resolve_backend(backend, hidden.device, hidden.dtype)
-    gather = getattr(module, "gather_logits", eager.gather_logits)
-    pairs = len(first) > 0
+    serves = functools.partial(head_server, backend, hidden, softcap=softcap)
+    arguments = hidden, weight, bias, softcap, scale
+    mixed = spread = cross = None
     with as_given(hidden):
-        passed = module.vocab_pass(
-            hidden,
-            weight,
-            bias,
-            softcap,
-            scale,
-            first if pairs else None,
-            second if pairs else None,
-            entropy=entropy,
-            want_expected=want_expected,
-            want_spread=want_spread,
-            mass_bound=mass_bound,
-        )
-        target_logits = _gather(gather, hidden, weight, bias, softcap, scale, *_target_groups(targets, hidden))
-        group_logits = _gather(gather, hidden, weight, bias, softcap, scale, rows, ids)
+        if len(first):
+            lse, expected, cross, mixed, spread = serves("paired_vocab_pass").paired_vocab_pass(
+                *arguments, first, second, entropy=entropy, want_expected=want_expected, want_spread=want_spread,
+                mass_bound=mass_bound,
+            )  # fmt: skip
+        else:
+            lse, expected = serves("vocab_pass").vocab_pass(
+                *arguments, want_expected=want_expected, mass_bound=mass_bound
+            )
+        gather = serves("gather_logits").gather_logits
+        target_logits = _gather(gather, *arguments, *_target_groups(targets, hidden))
+        group_logits = _gather(gather, *arguments, rows, ids)
     target_logits = target_logits.view(targets.shape)
-    optional = (passed.cross, passed.expected, passed.mixed, passed.spread)
-    return passed.lse, target_logits, group_logits, *(or_empty(tensor, passed.lse) for tensor in optional)
+    return lse, target_logits, group_logits, *(or_empty(tensor, lse) for tensor in (cross, expected, mixed, spread))
 
 
 @_head.register_fake
 def _(
-    hidden, weight, bias, targets, rows, ids, first, second, detach_first, detach_second, softcap, scale, entropy,
-    want_expected, want_spread, mass_bound, backend,
-):  # fmt: skip
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, ids: Tensor, first: Tensor,
+    second: Tensor, detach_first: Tensor, detach_second: Tensor, softcap: float | None, scale: float, entropy: bool,
+    want_expected: bool, want_spread: bool, mass_bound: float, backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
     n, h = hidden.shape
     dtype = result_dtype(hidden)
     pairs = first.shape[0] > 0
@@ -271,7 +271,7 @@ def _(
     )
 
 
-def _head_setup(ctx, inputs, output) -> None:
+def _head_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (
         hidden, weight, bias, targets, rows, ids, first, second, detach_first, detach_second, softcap, scale, entropy,
         _want_expected, _want_spread, _mass_bound, backend,
@@ -281,7 +281,14 @@ def _head_setup(ctx, inputs, output) -> None:
     ctx.options = (softcap, scale, entropy, backend)
 
 
-def _head_autograd(ctx, grad_lse, grad_target, grad_group, grad_cross, *_unused):
+def _head_autograd(
+    ctx: Any,
+    grad_lse: Tensor | None,
+    grad_target: Tensor | None,
+    grad_group: Tensor | None,
+    grad_cross: Tensor | None,
+    *_unused: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     saved = ctx.saved_tensors
     empty = saved[10].new_empty(0)
@@ -329,7 +336,8 @@ def _head_backward(
     want_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of hidden, weight and bias (empty where not wanted), summed in float32 and rounded once."""
-    module = resolve_backend(backend, hidden.device, hidden.dtype)
+    serves = functools.partial(head_server, backend, hidden, softcap=softcap)
+    arguments = hidden, weight, bias, softcap, scale
     with as_given(hidden):
         grad_lse = torch.zeros_like(lse) if grad_lse.numel() == 0 else grad_lse
         pairs = grad_cross.numel() > 0
@@ -347,25 +355,14 @@ def _head_backward(
                     eager.add_rows(d_hidden, a, own * grad_first[:, None])
                 mean = mixed if mixed.numel() else expected[a]
                 eager.add_rows(d_hidden, b, mean * -grad_second[:, None])
-        if want_weight or want_bias:
-            d_weight, d_bias = module.weight_grad(
-                hidden,
-                weight,
-                bias,
-                softcap,
-                scale,
-                first if pairs else None,
-                second if pairs else None,
-                lse,
-                cross if pairs else None,
-                grad_lse,
-                grad_first if pairs else None,
-                grad_second if pairs else None,
-                entropy=entropy,
-                want_weight=want_weight,
-                want_bias=want_bias,
+        wanted = {"want_weight": want_weight, "want_bias": want_bias}
+        if (want_weight or want_bias) and pairs:
+            d_weight, d_bias = serves("paired_weight_grad").paired_weight_grad(
+                *arguments, first, second, lse, cross, grad_lse, grad_first, grad_second, entropy=entropy, **wanted
             )
-        backward = getattr(module, "gather_backward", eager.gather_backward)
+        elif want_weight or want_bias:
+            d_weight, d_bias = serves("weight_grad").weight_grad(*arguments, lse, grad_lse, **wanted)
+        backward = serves("gather_backward").gather_backward
         gathers = (
             (*_target_groups(targets, hidden), target_logits[:, None], grad_target),
             (rows, ids, group_logits, grad_group),
@@ -376,15 +373,18 @@ def _head_backward(
                     hidden, weight, softcap, scale, group_rows, group_ids, logits, grad.view(logits.shape),
                     d_hidden, d_weight, d_bias,
                 )  # fmt: skip
-    return tuple(or_empty(grad, hidden).to(hidden.dtype) for grad in (d_hidden, d_weight, d_bias))
+    of_hidden, of_weight, of_bias = (or_empty(grad, hidden).to(hidden.dtype) for grad in (d_hidden, d_weight, d_bias))
+    return of_hidden, of_weight, of_bias
 
 
 @_head_backward.register_fake
 def _(
-    grad_lse, grad_target, grad_group, grad_cross, hidden, weight, bias, targets, rows, ids, first, second,
-    detach_first, detach_second, lse, target_logits, group_logits, cross, expected, mixed, spread, softcap, scale,
-    entropy, backend, want_hidden, want_weight, want_bias,
-):  # fmt: skip
+    grad_lse: Tensor, grad_target: Tensor, grad_group: Tensor, grad_cross: Tensor, hidden: Tensor, weight: Tensor,
+    bias: Tensor | None, targets: Tensor, rows: Tensor, ids: Tensor, first: Tensor, second: Tensor,
+    detach_first: Tensor, detach_second: Tensor, lse: Tensor, target_logits: Tensor, group_logits: Tensor,
+    cross: Tensor, expected: Tensor, mixed: Tensor, spread: Tensor, softcap: float | None, scale: float, entropy: bool,
+    backend: str, want_hidden: bool, want_weight: bool, want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         hidden.new_empty(hidden.shape if want_hidden else 0),
         hidden.new_empty(weight.shape if want_weight else 0),
@@ -396,7 +396,16 @@ _head.register_autograd(_head_autograd, setup_context=_head_setup)
 _head_backward.register_autograd(no_second_derivative)
 
 
-def _gather(gather, hidden, weight, bias, softcap, scale, rows: Tensor, ids: Tensor) -> Tensor:
+def _gather(
+    gather: Callable[..., Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    rows: Tensor,
+    ids: Tensor,
+) -> Tensor:
     if rows.numel() == 0 or ids.numel() == 0:
         return hidden.new_empty(*rows.shape, ids.shape[1], dtype=result_dtype(hidden))
     return gather(hidden, weight, bias, softcap, scale, rows, ids)

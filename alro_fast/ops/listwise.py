@@ -1,12 +1,14 @@
 """Soft-argmax ranks, soft lambda loss and permutation divergence of lists, with autograd."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..errors import AlroFastError
 from .backends import eager
 from .checks import check_device, check_index, check_positive, check_ranks, check_scores, check_values
-from .dispatch import as_given, no_second_derivative, of_long_lists, or_empty, resolve_backend, result_dtype
+from .dispatch import as_given, list_server, no_second_derivative, or_empty, result_dtype
 
 
 def soft_argmax_ranks(scores: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
@@ -80,6 +82,10 @@ def listwise(
 ) -> eager.Listwise:
     """`backends.eager.listwise` with autograd: soft_lambda [L] and permutation [L] are differentiable in logits."""
     check_positive(gamma=gamma, sigma=sigma)
+    if divergence != "none" and divergence not in eager.DIVERGENCES:
+        raise AlroFastError(
+            f"divergence is {divergence!r}; expected 'none' or one of {', '.join(map(repr, eager.DIVERGENCES))}"
+        )
     logits = logits.to(result_dtype(logits))
     soft_lambda, permutation, expected, *_ = torch.ops.alro_fast.listwise(
         logits,
@@ -116,15 +122,15 @@ def _listwise(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """soft_lambda [L], permutation [L], expected [L, M]; for backward d_soft_lambda, d_student, d_teacher or empty."""
-    module = resolve_backend(backend, logits.device, logits.dtype)
+    form, longest = "ranking" if values is None else "ratings", max(logits.shape[1:])
+    module = list_server(
+        backend, logits, form=form, divergence=divergence, mask_emitted=mask_emitted, longest=longest
+    )  # fmt: skip
     if logits.numel() == 0:  # no list, or none with a candidate
         length, d_logits = len(logits), torch.zeros_like(logits)
         d_teacher = None if detach or divergence == "none" else torch.zeros_like(logits)
         zeros = logits.new_zeros(length), logits.new_zeros(length), torch.zeros_like(ratings)
         return *zeros, d_logits, torch.zeros_like(logits), or_empty(d_teacher, logits)
-    longest = max(logits.shape[1:])
-    if longest > getattr(module, "LONGEST_LIST", longest):
-        module = of_long_lists(backend, module.LONGEST_LIST, longest)
     with as_given(logits):
         terms = module.listwise(
             logits,
@@ -145,8 +151,9 @@ def _listwise(
 
 @_listwise.register_fake
 def _(
-    logits, ratings, ranks, sizes, twin, values, gamma, sigma, normalise, divergence, detach, mask_emitted, backend
-):  # fmt: skip
+    logits: Tensor, ratings: Tensor, ranks: Tensor, sizes: Tensor, twin: Tensor, values: Tensor | None, gamma: float,
+    sigma: float, normalise: bool, divergence: str, detach: bool, mask_emitted: bool, backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
     length = logits.shape[0]
     has_teacher = divergence != "none" and not detach
     return (
@@ -159,12 +166,14 @@ def _(
     )
 
 
-def _listwise_setup(ctx, inputs, output) -> None:
+def _listwise_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(inputs[4], *output[3:])
 
 
-def _listwise_autograd(ctx, grad_soft_lambda, grad_permutation, *_unused):
+def _listwise_autograd(
+    ctx: Any, grad_soft_lambda: Tensor | None, grad_permutation: Tensor | None, *_unused: Tensor | None
+) -> tuple[Tensor | None, ...]:
     twin, d_soft_lambda, d_student, d_teacher = ctx.saved_tensors
     empty = d_soft_lambda.new_empty(0)
     grads = [empty if grad is None else grad for grad in (grad_soft_lambda, grad_permutation)]
@@ -194,7 +203,10 @@ def _listwise_backward(
 
 
 @_listwise_backward.register_fake
-def _(grad_soft_lambda, grad_permutation, twin, d_soft_lambda, d_student, d_teacher):
+def _(
+    grad_soft_lambda: Tensor, grad_permutation: Tensor, twin: Tensor, d_soft_lambda: Tensor, d_student: Tensor,
+    d_teacher: Tensor,
+) -> Tensor:  # fmt: skip
     return torch.empty_like(d_soft_lambda)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,10 +16,10 @@ from ..errors import AlroFastError
 from .encoding import Encoder
 from .identifiers import Grading, prove_answers, prove_grading
 from .page import Page
-from .template import TEMPLATE_FILE, PromptTemplate, load_template, parse_template, placeholders, save_settings
+from .saved import SavedPrompts
+from .template import PromptTemplate, load_template, parse_template, placeholders
 from .turns import find_turns
 
-IDENTIFIERS_FILE = "identifiers.json"
 CHUNK = 1024  # lists whose new pieces are encoded together
 
 
@@ -56,7 +56,7 @@ class RatingPrompt:
     dropped_history: int
 
 
-class PromptBuilder:
+class PromptBuilder(SavedPrompts):
     """Writes prompts for one tokenizer and template.
 
     Training and inference both use these ids. They are made from pieces (see Page) and equal the tokenizer's own ids
@@ -72,6 +72,9 @@ class PromptBuilder:
     Raises:
         AlroFastError: no such template or a mistake in it, or a tokenizer without single-token identifiers for it.
     """
+
+    FILE = "identifiers.json"
+    read_template = staticmethod(parse_template)
 
     def __init__(
         self,
@@ -106,6 +109,11 @@ class PromptBuilder:
     def max_candidates(self) -> int:
         """The longest list this tokenizer has identifiers for."""
         return len(self.labels)
+
+    @property
+    def signals(self) -> dict[str, tuple[str, ...]]:
+        """Names of the signals that "history" and "candidates" lines show, where a list has them."""
+        return self._page.signals
 
     @property
     def end(self) -> int:
@@ -151,41 +159,13 @@ class PromptBuilder:
         answer = self._separator.join(labels[i] for i in sorted(labels, key=lambda i: built.ranks[i]))
         return page + self._tail("ranking"), answer
 
-    def save(self, directory: str | Path) -> None:
-        """Write prompt_template.yaml and identifiers.json."""
-        save_settings(directory, self.template.source, IDENTIFIERS_FILE, self._record())
+    @staticmethod
+    def options_of(record: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of the builder that `record` is of."""
+        return {name: record[name] for name in ("identifiers", "max_length")}
 
-    @classmethod
-    def load(cls, directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> PromptBuilder:
-        """The builder saved there; AlroFastError if the tokenizer is not the one it was saved with."""
-        directory = Path(directory)
-        try:
-            source = (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
-            record = json.loads((directory / IDENTIFIERS_FILE).read_text(encoding="utf-8"))
-            kind, max_length, name = record["identifiers"], record["max_length"], record["template"]
-            known = record["tokenizer"]["fingerprint"]
-        except OSError as error:
-            raise AlroFastError(
-                f"{directory} holds no prompt settings: {Path(error.filename).name} cannot be read; "
-                "expected the output folder of a training run"
-            ) from None
-        except (ValueError, KeyError, TypeError):
-            raise AlroFastError(
-                f"{directory / IDENTIFIERS_FILE} is damaged: expected what PromptBuilder.save wrote"
-            ) from None
-        encoder = Encoder(tokenizer)
-        if encoder.fingerprint() != known:
-            raise AlroFastError(
-                f"tokenizer {encoder.name!r} is not the one {directory} was made with "
-                f"({record['tokenizer']['name']!r}); load the tokenizer saved in that folder"
-            )
-        template = parse_template(source, name=name, origin=str(directory / TEMPLATE_FILE))
-        builder = cls(tokenizer, template, identifiers=kind, max_length=max_length)
-        if builder._record() | {"tokenizer": record["tokenizer"]} != record:  # its folder may have moved
-            raise AlroFastError(f"{directory / IDENTIFIERS_FILE} does not fit {TEMPLATE_FILE} beside it; restore both")
-        return builder
-
-    def _record(self) -> dict:
+    def record(self) -> dict[str, Any]:
+        """What identifiers.json holds: options, and the tokens that came of them."""
         try:
             grade_ids = self.grade_ids
         except AlroFastError:

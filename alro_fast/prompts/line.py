@@ -6,9 +6,11 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable
+from typing import NamedTuple
 
-from ..data.records import Item
-from .template import PromptTemplate, placeholders
+from ..data.records import Item, RankingList
+from ..data.signal_table import SIGNALS
+from .template import PromptTemplate, placeholders, signal_text
 
 BYTE_TOKEN = "<0x[0-9A-F]{2}>"  # how SentencePiece vocabularies name a byte, a newline among them
 
@@ -46,10 +48,17 @@ def shown_rating(rating: float) -> float | None:
     return None if math.isnan(rating) else rating
 
 
-class Line:
-    """A line format of a template as `before` + [identifier] + `body(item)` + `ending(rating)`.
+class Beside(NamedTuple):
+    """What stands beside an item: its rating, and a text for every signal that its line shows; (): none is known."""
 
-    A candidate line has no `ending`: its body runs through the line's end.
+    rating: float | None = None
+    signals: tuple[str, ...] = ()
+
+
+class Line:
+    """A line format of a template as `before` + [identifier] + `body(item)` + `ending(beside)`.
+
+    signals: names of the signals it shows.
     """
 
     def __init__(self, template: PromptTemplate, key: str, markers: re.Pattern[str]):
@@ -60,15 +69,15 @@ class Line:
             self.before = parts[0][0]
             parts = parts[1:]
         fields = [field for _, field in parts]
-        self._is_history = key.endswith("history_line")
-        self._has_rating = "rating" in fields
-        cut = fields.index("rating") if self._has_rating else len(parts)
+        cut = next((at for at, field in enumerate(fields) if field == "rating" or field in SIGNALS), len(parts))
         self._body = parts[:cut] + [(literal, None) for literal, _ in parts[cut : cut + 1]]
-        self._after_rating = "".join(literal for literal, _ in parts[cut + 1 :])
+        after = [literal for literal, _ in parts[cut + 1 :]]
+        self._tail = list(zip(fields[cut:], [*after, ""]))  # a field, and the text after it
+        self.signals = tuple(field for field in fields[cut:] if field in SIGNALS)
         self.has_body = any(literal or field for literal, field in self._body)
 
     def body(self, item: Item) -> str:
-        """What follows the identifier, up to the rating. An item without a title shows its id."""
+        """What follows the identifier, up to signals and rating. An item without a title shows its id."""
         text = []
         for literal, field in self._body:
             text.append(literal)
@@ -76,14 +85,35 @@ class Line:
                 text.append(self._clean(item.title) or self._clean(item.item_id) or "untitled")
             elif field == "category" and (category := self._clean(item.category)):
                 text.append(self._template["category"].format(category=category))
-        return "".join(text) + ("" if self._is_history else "\n")
+        return "".join(text)
 
-    def ending(self, rating: float | None) -> str:
-        """What follows in a history line: the rating, if there is one, and the line's end."""
-        text = ""
-        if self._has_rating and rating is not None:
-            text = self._template["rating"].format(rating=format(rating, self._template["rating_format"]))
-        return text + self._after_rating + "\n"
+    def ending(self, beside: Beside) -> str:
+        """What follows: signals and rating, where there are any, and the line's end."""
+        text, values = "", dict(zip(self.signals, beside.signals))
+        for field, after in self._tail:
+            if field in SIGNALS:
+                text += values.get(field, "")
+            elif field == "rating" and beside.rating is not None:
+                text += self._template["rating"].format(rating=format(beside.rating, self._template["rating_format"]))
+            text += after
+        return text + "\n"
+
+    def bare(self, item: Item) -> str:
+        """Body and ending of an item with nothing beside it."""
+        return self.body(item) + self.ending(Beside())
+
+    def beside(self, one: RankingList, part: str) -> list[Beside]:
+        """What stands beside each item of a list's "history" or "candidates"."""
+        ratings = map(shown_rating, one.history_ratings) if part == "history" else [None] * len(one.candidates)
+        columns = [getattr(one.signal(name), part) for name in self.signals]
+        if not any(columns):
+            return [Beside(rating) for rating in ratings]
+        unknown = [math.nan] * len(getattr(one, part))
+        texts = [
+            [signal_text(self._template, name, value) for value in column or unknown]
+            for name, column in zip(self.signals, columns)
+        ]
+        return [Beside(rating, shown if any(shown) else ()) for rating, shown in zip(ratings, zip(*texts, strict=True))]
 
     def _clean(self, text: str) -> str:
         return clean(text, self._markers)

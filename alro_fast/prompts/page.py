@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 
@@ -10,7 +10,7 @@ from ..data.records import Item, RankingList
 from ..errors import AlroFastError
 from .encoding import Encoder, Pieces, line_start
 from .identifiers import LETTERS, item_labels, labels_in_context
-from .line import Line, marker_pattern, shown_rating
+from .line import Beside, Line, marker_pattern
 from .template import PromptTemplate
 from .turns import Turns
 
@@ -18,9 +18,9 @@ from .turns import Turns
 class Page:
     """Everything before the question, as a concatenation of separately encoded pieces.
 
-    Pieces: the text before the history; per history line its item and its rating; the text before the candidates; per
-    candidate line its identifier and the rest. So no title can reach beyond its line, an identifier is always one
-    token, and a line costs the same tokens wherever it stands.
+    Pieces: the text before the history; per history line its item, then its signals and rating; the text before the
+    candidates; per candidate line its identifier, its item, its signals. So no title can reach beyond its line, an
+    identifier is always one token, and a line costs the same tokens wherever it stands.
 
     `labels` are those with a token of their own in a candidate line.
     """
@@ -38,7 +38,7 @@ class Page:
         lead = self._candidate.before
         if self.by_item:
             self.labels = item_labels(encoder, n_items)
-            self.label_ids = encoder.tokenizer.convert_tokens_to_ids(self.labels)
+            self.label_ids = encoder.ids_of(self.labels)
             self._history_lead, self._candidate_lead = encoder.plain_after("\n", [self._history.before, lead])
             history_anchor = candidate_anchor = ""  # an added token cuts the text: what follows it stands alone
         else:
@@ -47,17 +47,29 @@ class Page:
             self.labels, self.label_ids = list(LETTERS[: len(shown.ids)]), shown.ids
             self._history_lead, self._candidate_lead = [], shown.left[n:]
             history_anchor, candidate_anchor = "\n", newline + lead + LETTERS[0]
-        rating_anchor = "x" if self._history.has_body else history_anchor
         self._history_pieces = Pieces(partial(encoder.plain_after, history_anchor), self._history.body)
-        self._rating_pieces = Pieces(partial(encoder.plain_after, rating_anchor), self._history.ending)
         self._candidate_pieces = Pieces(partial(encoder.plain_after, candidate_anchor), self._candidate.body)
+        self._bare_pieces = Pieces(partial(encoder.plain_after, candidate_anchor), self._candidate.bare)
+        history_anchor, candidate_anchor = (
+            "x" if line.has_body else anchor
+            for line, anchor in ((self._history, history_anchor), (self._candidate, candidate_anchor))
+        )
+        self._rating_pieces = Pieces(partial(encoder.plain_after, history_anchor), self._history.ending)
+        self._signal_pieces = Pieces(partial(encoder.plain_after, candidate_anchor), self._candidate.ending)
 
-    def prepare(self, lists: Iterable[RankingList]) -> None:
+    @property
+    def signals(self) -> dict[str, tuple[str, ...]]:
+        """Names of the signals that "history" and "candidates" lines show."""
+        return {"history": self._history.signals, "candidates": self._candidate.signals}
+
+    def prepare(self, lists: Sequence[RankingList]) -> None:
         """Encode what `ids` of these lists will need."""
+        shown = [pair for one in lists for pair in zip(one.candidates, self._candidate.beside(one, "candidates"))]
+        self._bare_pieces.prepare(item for item, beside in shown if not beside.signals)
+        self._candidate_pieces.prepare(item for item, beside in shown if beside.signals)
+        self._signal_pieces.prepare(beside for _, beside in shown if beside.signals)
         self._history_pieces.prepare(chain.from_iterable(one.history for one in lists))
-        self._candidate_pieces.prepare(chain.from_iterable(one.candidates for one in lists))
-        ratings = set(chain.from_iterable(one.history_ratings for one in lists))
-        self._rating_pieces.prepare(map(shown_rating, ratings))
+        self._rating_pieces.prepare(chain.from_iterable(self._history.beside(one, "history") for one in lists))
 
     def check(self, one: RankingList) -> None:
         """Raise if an item of the list has no token of its own (item labels only)."""
@@ -75,13 +87,19 @@ class Page:
     def ids(self, one: RankingList, order: Sequence[int], max_length: int | None) -> tuple[list[int], int]:
         """The page's tokens, at most `max_length`, and how many of the oldest history items that left out."""
         shown: list[int] = []
-        pieces = self._candidate_pieces.ids
+        beside = self._candidate.beside(one, "candidates")
         for position, i in enumerate(order):
             item = one.candidates[i]
             shown += self._candidate_lead
             shown.append(self.label_ids[item.index if self.by_item else position])
-            shown += pieces[item]
-        lines = [self._history_ids(item, rating) for item, rating in zip(one.history, one.history_ratings)]
+            if beside[i].signals:
+                shown += self._candidate_pieces.ids[item]
+                shown += self._signal_pieces.ids[beside[i]]
+            else:
+                shown += self._bare_pieces.ids[item]
+        lines = [
+            self._history_ids(item, rated) for item, rated in zip(one.history, self._history.beside(one, "history"))
+        ]
         dropped = 0
         if max_length is not None:
             excess = len(self._head) + sum(map(len, lines)) + len(self._middle) + len(shown) - max_length
@@ -103,16 +121,17 @@ class Page:
     def text(self, one: RankingList, order: Sequence[int], dropped: int) -> str:
         """The page as text."""
         history, candidate = self._history, self._candidate
-        seen = list(zip(one.history, one.history_ratings))[dropped:]
+        seen = list(zip(one.history, history.beside(one, "history")))[dropped:]
+        beside = candidate.beside(one, "candidates")
         past = (
-            history.before
-            + (self.label(item, 0) if self.by_item else "")
-            + history.body(item)
-            + history.ending(shown_rating(rating))
-            for item, rating in seen
+            history.before + (self.label(item, 0) if self.by_item else "") + history.body(item) + history.ending(rated)
+            for item, rated in seen
         )
         shown = (
-            candidate.before + self.label(one.candidates[i], position) + candidate.body(one.candidates[i])
+            candidate.before
+            + self.label(one.candidates[i], position)
+            + candidate.body(one.candidates[i])
+            + candidate.ending(beside[i])
             for position, i in enumerate(order)
         )
         return "".join((self._head_text, *past, self._middle_text, *shown))
@@ -121,8 +140,8 @@ class Page:
         """The identifier of an item presented at `position`."""
         return self.labels[item.index if self.by_item else position]
 
-    def _history_ids(self, item: Item, rating: float) -> list[int]:
-        rest = self._history_pieces.ids[item] + self._rating_pieces.ids[shown_rating(rating)]
+    def _history_ids(self, item: Item, beside: Beside) -> list[int]:
+        rest = self._history_pieces.ids[item] + self._rating_pieces.ids[beside]
         return [*self._history_lead, self.label_ids[item.index], *rest] if self.by_item else rest
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import string
 from collections.abc import Mapping
@@ -12,12 +11,15 @@ from typing import Any
 
 import yaml
 
+from ..data.signal_table import SIGNALS, bucket
 from ..errors import AlroFastError
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 TEMPLATE_FILE = "prompt_template.yaml"  # of a run
 MAX_BYTES = 65536  # a template is a page of text; anything larger is some other file
 
+COUNT_FORMATS = {"plus": "{1}+", "step": "{0}"}  # of a bucket: its number, the lowest count in it
+OF_SIGNALS = {key: (name,) * (key == name) for name in SIGNALS for key in (name, f"{name}_format")}  # optional keys
 FIELDS = {  # every key of a template file -> the placeholders its text may hold
     "system": (),
     "introduction": (),
@@ -26,11 +28,12 @@ FIELDS = {  # every key of a template file -> the placeholders its text may hold
     "category": ("category",),
     "rating": ("rating",),
     "rating_format": (),
-    "letters.history_line": ("title", "category", "rating"),
-    "letters.candidate_line": ("identifier", "title", "category"),
+    **OF_SIGNALS,
+    "letters.history_line": ("title", "category", *SIGNALS, "rating"),
+    "letters.candidate_line": ("identifier", "title", "category", *SIGNALS),
     "letters.separator": (),
-    "items.history_line": ("identifier", "title", "category", "rating"),
-    "items.candidate_line": ("identifier", "title", "category"),
+    "items.history_line": ("identifier", "title", "category", *SIGNALS, "rating"),
+    "items.candidate_line": ("identifier", "title", "category", *SIGNALS),
     "items.separator": (),
     "ranking.question": (),
     "ranking.answer": ("identifiers",),
@@ -39,6 +42,7 @@ FIELDS = {  # every key of a template file -> the placeholders its text may hold
     "ratings.grades": (),
 }
 REQUIRED = {  # placeholders without which the text makes no sense
+    **{name: (name,) for name in SIGNALS},
     "category": ("category",),
     "rating": ("rating",),
     "letters.history_line": ("title",),
@@ -97,28 +101,33 @@ def parse_template(source: str, *, name: str, origin: str) -> PromptTemplate:
     flat = _flatten(content, origin)
     grades = parse_grades(flat.pop("ratings.grades"), origin)
     for key, text in flat.items():
-        _check_text(key, text, origin)
+        if text or key not in OF_SIGNALS:
+            _check_text(key, text, origin)
     try:
         f"{4.5:{flat['rating_format']}}"
     except ValueError:
         raise AlroFastError(
             f"{origin}: rating_format {flat['rating_format']!r} is no format of a number; expected one such as g or .1f"
         ) from None
+    _check_signals(flat, origin)
     return PromptTemplate(name, source, flat, grades)
+
+
+def signal_text(template: PromptTemplate, name: str, value: float) -> str:
+    """The fragment that shows a signal's value; nothing where the value is unknown."""
+    if math.isnan(value):
+        return ""
+    form = template[f"{name}_format"]
+    if name == "count":
+        shown = COUNT_FORMATS[form].format(*bucket(value)) if value >= 1 else "0"
+    else:
+        shown = str(round(10 * value)) if form == "tenths" else format(value, form)
+    return template[name].format(**{name: shown})
 
 
 def placeholders(text: str) -> list[tuple[str, str | None]]:
     """`text` as (literal, placeholder after it or None) pairs; doubled braces are literal ones."""
     return [(literal, field) for literal, field, _, _ in string.Formatter().parse(text)]
-
-
-def save_settings(directory: str | Path, source: str, name: str, record: Mapping[str, Any]) -> None:
-    """Write prompt_template.yaml (`source`) and, as JSON, what else the prompts were made with, into file `name`."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / TEMPLATE_FILE).write_text(source, encoding="utf-8")
-    content = json.dumps(record, indent=1, ensure_ascii=False)
-    (directory / name).write_text(content + "\n", encoding="utf-8")
 
 
 def read_text(path: Path) -> str:
@@ -141,7 +150,8 @@ def _flatten(content: dict, origin: str) -> dict[str, Any]:
             flat.update({f"{key}.{inner}": text for inner, text in value.items()})
         else:
             flat[str(key)] = value
-    unknown, missing = sorted(flat.keys() - FIELDS.keys()), sorted(FIELDS.keys() - flat.keys() - {"system"})
+    unknown = sorted(flat.keys() - FIELDS.keys())
+    missing = sorted(FIELDS.keys() - flat.keys() - {"system"} - OF_SIGNALS.keys())
     if unknown:
         raise AlroFastError(f"{origin}: unknown key {unknown[0]!r}; a prompt template has the keys {', '.join(FIELDS)}")
     if missing:
@@ -166,14 +176,42 @@ def _check_text(key: str, text: Any, origin: str) -> None:
     if len(found) != len(set(found)) or set(required) - set(found):
         needed = " and ".join(f"{{{name}}}" for name in required or allowed)
         raise AlroFastError(f"{origin}: {key} {text!r} must hold {needed}, and no placeholder twice")
+    signals = [place for place, field in enumerate(found) if field in SIGNALS]
+    if key.endswith("_line") and signals and {"title", "category", "identifier"} & set(found[signals[0] :]):
+        raise AlroFastError(
+            f"{origin}: in {key} {text!r} {{{found[signals[0]]}}} must come after the identifier, the title and "
+            "the category"
+        )
     if key.endswith("_line") and "rating" in found and found[-1] != "rating":
         raise AlroFastError(f"{origin}: in {key} {text!r} the {{rating}} must come after the other placeholders")
     if key.endswith("_line") and "identifier" in found and found[0] != "identifier":
         raise AlroFastError(f"{origin}: in {key} {text!r} the {{identifier}} must come before the other placeholders")
     if key.endswith(".answer") and (found[-1] not in {"identifiers", "grade"} or not text.endswith("}")):
         raise AlroFastError(f"{origin}: {key} {text!r} must end with {{{allowed[-1]}}}")
-    if "\n" in text and (key.endswith(("_line", "separator")) or key in {"category", "rating"}):
+    if "\n" in text and (key.endswith(("_line", "separator")) or key in {"category", "rating", *SIGNALS}):
         raise AlroFastError(f"{origin}: {key} must be a single line")
+
+
+def _check_signals(flat: Mapping[str, str], origin: str) -> None:
+    """A signal that a line shows has a fragment, and a fragment a format."""
+    for key, text in flat.items():
+        for name in SIGNALS:
+            if key.endswith("_line") and f"{{{name}}}" in text and not flat[name]:
+                raise AlroFastError(
+                    f"{origin}: {key} {text!r} shows {{{name}}}, but the template has no key {name} that says how; "
+                    f'add one, such as {name}: " | {{{name}}}"'
+                )
+    for name in (name for name in SIGNALS if flat[name]):
+        form, known = flat[f"{name}_format"], f"one of {', '.join(COUNT_FORMATS)}"
+        fine = form in COUNT_FORMATS
+        if name != "count":
+            known = "tenths, or a format of a number such as .1f"
+            try:
+                fine = bool(form) and (form == "tenths" or bool(format(4.5, form)))
+            except ValueError:
+                fine = False
+        if not fine:
+            raise AlroFastError(f"{origin}: {name}_format is {form!r}; expected {known}")
 
 
 def parse_grades(grades: Any, origin: str, key: str = "ratings.grades") -> dict[str, float]:

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.records import Item, RankingList
+from ..data.records import Item, RankingList, Signal
+from ..data.signal_table import SIGNALS
 from ..errors import AlroFastError
 from ..run_folder import run_options
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 LIST_KEYS = ("list_id", "user", "user_id", "history", "candidates")
 
-ITEM_KEYS = ("id", "title", "category", "rating", "hint")
+ITEM_KEYS = ("id", "title", "category", "rating", *SIGNALS)
 
 
 def read_documents(file: str) -> list[Any]:
@@ -99,10 +100,12 @@ def parse_list(document: Any, number: int) -> RankingList:
                 "give every candidate once"
             )
     unknown = (math.nan,) * len(shown)
-    hints = tuple(_hint(entry, f"{place}, candidate {at}") for at, entry in enumerate(candidates, start=1))
-    hints = () if all(map(math.isnan, hints)) else hints
+    of_past, of_shown = _signals(history, f"{place}, history"), _signals(candidates, f"{place}, candidate")
+    hints = of_shown.pop("hint", ())
+    names = [name for name in SIGNALS if name != "hint" and {name} & (of_past.keys() | of_shown.keys())]
+    signals = tuple(Signal(name, of_past.get(name, ()), of_shown.get(name, ())) for name in names)
     name = str(document.get("list_id", number))
-    return RankingList(name, name, tuple(past), tuple(ratings), tuple(shown), unknown, hints)
+    return RankingList(name, name, tuple(past), tuple(ratings), tuple(shown), unknown, hints, signals)
 
 
 @functools.cache
@@ -120,7 +123,7 @@ def catalogue(folder: str) -> dict[str, Item]:
 
 def numbered(entry: RankingList, document: Any, items: dict[str, Item]) -> RankingList:
     """The list with the catalogue's items, for a model that names items by tokens of their own."""
-    found = {}
+    found: dict[str, list[Item]] = {}
     for part in ("history", "candidates"):
         found[part] = []
         for at, given in enumerate(document.get(part) or [], start=1):
@@ -189,9 +192,16 @@ def _rating(entry: Any, place: str) -> float:
     return _number(entry.get("rating"), "rating", place)
 
 
-def _hint(entry: Any, place: str) -> float:
-    hint = entry.get("hint")
-    return math.nan if hint is None else _number(hint, "hint", place)
+def _signals(entries: Sequence[dict[str, Any]], place: str) -> dict[str, tuple[float, ...]]:
+    """Values by name of the signals that are given for one of the items at least; NaN for the others."""
+    given = [name for name in SIGNALS if any(entry.get(name) is not None for entry in entries)]
+    return {
+        name: tuple(
+            math.nan if entry.get(name) is None else _number(entry[name], name, f"{place} {at}")
+            for at, entry in enumerate(entries, start=1)
+        )
+        for name in given
+    }
 
 
 def _number(value: Any, name: str, place: str) -> float:

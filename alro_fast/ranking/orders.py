@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..data.seeds import generator
 from ..errors import AlroFastError
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ class Ranking:
 def presentations(entry: RankingList, shuffles: int, seed: int) -> np.ndarray:
     """int64 [shuffles, m]: the stored order, then permutations that depend on (seed, list_id) alone."""
     m = len(entry.candidates)
-    generator = generator_of(entry, seed)
-    return np.stack([np.arange(m), *(generator.permutation(m) for _ in range(shuffles - 1))])
+    drawn = generator(seed, name=entry.list_id)
+    return np.stack([np.arange(m), *(drawn.permutation(m) for _ in range(shuffles - 1))])
 
 
 def check_presentations(shuffles: int, merge_by: str, seed: int) -> None:
@@ -45,12 +45,6 @@ def check_presentations(shuffles: int, merge_by: str, seed: int) -> None:
         raise AlroFastError(f"seed is at least 0; given {seed}")
     if merge_by not in MERGES:
         raise AlroFastError(f"unknown merge {merge_by!r}; expected one of {', '.join(MERGES)}")
-
-
-def generator_of(entry: RankingList, *seeds: int) -> np.random.Generator:
-    """Random numbers that depend on the seeds and the list's id alone."""
-    digest = hashlib.blake2b(entry.list_id.encode(), digest_size=8).digest()
-    return np.random.default_rng([*seeds, int.from_bytes(digest, "little")])
 
 
 def check_finite(entry: RankingList, values: np.ndarray) -> None:

@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -31,26 +31,26 @@ from torch import nn
 from ..errors import AlroFastError
 from ..modeling.packing import Branch, Tree
 from ..objectives.alro import Scoring
-from ..objectives.base import describe_run, learned_answers
+from ..objectives.base import describe_run
+from ..prompts import SignalPrompts
 from ..run_folder import run_options
-from .decoding import decode
-from .orders import Ranking, check_finite, check_presentations, make_ranking, presentations, slide, unlabelled
+from .decoding import Decoded, decode
+from .options import TASK_METHODS, RankingOptions, check_answer, check_token_budget, ranked_answers
+from .orders import Ranking, check_finite, make_ranking, presentations, slide, unlabelled
 from .reading import BranchReader, memory_errors
-from .tasks import TASK_METHODS, check_tasks, read_tasks
+from .tasks import read_tasks
 
 if TYPE_CHECKING:
     from ..data.records import RankingList
     from ..prompts import PromptBuilder
     from ..prompts.recranker import RecRankerPrompts
 
-RANKED = {  # answers that a model has learned (objectives.base.LEARNED) -> the form in which a ranking is read
-    "ranking": "ranking",
-    "identifiers": "ranking",
-    "ratings": "ratings",
-    "tasks": "tasks",
-}
-METHODS = ("first", "expected", "greedy", "beam")
 Reader = Callable[[list["RankingList"], list[np.ndarray]], list[np.ndarray]]
+SLOTS: dict[str, Callable[[Decoded, float], np.ndarray]] = {  # decoded answer, gamma -> a score for each candidate
+    "expected": lambda answer, gamma: -expected_slots(answer.slots, gamma),
+    "greedy": lambda answer, gamma: -np.argsort(answer.order) - 1.0,
+    "beam": lambda answer, gamma: -np.argsort(answer.order) - 1.0,
+}
 CHUNK = 256  # lists whose prompts are held and packed together; rankings come out after each
 
 
@@ -68,15 +68,15 @@ class Ranker:
         self,
         model: nn.Module,
         tokenizer: Any,
-        prompts: PromptBuilder | RecRankerPrompts,
+        prompts: PromptBuilder | SignalPrompts | RecRankerPrompts,
         *,
         answer: str = "ranking",
         scoring: Scoring | None = None,
         hybrid: str = "code",
         token_budget: int = 8192,
     ) -> None:
-        if answer not in ("ranking", "ratings", "tasks"):
-            raise AlroFastError(f"unknown answer form {answer!r}; expected 'ranking', 'ratings' or 'tasks'")
+        check_answer(answer)
+        check_token_budget(token_budget)
         self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
         self.answer, self.scoring, self.hybrid = answer, scoring or Scoring(), hybrid
         self.reader = BranchReader(model, token_budget)
@@ -105,17 +105,14 @@ class Ranker:
                 f"{folder}: no config.yaml, which says what answers the model was tuned to give; "
                 "copy it from the run's folder"
             )
-        learned = learned_answers(config)
-        if learned not in RANKED:
-            raise AlroFastError(
-                f"{folder} was tuned on answers that are titles, not identifiers, which a ranking is read from; "
-                "measure it with alro_fast.evaluate, or tune with --preference_answer identifiers"
-            )
+        answer = ranked_answers(folder, config)
+        signals = config.get("identifiers") == SignalPrompts.identifiers
+        prompts = SignalPrompts if signals else describe_run(config).prompts
         return cls(
             model,
             tokenizer,
-            describe_run(config).prompts.load(folder, tokenizer),
-            answer=RANKED[learned],
+            prompts.load(folder, tokenizer),
+            answer=answer,
             hybrid=config.get("hybrid") or "code",
             scoring=Scoring.of(config),
             token_budget=token_budget,
@@ -129,32 +126,9 @@ class Ranker:
     def token_budget(self) -> int:
         return self.reader.token_budget
 
-    @property
-    def default_method(self) -> str:
-        """What `stream` reads when it is not told."""
-        return {"ranking": "first", "ratings": "expected", "tasks": "hybrid"}[self.answer]
-
-    def described(
-        self,
-        *,
-        method: str | None = None,
-        shuffles: int = 1,
-        merge_by: str = "mean",
-        beams: int = 4,
-        seed: int = 0,
-        hybrid: str | None = None,
-        pairing: str = "matching",
-    ) -> str:
+    def described(self, **options: Any) -> str:
         """What `stream` does with these options, for whoever reads its rankings."""
-        method = method or self.default_method
-        if method == "hybrid":
-            method += f" ({hybrid or self.hybrid} constants, pairing {pairing})"
-        elif method == "pairwise":
-            method += f" (pairing {pairing})"
-        elif method == "beam":
-            method += f" ({beams} beams)"
-        presented = f", {shuffles} presentations merged by {merge_by}" if shuffles > 1 else ""
-        return f"method {method}{presented}, seed {seed}"
+        return self._settled(options).described()
 
     def rank(self, lists: Sequence[RankingList], **options: Any) -> list[Ranking]:
         """All of `stream(lists, ...)`."""
@@ -164,35 +138,18 @@ class Ranker:
         """Per list, float64 [m]: a score per candidate in the list's own order, higher is better."""
         return [ranking.scores for ranking in self.stream(lists, **options)]
 
-    def stream(
-        self,
-        lists: Sequence[RankingList] | Iterator[RankingList],
-        *,
-        method: str | None = None,
-        shuffles: int = 1,
-        merge_by: str = "mean",
-        beams: int = 4,
-        seed: int = 0,
-        hybrid: str | None = None,
-        pairing: str = "matching",
-    ) -> Iterator[Ranking]:
+    def stream(self, lists: Iterable[RankingList], **options: Any) -> Iterator[Ranking]:
         """Rankings in the order of `lists`, as they come.
 
-        method: see the module; default: `first`, or `expected` for `ratings` answers. shuffles: presentations of each
-        list, the stored one first; the others depend on (seed, list_id) alone. More candidates than identifiers are
-        ranked by windows that slide from the end of the list to its start (RecRanker's grades and pairs need none).
-        hybrid: constants in place of the ranker's own; pairing: which candidates are compared, of hybrid.PAIRINGS.
+        options: fields of RankingOptions; what is left out is as the model was tuned. More candidates than identifiers
+        are ranked by windows that slide from the end of the list to its start (RecRanker's grades and pairs need none).
         Raises AlroFastError for an unknown method, an empty list or one that names a candidate twice.
         """
-        hybrid = hybrid or self.hybrid
-        check_options(method, shuffles, merge_by, beams, seed, self.token_budget)
-        check_tasks(hybrid, pairing)
-        method = self._method(method)
+        how = self._settled(options)
         source = iter(lists)
         while chunk := list(islice(source, CHUNK)):
             with self._inference():
-                read = self._reader(method, beams, hybrid, pairing, seed)
-                rankings = self._rank([unlabelled(entry) for entry in chunk], read, shuffles, merge_by, seed)
+                rankings = self._rank([unlabelled(entry) for entry in chunk], how)
             yield from rankings
 
     @contextlib.contextmanager
@@ -200,19 +157,23 @@ class Ranker:
         """The same ranker with its adapter off; AlroFastError when the weights themselves were tuned."""
         if not hasattr(self.model, "disable_adapter"):
             raise AlroFastError("the model has no adapter to switch off; load its base model to rank untuned")
-        with self.model.disable_adapter():
+        with cast(Any, self.model).disable_adapter():
             yield self
 
     # ---- one chunk of lists
 
-    def _rank(self, lists: list[RankingList], read: Reader, shuffles: int, merge_by: str, seed: int) -> list[Ranking]:
+    def _settled(self, options: dict[str, Any]) -> RankingOptions:
+        return RankingOptions(**options).settled(self.answer, self.hybrid)
+
+    def _rank(self, lists: list[RankingList], how: RankingOptions) -> list[Ranking]:
+        read = self._reader(how)
         capacity = self.prompts.max_candidates
         fits = [self.answer == "tasks" or len(entry.candidates) <= capacity for entry in lists]  # tasks: read_tasks
 
         def direct(entries: list[RankingList]) -> list[Ranking]:
-            presented = [presentations(entry, shuffles, seed) for entry in entries]
+            presented = [presentations(entry, how.shuffles, how.seed) for entry in entries]
             return [
-                make_ranking(entry, shown, scores, merge_by)
+                make_ranking(entry, shown, scores, how.merge_by)
                 for entry, shown, scores in zip(entries, presented, read(entries, presented), strict=True)
             ]
 
@@ -220,21 +181,25 @@ class Ranker:
         long = iter(slide([entry for entry, fit in zip(lists, fits, strict=True) if not fit], capacity, direct))
         return [next(short if fit else long) for fit in fits]
 
-    def _reader(self, method: str, beams: int, hybrid: str, pairing: str, seed: int) -> Reader:
+    def _reader(self, how: RankingOptions) -> Reader:
         """How the scores of a method are read: lists, and orders [B, m] of each -> scores [B, m] of each."""
-        if method in TASK_METHODS:
-            return functools.partial(self._read_tasks, method=method, hybrid=hybrid, pairing=pairing, seed=seed)
-        if method in ("greedy", "beam") or (method == "expected" and self.answer == "ranking"):
-            return functools.partial(self._read_slots, method=method, beams=beams)
+        if how.method in TASK_METHODS:
+            return functools.partial(self._read_tasks, how=how)
+        if how.method in SLOTS and self.answer == "ranking":
+            return functools.partial(self._read_slots, method=how.method, beams=how.beams)
         return self._read_rows
 
     def _read_tasks(
-        self, lists: list[RankingList], presented: list[np.ndarray], method: str, hybrid: str, pairing: str, seed: int
+        self, lists: list[RankingList], presented: list[np.ndarray], how: RankingOptions
     ) -> list[np.ndarray]:
-        readings = read_tasks(self.reader, self.prompts, lists, presented, method, pairing=pairing, seed=seed)
+        method, hybrid, prompts = cast(str, how.method), cast(str, how.hybrid), cast("RecRankerPrompts", self.prompts)
+        readings = read_tasks(
+            self.reader, prompts, lists, presented, method, pairing=how.pairing, seed=how.seed
+        )  # fmt: skip
         for entry, reading in zip(lists, readings, strict=True):
-            for values in filter(lambda part: part is not None, reading):
-                check_finite(entry, values)
+            for values in reading:
+                if values is not None:
+                    check_finite(entry, values)
         return [
             np.broadcast_to(reading.scores(method, hybrid), shown.shape)
             for reading, shown in zip(readings, presented, strict=True)
@@ -247,10 +212,9 @@ class Ranker:
         """
         flat = [entry for entry, orders in zip(lists, presented, strict=True) for _ in orders]
         orders = [order.tolist() for shown in presented for order in shown]
-        if self.answer == "ranking":
-            prompts = iter(self.prompts.rankings(flat, orders))
-        else:
-            prompts = iter(self.prompts.rates(flat, orders))
+        builder = cast("PromptBuilder", self.prompts)
+        make: Callable[..., Any] = builder.rankings if self.answer == "ranking" else builder.rates
+        prompts = iter(make(flat, orders))
         trees, tokens = [], []
         for entry, shown in zip(lists, presented, strict=True):
             groups = []
@@ -271,7 +235,7 @@ class Ranker:
         rows = iter(self.reader.read([[tree] for tree in trees], tokens))
         if self.answer == "ranking":
             return [np.stack([_log_softmax(next(rows)) for _ in shown]) for shown in presented]
-        grades = np.asarray(self.prompts.grade_values, dtype=np.float64)
+        grades = np.asarray(builder.grade_values, dtype=np.float64)
         read = [[next(rows) for _ in range(shown.size)] for shown in presented]
         return [
             np.asarray([_expected_grade(row, grades) for row in each]).reshape(shown.shape)
@@ -281,9 +245,10 @@ class Ranker:
     def _read_slots(
         self, lists: list[RankingList], presented: list[np.ndarray], method: str, beams: int
     ) -> list[np.ndarray]:
-        """`greedy`, `beam`, and `expected` over slots: every presentation decoded with a KV cache."""
+        """The methods of SLOTS: every presentation decoded with a KV cache."""
         flat = [entry for entry, orders in zip(lists, presented, strict=True) for _ in orders]
-        prompts = self.prompts.rankings(flat, [order.tolist() for shown in presented for order in shown])
+        orders = [order.tolist() for shown in presented for order in shown]
+        prompts = cast("PromptBuilder", self.prompts).rankings(flat, orders)
         for entry, prompt in zip(flat, prompts, strict=True):
             self.reader.check_length(entry, len(prompt.prompt_ids) + len(prompt.answer_ids))
         with memory_errors(self.token_budget, "a batch of lists"):
@@ -296,10 +261,7 @@ class Ranker:
             for _ in shown:
                 answer = next(answers)
                 check_finite(entry, answer.slots)
-                if method == "expected":
-                    rows.append(-expected_slots(answer.slots, self.scoring.gamma))
-                else:
-                    rows.append(-np.argsort(answer.order) - 1.0)
+                rows.append(SLOTS[method](answer, self.scoring.gamma))
             scores.append(np.stack(rows))
         return scores
 
@@ -312,33 +274,6 @@ class Ranker:
                 yield
         finally:
             self.model.train(training)
-
-    def _method(self, method: str | None) -> str:
-        if (method in TASK_METHODS) != (self.answer == "tasks") and method is not None:
-            own = ", ".join(TASK_METHODS) if self.answer == "tasks" else self.default_method
-            raise AlroFastError(
-                f"method {method!r} asks otherwise than this model was tuned to answer (--objective recranker answers "
-                f"{', '.join(TASK_METHODS)}); use {own}"
-            )
-        if self.answer == "ratings" and method not in (None, "expected"):
-            raise AlroFastError(
-                f"method {method!r} reads identifiers, but this model answers with grades: use 'expected'"
-            )
-        return method or self.default_method
-
-
-def check_options(
-    method: str | None, shuffles: int, merge_by: str, beams: int, seed: int = 0, token_budget: int = 0
-) -> None:
-    """AlroFastError for a value that no ranker takes."""
-    known = (*METHODS, *TASK_METHODS)
-    if method is not None and method not in known:
-        raise AlroFastError(f"unknown method {method!r}; expected one of {', '.join(known)}")
-    check_presentations(shuffles, merge_by, seed)
-    if beams < 1:
-        raise AlroFastError(f"beams is at least 1; given {beams}")
-    if token_budget < 0:
-        raise AlroFastError(f"token_budget is at least 0; given {token_budget}")
 
 
 def check_device(name: str | None) -> None:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from ..data.seeds import generator
 from ..prompts.recranker import TOP, Ask
 from .generation import Generated, mentions, write_answers
 from .hybrid import constants_of, pairs_of, places_of, utilities, win_shares
-from .orders import generator_of, unlabelled
+from .orders import unlabelled
 
 if TYPE_CHECKING:
     from ..data.records import RankingList
+    from ..prompts.recranker import RecRankerPrompts
     from .ranker import Ranker
 
 SLACK = 4  # tokens that an answer may take beyond its own length
@@ -41,9 +43,9 @@ def generate_tasks(
     constants, made = constants_of(hybrid or ranker.hybrid), Generated([], [], [])
     for entry in map(unlabelled, lists):
         m = len(entry.candidates)
-        pairs = pairs_of(m, pairing, generator_of(entry, seed, 0))
+        pairs = pairs_of(m, pairing, generator(seed, 0, name=entry.list_id))
         ways = [way for pair in pairs for way in (pair, pair[::-1])]
-        prompts = ranker.prompts.encode([Ask(entry, range(m), ways, [range(m)])])[0]
+        prompts = cast("RecRankerPrompts", ranker.prompts).encode([Ask(entry, range(m), ways, [range(m)])])[0]
         (listing,) = prompts.listings
         longest = sum(sorted(map(len, listing.entries))[-TOP:]) + 2 * TOP
         asked = [(prompts.rated_ids + one.ids, 2 + SLACK) for one in prompts.points]
@@ -60,7 +62,7 @@ def generate_tasks(
             for one, other in zip(first[::2], first[1::2], strict=True)
         ]
         utility = utilities(
-            [values[len(values) // 2] if grade is None else grade for grade in grades],
+            np.array([values[len(values) // 2] if grade is None else grade for grade in grades]),
             win_shares(m, pairs, wins),
             places_of(order, m),
             constants,

@@ -99,7 +99,7 @@ def commands_of(study: Study, run: PlannedRun) -> list[list[str]]:
         again = ["--resume_from_checkpoint", "auto"] if begun else ["--overwrite_output_dir", "true"]
         commands += [[*_module("train"), *run.words, "--output_dir", str(run.folder), *again]]
     if not evaluated(study, run):
-        options = {"output_dir": study.evaluation(run), "bootstrap": 0} | study.evaluate
+        options = {"output_dir": study.evaluation(run), "bootstrap": 0, "baselines": "none"} | study.evaluate
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         lists = run.stages[run.measured].get("data_dir") or run.measured / "data"
         commands += [[*_module("evaluate"), "--adapter", str(run.measured), "--lists", str(lists), *words]]

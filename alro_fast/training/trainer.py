@@ -206,7 +206,7 @@ class RankerTrainer(Trainer):
         return self._loader(self.train_dataset, self.args.tokens_per_batch, seed, self.start)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> PlannedLoader:
-        dataset: TreeDataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        dataset = cast(TreeDataset, eval_dataset if eval_dataset is not None else self.eval_dataset)
         dataset.check(self._eval_budget, self._eval_option)
         return self._loader(dataset, self._eval_budget, seed=None)
 

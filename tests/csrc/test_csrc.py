@@ -79,10 +79,14 @@ def test_vocabulary_pass_and_head_gradient(instruction_set, n, h, v, dtype):
         hidden, weight = torch.randn(n, h).to(dtype), (torch.randn(v, h) * 3 / h**0.5).to(dtype)
         bias = torch.randn(v).to(dtype) if with_bias else None
         first, second = random_pairs(n, n + 3) if with_pairs else (None, None)
-        options = {"entropy": entropy, "want_expected": True, "want_spread": with_pairs, "mass_bound": 0.0}
-        exact = (double(hidden), double(weight), double(bias), softcap, 0.7, first, second)
-        wanted = eager.vocab_pass(*exact, **options)
-        got = cpp.vocab_pass(hidden, weight, bias, softcap, 0.7, first, second, **options)
+        head, exact = (hidden, weight, bias, softcap, 0.7), (double(hidden), double(weight), double(bias), softcap, 0.7)
+        options = {"want_expected": True, "mass_bound": 0.0}
+        if with_pairs:
+            options |= {"entropy": entropy, "want_spread": True}
+            wanted = eager.paired_vocab_pass(*exact, first, second, **options)
+            got = cpp.paired_vocab_pass(*head, first, second, **options)
+        else:
+            wanted, got = eager.vocab_pass(*exact, **options), cpp.vocab_pass(*head, **options)
         if instruction_set == "avx512_bf16" and dtype == torch.bfloat16 and not softcap:
             alone = torch.ones(n, dtype=torch.bool)  # rows whose probabilities are rounded to bfloat16
             if with_pairs:
@@ -92,12 +96,17 @@ def test_vocabulary_pass_and_head_gradient(instruction_set, n, h, v, dtype):
         for a, b in zip(got, wanted):
             close(a, b, 1e-5)
 
-        upstream = [torch.randn(n)] + ([torch.randn(len(first)) for _ in range(2)] if with_pairs else [None, None])
-        flags = {"entropy": entropy, "want_weight": True, "want_bias": True}
-        d_exact = eager.weight_grad(*exact, wanted.lse, wanted.cross, *map(double, upstream), **flags)
-        d_got = cpp.weight_grad(
-            hidden, weight, bias, softcap, 0.7, first, second, got.lse, got.cross, *upstream, **flags
-        )
+        flags = {"want_weight": True, "want_bias": True}
+        if with_pairs:
+            upstream = [torch.randn(n), torch.randn(len(first)), torch.randn(len(first))]
+            of_pairs = (first, second, got.lse, got.cross, *upstream)
+            d_got = cpp.paired_weight_grad(*head, *of_pairs, entropy=entropy, **flags)
+            of_pairs = (first, second, wanted.lse, wanted.cross, *map(double, upstream))
+            d_exact = eager.paired_weight_grad(*exact, *of_pairs, entropy=entropy, **flags)
+        else:
+            upstream = torch.randn(n)
+            d_got = cpp.weight_grad(*head, got.lse, upstream, **flags)
+            d_exact = eager.weight_grad(*exact, wanted.lse, double(upstream), **flags)
         for a, b in zip(d_got, d_exact):
             close(a, b, 2e-5)
 
@@ -197,7 +206,7 @@ def test_gathers(instruction_set, softcap, dtype):
 def test_any_strides(instruction_set):
     torch.manual_seed(0)
     hidden, weight = torch.randn(64, 21), torch.randn(200, 64)
-    options = {"entropy": True, "want_expected": True, "want_spread": False, "mass_bound": 0.0}
+    options = {"want_expected": True, "mass_bound": 0.0}
     wanted = cpp.vocab_pass(hidden.T[:, ::2].contiguous(), weight[:, ::2].contiguous()[:, :32], *BARE, **options)
     strided = weight.T.contiguous().T[:, ::2]
     got = cpp.vocab_pass(hidden.T[:, ::2], strided, *BARE, **options)
@@ -206,14 +215,13 @@ def test_any_strides(instruction_set):
     close(got.expected, wanted.expected, 1e-6)
 
 
-BARE = (None, None, 1.0, None, None)  # bias, softcap, scale, first, second
+BARE = (None, None, 1.0)  # bias, softcap, scale
 
 
 def test_extreme_logits_stay_numbers_and_nan_stays_nan(instruction_set):
     hidden = torch.tensor([[1.0], [-1.0], [0.0], [float("nan")]])
     weight = torch.tensor([[3e4], [2.5e4], [-3e4]])
-    options = {"entropy": True, "want_expected": True, "want_spread": False, "mass_bound": 0.0}
-    lse, expected = cpp.vocab_pass(hidden, weight, *BARE, **options)[:2]
+    lse, expected = cpp.vocab_pass(hidden, weight, *BARE, want_expected=True, mass_bound=0.0)
     torch.testing.assert_close(lse[:3], torch.tensor([3e4, 3e4, 1.0986123]))
     torch.testing.assert_close(expected[:3, 0], torch.tensor([3e4, -3e4, 2.5e4 / 3]))
     assert lse[3].isnan()
@@ -295,12 +303,12 @@ def every_op() -> list[Tensor]:
     generator = torch.Generator().manual_seed(5)
     hidden, weight = torch.randn(100, 48, generator=generator), torch.randn(3000, 48, generator=generator)
     first, second = torch.arange(40), torch.arange(40) + 50
-    options = {"entropy": True, "want_expected": True, "want_spread": True, "mass_bound": 1e-3}
-    passed = cpp.vocab_pass(hidden, weight, None, None, 1.0, first, second, **options)
-    halves = cpp.vocab_pass(hidden.bfloat16(), weight.bfloat16(), None, None, 1.0, None, None, **options)
+    options = {"want_expected": True, "mass_bound": 1e-3}
+    passed = cpp.paired_vocab_pass(hidden, weight, *BARE, first, second, entropy=True, want_spread=True, **options)
+    halves = cpp.vocab_pass(hidden.bfloat16(), weight.bfloat16(), *BARE, **options)
     upstream = torch.linspace(-1, 1, 100), torch.linspace(0, 1, 40), torch.linspace(1, 2, 40)
-    grads = cpp.weight_grad(
-        hidden, weight, None, None, 1.0, first, second, passed.lse, passed.cross, *upstream,
+    grads = cpp.paired_weight_grad(
+        hidden, weight, *BARE, first, second, passed.lse, passed.cross, *upstream,
         entropy=True, want_weight=True, want_bias=True,
     )  # fmt: skip
     rows, ids = torch.arange(90).view(9, 10), torch.arange(9 * 12).view(9, 12)
@@ -374,7 +382,7 @@ def test_what_it_serves(monkeypatch, caplog):
     assert cpp.unavailable(cpu, torch.float32) is None
     assert cpp.unavailable(cpu, torch.bfloat16) is None
     assert "float32" in cpp.unavailable(cpu, torch.float64)
-    assert "CPU" in cpp.unavailable(torch.device("cuda"), torch.float32)
+    assert "not on cuda" in cpp.unavailable(torch.device("cuda"), torch.float32)
     monkeypatch.setattr(cpp, "_cpp", None)
     monkeypatch.setattr(cpp, "_import_error", ImportError("no compiler"), raising=False)
     cpp._say_once_not_built.cache_clear()

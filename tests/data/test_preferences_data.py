@@ -15,6 +15,7 @@ from alro_fast import prepare
 from alro_fast.data.lists import SPLITS, open_prepared, seen_frame, write_prepared
 from alro_fast.data.negatives import DRAWS, SOURCES, Negatives, positive
 from alro_fast.data.preferences import Turn, read_preferences, two_items
+from alro_fast.data.records import Signal
 from alro_fast.errors import AlroFastError
 from alro_fast.objectives.base import build_objective
 from alro_fast.options import ObjectiveArguments
@@ -78,7 +79,6 @@ def test_trl_rejected_may_be_a_text_and_rows_of_a_user_become_one(tmp_path):
     assert (first.prompts, first.chosen, first.rejected) == (("A?",), ("x",), ("y", "z"))
     assert (second.prompts, third.chosen) == (("B?",), ("w",))
     assert first.user_id == third.user_id != second.user_id
-    assert len(read_preferences(file, merge=False)) == 4
 
 
 def test_an_answer_rejected_twice_counts_once(tmp_path, capsys):
@@ -331,13 +331,18 @@ def test_draws_depend_on_seed_epoch_and_list_alone():
     assert one.list_id != other.list_id
 
 
-def test_hints_stay_with_their_candidates():
-    one = replace(LISTS[0], hints=tuple(float(item.index) for item in LISTS[0].candidates))
+def test_hints_and_signals_stay_where_every_candidate_has_them():
+    """Beside the positive alone they would name it: none is shown with items from the catalogue."""
+    numbers = tuple(float(item.index) for item in LISTS[0].candidates)
+    past = (1.0,) * len(LISTS[0].history)
+    one = replace(LISTS[0], hints=numbers, signals=(Signal("average", past, numbers),))
     shown = negatives().contest(one, 0)
-    own = {item.index for item in one.candidates}
-    hints = [float(item.index) if item.index in own else math.nan for item in shown.candidates]
-    assert repr(shown.hints) == repr(tuple(hints))
-    assert 0 < sum(map(math.isnan, hints)) < len(hints)
+    assert shown.hints == ()
+    assert shown.signals == (Signal("average", past, ()),)
+    shown = negatives(source="candidates", count=2).contest(one, 0)
+    own = tuple(float(item.index) for item in shown.candidates)
+    assert shown.hints == own
+    assert shown.signals == (Signal("average", past, own),)
     assert negatives().contest(LISTS[0], 0).hints == ()
 
 

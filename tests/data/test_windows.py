@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from alro_fast.data import windows
 from alro_fast.data.lists import SPLITS
+from alro_fast.data.seeds import hash_ids
 from alro_fast.data.sources.interactions import Interactions
-from alro_fast.data.windows import ListOptions, build_lists, chronological, hash_ids, plan_windows, splitmix64
+from alro_fast.data.windows import ListOptions, build_lists, chronological, plan_windows
 from alro_fast.errors import AlroFastError
 
 
@@ -59,6 +60,7 @@ options_strategy = st.builds(
     min_history=st.integers(1, 4),
     train_stride=st.none() | st.integers(1, 7),
     max_train_lists_per_user=st.none() | st.integers(1, 3),
+    test_lists=st.sampled_from([1, 1, 2, 3]),
     negatives=st.integers(0, 3),
     negatives_by=st.sampled_from(["uniform", "popularity"]),
     seed=st.integers(0, 2**40),
@@ -122,8 +124,9 @@ def check_user(user: str, lists: dict[str, list[dict]], rated: dict, options: Li
     """Held-out items are in nothing that comes before they are due, and the windows are where they should be."""
     of_user = {i: t for (u, i), (_, t) in rated.items() if u == user}
     size, least = options.list_size, options.min_history
-    assert len(lists["test"]) == (len(of_user) >= size + least)
-    assert len(lists["valid"]) == (len(of_user) >= 2 * size + least)
+    many = options.test_lists
+    assert len(lists["test"]) == sum(len(of_user) >= nth * size + least for nth in range(1, many + 1))
+    assert len(lists["valid"]) == (len(of_user) >= (many + 1) * size + least)
     in_order = [*lists["train"], *lists["valid"], *lists["test"]]
     positions = [int(one["list_id"].rsplit("-", 1)[1]) for one in in_order]
     assert [one["list_id"].rsplit("-", 1)[0] for one in in_order] == [user] * len(in_order)
@@ -136,13 +139,13 @@ def check_user(user: str, lists: dict[str, list[dict]], rated: dict, options: Li
             if one in lists["train"]:
                 assert not set(graded(one)) & set(earlier["history"])
     if lists["test"]:
-        last = set(graded(lists["test"][0]))
+        last = set(graded(lists["test"][-1]))
         rest = [t for i, t in of_user.items() if i not in last]
         assert max(rest) <= min(of_user[i] for i in last)
         assert positions[-1] == len(of_user) - size
     stride = options.train_stride or size
     starts = []
-    start = len(of_user) - 3 * size
+    start = len(of_user) - (options.test_lists + 2) * size
     while start >= least and (
         options.max_train_lists_per_user is None or len(starts) < options.max_train_lists_per_user
     ):
@@ -224,10 +227,6 @@ def test_tie_rule_is_the_stated_hash():
             assert found == expected[0] + expected[1]
             orders.append(tuple(found))
     assert len(set(orders)) == 4  # other users and other seeds order ties in other ways
-
-
-def test_mixer_matches_the_published_generator():
-    assert splitmix64(np.array([0], dtype=np.uint64)).tolist() == [0xE220A8397B1DCDAF]
 
 
 def test_presented_order_tells_nothing_of_time():
@@ -336,3 +335,11 @@ def test_bad_options(options, message):
     with pytest.raises(AlroFastError) as error:
         ListOptions(**options)
     assert message in str(error.value)
+
+
+def test_several_test_lists_are_said_in_the_rule_and_one_leaves_the_manifest_alone():
+    assert ListOptions().split_rule == windows.SPLIT_RULE
+    assert "test_lists" not in ListOptions().recorded
+    several = ListOptions(test_lists=3)
+    assert "the last 3 x list_size ratings are 3 test lists one after the other" in several.split_rule
+    assert several.recorded["test_lists"] == 3

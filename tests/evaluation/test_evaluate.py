@@ -26,6 +26,8 @@ from alro_fast.prompts import PromptBuilder, add_item_tokens
 from alro_fast.ranking.orders import Ranking
 from alro_fast.ranking.ranker import Ranker
 
+CHEAP = ("random", "popularity", "mean_rating", "shrunk_mean", "biased_mf")
+
 
 @pytest.fixture(scope="module")
 def lists():
@@ -84,7 +86,7 @@ def test_the_table_names_every_convention(lists, prepared):
     scorers = baseline_scores(prepared, lists) | {"tuned": lambda given: [np.arange(len(e.ratings)) for e in given]}
     scorers["untuned"] = [np.zeros(len(entry.ratings)) for entry in lists]
     found = evaluate_lists(lists, scorers, prepared=prepared)
-    assert list(found.per_list) == ["random", "popularity", "mean_rating", "untuned", "tuned"]
+    assert list(found.per_list) == [*CHEAP, "untuned", "tuned"]
     table = found.table()
     for words in (
         "test: 23 lists of 22 users", "NDCG@1", "NDCG@10", "lists/s", "mean rating", "2^rating - 1", "averaged",
@@ -133,16 +135,16 @@ def test_oracle_comes_from_its_file(lists, prepared, tmp_path):
     frame = pl.DataFrame({"list_id": [entry.list_id for entry in lists], "scores": [row.tolist() for row in known]})
     stand_in = SimpleNamespace(path=tmp_path, train_count=prepared.train_count, train_mean=prepared.train_mean)
     frame[::-1].write_parquet(tmp_path / "oracle.parquet")
-    found = baseline_scores(stand_in, lists)["oracle"]
+    found = baseline_scores(stand_in, lists, "none")["oracle"]
     for one, two in zip(found, known, strict=True):
         np.testing.assert_array_equal(one, two)
     names = list(evaluate_lists(lists, {"oracle": found, "tuned": known, "random": known}).per_list)
     assert names == ["random", "tuned", "oracle"]
     frame[:3].write_parquet(tmp_path / "oracle.parquet")  # speaks of other lists: no such row
-    assert "oracle" not in baseline_scores(stand_in, lists)
+    assert "oracle" not in baseline_scores(stand_in, lists, "none")
     frame.rename({"scores": "score"}).write_parquet(tmp_path / "oracle.parquet")
     with pytest.raises(AlroFastError, match="expected the columns list_id and scores"):
-        baseline_scores(stand_in, lists)
+        baseline_scores(stand_in, lists, "none")
 
 
 def test_scores_of_another_shape_are_refused(lists):
@@ -166,7 +168,7 @@ def test_results_json(lists, tmp_path):
 
 def test_the_command_writes_what_it_measured(evaluated, adapter, prepared, lists):
     document = json.loads((evaluated / "results.json").read_text())
-    assert list(document) == ["random", "popularity", "mean_rating", "untuned", "tuned", "about"]
+    assert list(document) == [*CHEAP, "untuned", "tuned", "about"]
     assert document["about"]["conventions"]["gain"] == "the rating itself"
     assert "method first, 2 presentations merged by mean" in document["about"]["conventions"]["rankings"]
     assert "ratings x 2, as qrels.trec holds whole numbers" in document["about"]["conventions"]["trec"]
@@ -329,7 +331,7 @@ def test_limit_and_a_model_without_adapter(adapter, prepared, tmp_path, capsys):
     evaluate.main(f"--adapter {full} --lists {prepared.path} --limit 5 --bootstrap 0 --generate".split())
     assert not (full / "results.json").exists()  # the training run's own stays what it was
     document = json.loads((full / "evaluation" / "results.json").read_text())
-    assert list(document) == ["random", "popularity", "mean_rating", "generate", "tuned", "about"]
+    assert list(document) == [*CHEAP, "generate", "tuned", "about"]
     assert 0 <= document["about"]["generate_invalid_rate"] <= 1
     assert "untuned" not in document
     assert document["about"]["lists"] == 5
@@ -348,6 +350,42 @@ def test_ratings_with_many_decimals_are_measured_without_trec_files(adapter, lis
     assert {"results.json", "predictions.jsonl"} <= {path.name for path in out.iterdir()}
     assert not list(out.glob("*.trec"))
     assert f"written to {out}: results.json, predictions.jsonl\n" in capsys.readouterr().out
+
+
+def test_a_base_alone_is_measured_zero_shot(adapter, prepared, tmp_path, capsys):
+    """The same scores as the untuned row beside its adapter, judged against every baseline."""
+    out, base = tmp_path / "out", adapter.parent / "base"
+    evaluate.main(f"--model_name_or_path {base} --lists {prepared.path} --output_dir {out} --device cpu".split())
+    printed = capsys.readouterr().out
+    assert "untuned - biased MF, NDCG@3: " in printed
+    document = json.loads((out / "results.json").read_text())
+    assert list(document) == [*CHEAP, "untuned", "about"]
+    assert {change["first"] for change in document["about"]["comparisons"]} == {"untuned"}
+    evaluate.main(f"--adapter {adapter} --lists {prepared.path} --output_dir {tmp_path / 'tuned'} --device cpu".split())
+    beside = json.loads((tmp_path / "tuned" / "results.json").read_text())["untuned"]
+    assert {name: value for name, value in document["untuned"].items() if name != "lists_per_second"} == {
+        name: value for name, value in beside.items() if name != "lists_per_second"
+    }
+    assert (out / "run.trec").is_file()
+    words = f"--model_name_or_path {base} --lists {prepared.path} --output_dir {tmp_path / 'more'} --answer ratings"
+    evaluate.main(f"{words} --template compact --limit 3 --bootstrap 0 --baselines none --device cpu".split())
+    document = json.loads((tmp_path / "more" / "results.json").read_text())
+    assert list(document) == ["random", "untuned", "about"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--lists x", "give --adapter DIR for a tuned model, or --model_name_or_path BASE"),
+        ("--lists x --adapter a --model_name_or_path b", "nothing to measure, or two things"),
+        ("--lists x --adapter a --template movies", "--template is no option of --adapter, whose folder records it"),
+        ("--preferences x --model_name_or_path b", "--preferences is no option of --model_name_or_path, a base"),
+        ("--lists x --adapter a --baselines many", "--baselines 'many': expected one of cheap, all, none"),
+    ],
+)
+def test_what_to_measure_is_checked_first(words, said):
+    with pytest.raises(AlroFastError, match=said):
+        evaluate.main(words.split())
 
 
 def test_item_tokens_of_another_catalogue_are_refused(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from alro_fast.evaluation.metrics import bootstrap_interval
 from alro_fast.evaluation.preference_metrics import (
     Scored,
     accuracy_interval,
@@ -79,3 +80,13 @@ def test_the_interval_holds_the_mean():
     mean, low, high = accuracy_interval(records)
     assert mean == pytest.approx(0.25)
     assert low < mean < high
+
+
+def test_the_interval_is_that_of_the_user_auc():
+    """A user with many records, or many pairs, counts once, in the mean and in every resample."""
+    records = [scored("a", [0.0], [1.0] * 9) for _ in range(12)]
+    records += [scored(user, [2.0], [other]) for user, other in zip("bcdefgh", (1, 3, 1, 1, 1, 1, 1))]
+    mean, low, high = accuracy_interval(records)
+    assert mean == preference_metrics(records)["user_auc"] == pytest.approx(6 / 8)
+    assert (low, high) == bootstrap_interval(np.array([0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0]))[1:]
+    assert high == 1.0

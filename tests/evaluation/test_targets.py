@@ -109,6 +109,26 @@ def test_the_prepared_data_say_what_is_measured_not_the_hits(tmp_path):
     assert not has_targets(rated, "test")
 
 
+def test_users_without_a_list_count_as_misses(tmp_path):
+    """Three users have a target; one has seen all that can be retrieved: no list, and still one of the three."""
+    held = [replace(one, user_id=f"u{n}", list_id=f"l{n}") for n, one in enumerate(lists_with_targets([0, None]))]
+    rows = {"split": ["test"] * 3, "user_id": ["u0", "u1", "u2"], "item": [0, 1, 2], "place": [1, 80, None]}
+    targets = pl.DataFrame(rows, schema=TARGET_SCHEMA)
+    write_prepared(tmp_path / "first", catalogue(400), {"test": held}, targets=targets)
+    prepared = open_prepared(tmp_path / "first")
+    scores = {"tuned": [-np.arange(10.0)] * 2}
+    found = evaluate_rankers(prepared.lists("test"), scores, targets=True, prepared=prepared)
+    assert found.ceiling == found.mean("tuned", "hr@1") == found.mean("retriever", "mrr") == pytest.approx(1 / 3)
+    assert found.within("tuned", "hr@1") == 1.0
+    assert list(found.users) == ["u0", "u1", "u2"]
+    assert "test: 3 users, of whom 1 have their target" in found.table()
+    assert found.to_json()["about"]["lists"] == 3
+    some = evaluate_rankers(
+        [prepared.lists("test")[0]], {"tuned": scores["tuned"][:1]}, targets=True, prepared=prepared
+    )
+    assert some.ceiling == 1.0  # lists drawn from a split speak of their own users alone
+
+
 def test_all_targets_missed_is_zero(tmp_path):
     lists = lists_with_targets([None] * 5)
     scores = {"tuned": np.random.default_rng(0).normal(size=(5, 10)), "untuned": np.zeros((5, 10))}

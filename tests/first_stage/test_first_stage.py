@@ -14,7 +14,7 @@ from made_ratings import taste_rows
 
 from alro_fast import first_stage, prepare
 from alro_fast.cli import run
-from alro_fast.data.lists import FILES, HINTED_SCHEMA, OPTIONAL_FILES, TARGET_SCHEMA, open_prepared
+from alro_fast.data.lists import FILES, LIST_SCHEMA, OPTIONAL_FILES, TARGET_SCHEMA, open_prepared
 from alro_fast.errors import AlroFastError
 
 pytest.importorskip("implicit")
@@ -62,7 +62,7 @@ def test_stages_folder_and_manifest(ratings, tmp_path, capsys):
     assert data.targets.schema == TARGET_SCHEMA
     assert data.targets.height == 80
     for split in ("train", "valid", "test"):
-        assert pl.read_parquet(out / f"lists-{split}.parquet").schema == HINTED_SCHEMA
+        assert pl.read_parquet(out / f"lists-{split}.parquet").schema == LIST_SCHEMA | {"hints": pl.List(pl.Float32)}
     hits = sum(any(not math.isnan(r) for r in one.ratings) for one in data.lists("test"))
     places = data.targets.filter(pl.col("split") == "test")["place"]
     assert hits == (places <= 10).sum()

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from made_ratings import interactions, taste_rows
 
-from alro_fast.data.first_stage import rating_model
+from alro_fast.data import rating_model
+from alro_fast.data.first_stage.hints import FoldedModels
 from alro_fast.data.first_stage.likes import split_likes
-from alro_fast.data.first_stage.rating_model import FoldedModels, fit_ratings
+from alro_fast.data.rating_model import fit_ratings
 
 SPLIT = split_likes(interactions(taste_rows(), 60), 4.0, 0)
 

@@ -162,8 +162,12 @@ def test_metrics_by_hand():
     ("name", "options", "said"),
     [
         ("svd", {}, "unknown retriever 'svd'; expected one of als, bpr, item-knn"),
-        ("als", {"neighbours": 5}, "--neighbours is no option of retriever als .it has: --factors, --iterations"),
-        ("popularity", {"factors": 5}, "--factors is no option of retriever popularity .it has: none."),
+        ("als", {"neighbours": 5}, "--neighbours is no option of retriever als .it is read by item-knn, item-bm25."),
+        (
+            "popularity",
+            {"factors": 5},
+            "--factors is no option of retriever popularity .it is read by als, bpr, sasrec.",
+        ),
         ("bpr", {"factors": 0}, "--factors 0; expected a number above 0"),
         ("als", {"regularization": -1.0}, "--regularization -1; expected a number above 0"),
     ],

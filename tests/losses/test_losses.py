@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from alro_fast.losses import alro as losses
 from alro_fast.losses import reference
 from alro_fast.losses.alro import ALROLoss, alro_loss, alro_loss_from_logits
 from alro_fast.losses.lists import ALROCounts, RankingLists, alro_counts
+from alro_fast.ops import dispatch
 
 ROWS, H, V = 34, 16, 61
 SIZES, TWIN = [5, 5, 4, 4, 1, 1, 3, 0], [-1, 0, -1, 2, -1, 4, -1, -1]
@@ -243,17 +245,62 @@ def test_compiles_without_a_graph_break():
 
 
 def test_one_joint_pass_serves_both_orders(monkeypatch):
-    """Every term, whole-vocabulary divergence included, in one call of `vocab_pass` over all rows."""
+    """Every term, whole-vocabulary divergence included, in one call of a vocabulary pass over all rows."""
     from alro_fast.ops.backends import eager
 
     seen = []
-    original = eager.vocab_pass
-    monkeypatch.setattr(eager, "vocab_pass", lambda *a, **k: seen.append(len(a[0])) or original(*a, **k))
+    for name in ("vocab_pass", "paired_vocab_pass"):
+        original = getattr(eager, name)
+        monkeypatch.setattr(
+            eager, name, lambda *a, _f=original, _n=name, **k: seen.append((_n, len(a[0]))) or _f(*a, **k)
+        )
     hidden, weight, _, labels, lists = batch()
     for space in losses.SPACES:
         hidden = hidden.detach().requires_grad_()
         alro_loss(hidden, weight, labels, lists, psl_space=space, backend="eager", **WEIGHTS).loss.backward()
-    assert seen == [ROWS, ROWS]
+    assert seen == [("vocab_pass", ROWS), ("paired_vocab_pass", ROWS)]
+
+
+def jensen_shannon(p, q, log_p, log_q):
+    """As an entry of eager's DIVERGENCES: the divergence per row, and its gradients in the logits of P and of Q."""
+    log_m = ((p + q) / 2).clamp(min=1e-30).log()
+    by_p, by_q = p * (log_p - log_m) / 2, q * (log_q - log_m) / 2
+    share_p, share_q = by_p.sum(dim=2, keepdim=True), by_q.sum(dim=2, keepdim=True)
+    return (share_p + share_q).squeeze(2), by_p - p * share_p, by_q - q * share_q
+
+
+def test_a_new_divergence_takes_the_definition_and_the_eager_backend(monkeypatch, caplog):
+    """Nothing else: `auto` brings it to eager and says so once, a backend that does not declare it refuses it."""
+
+    def defined(log_p, log_q):
+        log_m = ((log_p.exp() + log_q.exp()) / 2).log()
+        return (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1) / 2
+
+    hidden, weight, _, labels, lists = batch()
+    options = {"psl": "js", "psl_detach": False, **WEIGHTS}
+    with pytest.raises(AlroFastError, match="psl is 'js'; expected one of kl, ce, symmetric"):
+        alro_loss(hidden, weight, labels, lists, **options)
+    monkeypatch.setitem(reference.DIVERGENCES, "js", defined)
+    monkeypatch.setitem(ops.DIVERGENCES, "js", jensen_shannon)
+    dispatch._say_once_declined.cache_clear()
+    with caplog.at_level(logging.INFO, logger="alro_fast.ops"):
+        for form in (lists, batch("ratings")[-1]):
+            leaf, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+            out = alro_loss(leaf, weight, labels, form, **options)
+            wanted = reference.alro_loss(exact, weight.double(), labels, form, **options)
+            torch.testing.assert_close(out.permutation.double(), wanted.permutation, atol=1e-6, rtol=1e-5)
+            out.permutation.backward()
+            wanted.permutation.backward()
+            torch.testing.assert_close(leaf.grad.double(), exact.grad, atol=1e-6, rtol=1e-4)
+    assert out.permutation > 1e-3
+    fast = ops.available_backends("cpu")[0]
+    said = [record.message for record in caplog.records if "'js'" in record.message]
+    assert said == ([] if fast == "eager" else [f"backend eager serves divergence 'js', which {fast} does not"])
+    for name in set(ops.available_backends("cpu")) - {"eager"}:
+        with pytest.raises(AlroFastError, match=f"backend '{name}' does not serve divergence 'js': use 'auto'"):
+            alro_loss(hidden, weight, labels, lists, backend=name, **options)
+    with pytest.raises(AlroFastError, match="taken over the candidates alone; psl_space='vocab' takes one of kl, ce"):
+        alro_loss(hidden, weight, labels, lists, psl_space="vocab", **options)
 
 
 def test_training_on_the_loss_orders_the_list():

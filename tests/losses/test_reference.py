@@ -266,7 +266,7 @@ def test_divergence_gradients_by_the_formulas(kind):
 
 
 def test_unknown_divergence():
-    with pytest.raises(ValueError, match="expected kl, ce or symmetric"):
+    with pytest.raises(ValueError, match="expected one of kl, ce, symmetric"):
         reference.divergence(torch.zeros(2), torch.zeros(2), "js")
 
 

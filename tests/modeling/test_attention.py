@@ -66,11 +66,6 @@ def test_lora_and_gradient_checkpointing(family, reentrant):
     assert all("lora" in name for name, p in model.named_parameters() if p.grad is not None)
 
 
-def test_padding_changes_nothing():
-    model = use_tree_attention(make_model())
-    assert_same(model, make_trees(), pad_to_multiple=64, pad_id=5)
-
-
 def test_long_branches_go_through_chunks():
     generator = np.random.default_rng(3)
     stem = generator.integers(0, VOCABULARY, 230).tolist()
@@ -205,7 +200,7 @@ def test_rotations_that_depend_on_the_longest_branch(kind, longest, shortest, re
         with pytest.raises(AlroFastError, match=f"{kind} position embeddings change beyond 16 tokens"):
             tree_hidden_states(model, collate(trees, [0, 1]))
     else:
-        assert_same(model, trees, pad_to_multiple=64)
+        assert_same(model, trees)
 
 
 def test_an_ordinary_forward_is_refused():

@@ -150,7 +150,7 @@ def layouts(draw):
         if prefix > 1 and draw(st.booleans()):
             branches.insert(draw(st.integers(0, len(branches))), [1] * prefix)  # the prefix itself is a branch
         trees.append(Tree([Branch(ids, 1) for ids in branches]))
-    return collate(trees, range(len(trees)), pad_to_multiple=draw(st.sampled_from([1, 64])))
+    return collate(trees, range(len(trees)))
 
 
 def attention_inputs(batch, heads, kv_heads, dtype=torch.float64):
@@ -173,7 +173,7 @@ def test_bodies_agree_with_the_loop_over_branches(batch, heads, window, softcap,
     if body.startswith("varlen"):
         softcap = None
     (query, key, value), upstream = attention_inputs(batch, *heads)
-    rows = batch.answer_rows if "answers" in body else torch.arange(batch.segments.num_tokens)
+    rows = batch.answer_rows if "answers" in body else torch.arange(batch.segments.num_rows)
     results = []
     for out in (
         naive(query, key, value, batch, 0.3, window, softcap)[:, rows],
@@ -214,7 +214,7 @@ def test_gather_adds_half_precision_gradients_in_float32():
 
 def test_varlen_reads_nothing_back_from_the_device():
     """On the meta device any look at a tensor's values fails: the whole path, forward and backward, needs none."""
-    batch = collate(make_trees(), range(5), pad_to_multiple=16).to("meta")
+    batch = collate(make_trees(), range(5)).to("meta")
     (query, key, value), upstream = attention_inputs(batch, 4, 2)
     query, key, value = (tensor.detach().to("meta").requires_grad_() for tensor in (query, key, value))
 
@@ -241,7 +241,7 @@ def test_a_whole_model_on_the_varlen_body(family, monkeypatch):
     monkeypatch.setattr(attention.cpp_attention, "serves", lambda *_: False)
     monkeypatch.setattr(attention, "cascade_attention", body)
     monkeypatch.setattr(attention, "dense_attention", body)
-    assert_same(model, make_trees(), pad_to_multiple=32)
+    assert_same(model, make_trees())
     assert used == [False, True]
 
 
@@ -302,7 +302,7 @@ def test_the_installed_varlen_takes_our_arguments():
 def test_cuda_agrees_with_the_cpu(family, dtype):
     model = use_tree_attention(make_model(family, seed=1))
     trees = make_trees()
-    batch = collate(trees, range(len(trees)), pad_to_multiple=16)
+    batch = collate(trees, range(len(trees)))
     hidden = tree_hidden_states(model, batch)
     expected = gradients(model, hidden)
     on_device = copy.deepcopy(model).to("cuda", dtype)

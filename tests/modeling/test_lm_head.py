@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from alro_fast.errors import AlroFastError
-from alro_fast.modeling.lm_head import check_head, fused_head, head_of
+from alro_fast.modeling.lm_head import fused_head, head_of, prove_head
 
 SIZES = {
     "vocab_size": 97,
@@ -151,7 +151,7 @@ def test_an_unknown_change_of_logits_is_refused():
     model = tiny("Cohere")
     model.config.logit_scale = 1.0  # the configuration no longer tells what the model does
     with pytest.raises(AlroFastError, match="changes its logits"):
-        check_head(model)
+        prove_head(model)
 
 
 def test_models_that_cannot_be_served_are_refused():
@@ -237,7 +237,7 @@ def test_adapters_that_would_be_wrong_are_refused(options, message):
     with pytest.raises(AlroFastError, match=message):
         head_of(model)
     if "lora_dropout" in options:
-        check_head(model.eval())  # without its dropout it is exact
+        prove_head(model.eval())  # without its dropout it is exact
 
 
 def test_an_adapter_of_another_kind_is_refused():

@@ -13,11 +13,16 @@ from alro_fast.losses import alro as losses
 from alro_fast.ops.backends import eager
 
 backend = pytest.importorskip("alro_fast.ops.backends.triton")
+from alro_fast.ops.backends.gemm_work import count_gemm_work  # noqa: E402 - both need Triton
+from alro_fast.ops.backends.warmup import warmup  # noqa: E402
 
 
-def run(case: Head, **options) -> eager.VocabPass:
-    defaults = {"entropy": True, "want_expected": True, "want_spread": False, "mass_bound": 0.0}
-    return backend.vocab_pass(*case.arguments, case.first, case.second, **{**defaults, **options})
+def run(case: Head, **options) -> eager.VocabPass | eager.PairedVocabPass:
+    options = {"want_expected": True, "mass_bound": 0.0, **options}
+    of_pairs = {"entropy": options.pop("entropy", True), "want_spread": options.pop("want_spread", False)}
+    if case.first is None:
+        return backend.vocab_pass(*case.arguments, **options)
+    return backend.paired_vocab_pass(*case.arguments, case.first, case.second, **of_pairs, **options)
 
 
 @examples(20)
@@ -29,7 +34,6 @@ def test_vocab_pass_equals_its_definition(case: Head, entropy: bool, engine: str
     assert torch.allclose(got.lse.double(), z.logsumexp(1), atol=1e-5, rtol=1e-5)
     assert ((got.expected - case.expected()).abs() <= case.expected_error(dtype)).all()
     if case.first is None:
-        assert got.cross is got.mixed is got.spread is None
         return
     size = float(z.abs().max())
     assert torch.allclose(got.cross.double(), case.cross(entropy), atol=2e-5 * size)
@@ -55,16 +59,19 @@ def test_weight_grad_equals_float64(case: Head, entropy: bool, want_weight: bool
     exact = [None if x is None else x.double() for x in (case.hidden, case.weight, case.bias)]
     lse = case.logits().logsumexp(1)
     cross = case.cross(entropy) if pairs else None
-    options = {"entropy": entropy, "want_weight": want_weight, "want_bias": want_bias}
-    rest = (grad_lse, grad_first, grad_second) if pairs else (grad_lse, None, None)
-    got = backend.weight_grad(
-        *case.arguments, case.first, case.second, lse.float(), None if cross is None else cross.float(), *rest,
-        **options,
-    )  # fmt: skip
-    wanted = eager.weight_grad(
-        *exact, case.softcap, case.scale, case.first, case.second, lse, cross,
-        *(None if x is None else x.double() for x in rest), **options,
-    )  # fmt: skip
+    options = {"want_weight": want_weight, "want_bias": want_bias}
+    exact = *exact, case.softcap, case.scale
+    if pairs:
+        upstream = grad_lse, grad_first, grad_second
+        sides = case.first, case.second
+        got = backend.paired_weight_grad(
+            *case.arguments, *sides, lse.float(), cross.float(), *upstream, entropy=entropy, **options
+        )
+        upstream = (x.double() for x in upstream)
+        wanted = eager.paired_weight_grad(*exact, *sides, lse, cross, *upstream, entropy=entropy, **options)
+    else:
+        got = backend.weight_grad(*case.arguments, lse.float(), grad_lse, **options)
+        wanted = eager.weight_grad(*exact, lse, grad_lse.double(), **options)
     for mine, reference in zip(got, wanted):
         assert (mine is None) == (reference is None)
         if mine is not None:
@@ -77,8 +84,7 @@ def test_gradients_of_a_mean_over_many_tokens_fit_float16() -> None:
     case = head(16, 24, 200, torch.float16, spread=1.0)
     grad_lse = torch.full((16,), 1e-6, device=DEVICE)
     lse = case.logits().logsumexp(1)
-    options = {"entropy": True, "want_weight": True, "want_bias": False}
-    got, _ = backend.weight_grad(*case.arguments, None, None, lse.float(), None, grad_lse, None, None, **options)
+    got, _ = backend.weight_grad(*case.arguments, lse.float(), grad_lse, want_weight=True, want_bias=False)
     wanted = 1e-6 * case.logits().softmax(1).T @ case.hidden.double()
     assert (got - wanted).abs().max() <= 2e-3 * wanted.abs().max()
 
@@ -103,7 +109,7 @@ def joint(case: Head, **options) -> tuple[float, eager.VocabPass]:
     half = len(case.hidden) // 2
     case.first = torch.arange(half, device=DEVICE)
     case.second = case.first + half
-    with backend.count_gemm_work() as work:
+    with count_gemm_work() as work:
         result = run(case, **options)
     return work.units(*case.logits().shape), result
 
@@ -158,7 +164,7 @@ def test_peaked_rows_take_little_more_than_one_product_as_shipped(
     start = int(place * 100) * width
     case = peaked(rows, 100 * width, list(range(start, start + width)))
     monkeypatch.setattr(backend.row_kernel, "advance", advance_in_torch)
-    with backend.count_gemm_work() as work:
+    with count_gemm_work() as work:
         result = run(case, mass_bound=2.0**-12, engine="tiled", config=config)
     assert work.units(*case.logits().shape) <= 1.2
     lost = (result.expected - case.expected()).norm(dim=1)
@@ -168,7 +174,7 @@ def test_peaked_rows_take_little_more_than_one_product_as_shipped(
 def test_statistics_alone_take_one_product() -> None:
     case = head(20, 32, 640)
     for engine in ("tiled", "fused"):
-        with backend.count_gemm_work() as work:
+        with count_gemm_work() as work:
             run(case, want_expected=False, engine=engine)
         assert work.units(20, 640) == 1.0
 
@@ -265,7 +271,7 @@ def test_devices_and_dtypes_it_cannot_serve() -> None:
 
 def test_warmup_runs_every_engine(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        assert backend.warmup(16, 150, dtype=torch.float32, rows=(4,), candidates=(3,), device=DEVICE) > 0
+        assert warmup(16, 150, dtype=torch.float32, rows=(4,), candidates=(3,), device=DEVICE) > 0
     assert "warmup 1/1" in caplog.text
 
 
@@ -289,7 +295,7 @@ def test_a_step_compiles_nothing_that_warmup_has_not(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(interpreter.InterpretedFunction, "run", launch)
     options = {"rows": (32,), "candidates": (10,), "trainable": True, "bias": True}
-    backend.warmup(16, 70, dtype=torch.bfloat16, device=DEVICE, **options)
+    warmup(16, 70, dtype=torch.bfloat16, device=DEVICE, **options)
     warm = frozenset(compiled)
     lists = random_list_tensors([16, 16], [-1, 0], rows=33, vocab=70)
     case = head(33, 16, 70, torch.bfloat16, bias=True)

@@ -21,7 +21,7 @@ if torch.cuda.is_available():
     from alro_fast.ops.backends import triton as backend
 
 HALF = torch.bfloat16
-OPTIONS = {"entropy": True, "want_expected": True, "want_spread": False, "mass_bound": 0.0}
+PAIRED = {"entropy": True, "want_expected": True, "want_spread": False, "mass_bound": 0.0}
 
 
 @pytest.mark.parametrize("engine", ["tiled", "fused"])
@@ -30,14 +30,19 @@ OPTIONS = {"entropy": True, "want_expected": True, "want_spread": False, "mass_b
 def test_vocab_pass_equals_float64(rows: int, size_h: int, vocab: int, dtype: torch.dtype, engine: str) -> None:
     softcap = 10.0 if rows == 129 else None
     case = head(rows, size_h, vocab, dtype, bias=rows > 1, softcap=softcap, pairs=rows // 3, seed=rows)
-    got = backend.vocab_pass(*case.arguments, case.first, case.second, engine=engine, **OPTIONS)
+
+    def passed():
+        if case.first is None:
+            return backend.vocab_pass(*case.arguments, want_expected=True, mass_bound=0.0, engine=engine)
+        return backend.paired_vocab_pass(*case.arguments, case.first, case.second, engine=engine, **PAIRED)
+
+    got = passed()
     assert torch.allclose(got.lse.double(), case.logits().logsumexp(1), atol=1e-5, rtol=1e-5)
     assert ((got.expected - case.expected()).abs() <= case.expected_error(dtype)).all()
     if case.first is not None:
         size = float(case.logits().abs().max())
         assert torch.allclose(got.cross.double(), case.cross(True), atol=2e-5 * size)
-    again = backend.vocab_pass(*case.arguments, case.first, case.second, engine=engine, **OPTIONS)
-    assert all(one is two is None or torch.equal(one, two) for one, two in zip(got, again))
+    assert all(one is two is None or torch.equal(one, two) for one, two in zip(got, passed()))
 
 
 @pytest.mark.parametrize("mass_bound", [0.0, 1e-3])
@@ -98,7 +103,7 @@ def test_more_than_two_to_the_31_logits(engine: str) -> None:
     case = head(rows, 64, vocab, HALF)
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    got = backend.vocab_pass(*case.arguments, None, None, engine=engine, **{**OPTIONS, "mass_bound": 1e-3})
+    got = backend.vocab_pass(*case.arguments, want_expected=True, mass_bound=1e-3, engine=engine)
     assert torch.cuda.max_memory_allocated() - held < 0.05 * 4 * rows * vocab
     for part in (slice(0, 8), slice(rows - 8, rows)):
         z = case.hidden[part].double() @ case.weight.double().T
@@ -115,9 +120,7 @@ def test_a_weight_of_more_than_two_to_the_31_elements() -> None:
     assert weight.numel() > 2**31
     hidden = torch.randn(4, size_h, dtype=HALF, device="cuda")
     stats = [
-        backend.vocab_pass(
-            hidden, weight, None, None, 1.0, None, None, engine=engine, **{**OPTIONS, "want_expected": False}
-        ).lse
+        backend.vocab_pass(hidden, weight, None, None, 1.0, want_expected=False, mass_bound=0.0, engine=engine).lse
         for engine in ("tiled", "fused")
     ]
     z = torch.cat([hidden.double() @ part.double().T for part in weight.split(10_000)], dim=1)

@@ -18,6 +18,7 @@ from prompt_cases import (
     sentencepiece_bpe,
     starts_with,
     tokenizer_of,
+    with_signals,
 )
 from transformers import PreTrainedTokenizerFast
 
@@ -39,7 +40,8 @@ def encode(kind, identifiers, text):
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_the_tokenizers_ids_of_the_whole_text(kind, identifiers, template):
     builder = builder_of(kind, identifiers, template)
-    for one, order in [(make_list(), None), (make_list(10, 20), range(9, -1, -1)), (make_list(1, 0), None)]:
+    lists = [(make_list(), None), (make_list(10, 20), range(9, -1, -1)), (make_list(1, 0), None)]
+    for one, order in [*lists, (with_signals(make_list(6, 5)), [3, 1, 5, 0, 2, 4])]:
         prompt, answer = builder.text(one, order)
         built = builder.ranking(one, order)
         whole = encode(kind, identifiers, prompt + answer + END.get(kind, "</s>"))

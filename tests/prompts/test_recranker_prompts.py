@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from itertools import chain
@@ -176,6 +177,15 @@ def test_saved_and_loaded(tmp_path):
         RecRankerPrompts.load(tmp_path, TOKENIZER)
     with pytest.raises(AlroFastError, match="holds no prompt settings"):
         RecRankerPrompts.load(tmp_path / "none", TOKENIZER)
+
+
+def test_tokens_other_than_the_recorded_ones_are_refused(tmp_path):
+    RecRankerPrompts(TOKENIZER, "movies").save(tmp_path)
+    settings = tmp_path / "recranker.json"
+    record = json.loads(settings.read_text())
+    settings.write_text(json.dumps(record | {"grade_ids": record["grade_ids"][::-1]}))
+    with pytest.raises(AlroFastError, match=r"recranker\.json does not fit prompt_template\.yaml beside it"):
+        RecRankerPrompts.load(tmp_path, TOKENIZER)
 
 
 def test_what_cannot_be_asked_is_said():

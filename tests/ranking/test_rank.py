@@ -19,6 +19,8 @@ from alro_fast.data.lists import write_prepared
 from alro_fast.data.records import RankingList
 from alro_fast.errors import AlroFastError
 from alro_fast.prompts import PromptBuilder, add_item_tokens
+from alro_fast.ranking.documents import catalogue as catalogue_of
+from alro_fast.ranking.documents import parse_list
 from alro_fast.ranking.ranker import Ranker
 
 HEAT = {
@@ -56,7 +58,7 @@ def test_orders_candidates_and_passes_ids_through(capsys, adapter):
     scores = [entry["score"] for entry in line["ranking"]]
     assert scores == sorted(scores, reverse=True)
     assert np.exp(scores).sum() == pytest.approx(1)
-    direct = Ranker.load(adapter, device="cpu").rank([rank.parse_list(HEAT, 1)])[0]
+    direct = Ranker.load(adapter, device="cpu").rank([parse_list(HEAT, 1)])[0]
     assert scores == pytest.approx([direct.scores[i] for i in direct.order], abs=1e-6)
 
 
@@ -106,19 +108,6 @@ def test_keys_that_are_not_read_and_whole_characters_are_fine(capsys, adapter):
     assert {entry["title"] for entry in line["ranking"]} == {"\U0001f600", "B"}
 
 
-def test_hints_are_read_and_checked():
-    hinted = json.loads(json.dumps(HEAT))
-    hinted["candidates"][1]["hint"] = 2
-    found = rank.parse_list(hinted, 1)
-    assert repr(found.hints) == "(nan, 2.0, nan)"
-    assert rank.parse_list(HEAT, 1).hints == ()
-    hinted["candidates"][2]["hint"] = "good"
-    with pytest.raises(
-        AlroFastError, match=r"""list 1, candidate 3: expected a "hint" that is a number, found the text"""
-    ):
-        rank.parse_list(hinted, 1)
-
-
 @pytest.mark.parametrize("options", [("--method", "beam", "--beams", "2"), ("--shuffles", "3", "--merge", "kemeny")])
 def test_options_reach_the_ranker(capsys, adapter, options):
     (line,) = ranked(capsys, adapter, HEAT, *options)
@@ -164,73 +153,19 @@ def test_a_model_with_a_token_per_item(capsys, tmp_path):
     direct = Ranker(tiny_llama(len(tokenizer)), tokenizer, prompts).rank([stored])[0]
     assert [entry["id"] for entry in line["ranking"]] == [stored.candidates[i].item_id for i in direct.order]
     assert [entry["score"] for entry in line["ranking"]] == pytest.approx(sorted(direct.scores)[::-1], abs=1e-5)
-    rank.catalogue.cache_clear()
+    catalogue_of.cache_clear()
     with pytest.raises(AlroFastError, match="candidates 1: id None is not in the catalogue"):
         ranked(capsys, tmp_path, {"candidates": [{"title": "new"}]})
 
 
-MANY = [{"id": "a", "title": "One"}, {"title": "Two"}, {"id": "a", "title": "Three"}]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "standard input is empty"),
-        ("not json", "standard input is not JSON"),
-        ('{"candidates": [{"title": "A"}]}\n{"candidates":', "standard input, line 2 is not JSON"),
-        ("[]", "empty array"),
-        ("[3]", 'list 1: expected an object with "history" and "candidates", found a number'),
-        ('{"history": []}', "list 1: no candidates"),
-        ('{"candidates": []}', "list 1: no candidates"),
-        ('{"candidates": "A"}', "list 1: the text 'A' as \"candidates\""),
-        ('{"candidates": [{"title": "A"}], "history": {}}', 'list 1: an object as "history"'),
-        ('{"candidates": ["A"]}', "list 1, candidate 1: expected an object"),
-        (
-            '{"candidates": [{"title": " "}]}',
-            'candidate 1: expected a "title" that is a non-empty text, found',
-        ),
-        ('{"candidates": [{"title": "A", "category": 3}]}', 'candidate 1: "category" is a number'),
-        ('{"candidates": [{"title": "A", "id": true}]}', 'candidate 1: "id" is true or false'),
-        ('{"candidates": [{"title": "A"}], "history": [{"title": "B"}]}', 'history 1: expected a "rating"'),
-        (
-            '{"candidates": [{"title": "A"}], "history": [{"title": "B", "rating": NaN}]}',
-            'history 1: expected a "rating"',
-        ),
-        ('{"histroy": [], "candidates": [{"title": "A"}]}', "list 1: unknown key 'histroy'; did you mean 'history'?"),
-        ('{"candidates": [{"title": "A", "Title": "B"}]}', "candidate 1: unknown key 'Title'; did you mean 'title'?"),
-        ('{"candidates": [{"title": "A", "x": 1}]}', "candidate 1: unknown key 'x'; expected some of id, title,"),
-        (
-            '{"candidates": [{"title": "A"}], "history": [{"title": "B", "ratings": 3}]}',
-            "history 1: unknown key 'ratings'; did you mean 'rating'?",
-        ),
-        ('{"candidates": [{"title": "A\\ud800"}]}', "list 1: '\\ud800' is half a character"),
-        ('{"candidates": [{"title": "A", "id": "\\udc00"}]}', "list 1: '\\udc00' is half a character"),
-        (
-            '{"candidates": [{"title": "A", "hint": %s}]}' % ("9" * 400),
-            'candidate 1: expected a "hint" that is a number',
-        ),
-        (
-            '{"candidates": [{"title": "A"}], "history": [{"title": "B", "rating": %s}]}' % ("9" * 400),
-            'history 1: expected a "rating" that is a number, found one of hundreds of digits',
-        ),
-        ('{"candidates": [{"title": "A", "rating": true}], "history": 0}', 'list 1: a number as "history"'),
-        ('{"candidates": [{"title": "A", "hint": true}]}', "found true or false"),
-        ('{"candidates": [{"title": "A", "hint": %s}]}' % ("9" * 5000), "holds a number of thousands of digits"),
-        ('{"candidates": []}\n{"candidates": %s}' % ("9" * 5000), "line 2 holds a number of thousands of digits"),
-        ("[" * 100_000, "standard input is nested too deeply"),
-        (json.dumps({"candidates": MANY}), "list 1: candidates 1 and 3 have the same id 'a'"),
-    ],
-)
-def test_bad_input_is_one_clear_line(capsys, text, message):
-    sys.stdin, former = io.StringIO(text), sys.stdin
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            run(rank.main, ["--adapter", "nowhere"])  # found before the model is looked for
-    finally:
-        sys.stdin = former
+def test_bad_input_is_one_clear_line_before_the_model_is_looked_for(capsys, monkeypatch):
+    """tests/ranking/test_documents.py has what else is said of documents."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"candidates": []}'))
+    with pytest.raises(SystemExit) as stopped:
+        run(rank.main, ["--adapter", "nowhere"])
     printed = capsys.readouterr()
     assert stopped.value.code == 2
-    assert message in printed.err
+    assert printed.err.startswith("error: list 1: no candidates")
     assert printed.err.count("\n") == 1
     assert not printed.out
 

@@ -20,8 +20,9 @@ from alro_fast.prompts import PromptBuilder
 from alro_fast.ranking import decoding, reading
 from alro_fast.ranking import ranker as ranking
 from alro_fast.ranking.decoding import decode, ordinary_attention, token_logits
+from alro_fast.ranking.options import METHODS
 from alro_fast.ranking.orders import MERGES, Ranking, kemeny_order, merge, presentations, slide
-from alro_fast.ranking.ranker import METHODS, Ranker, expected_slots
+from alro_fast.ranking.ranker import Ranker, expected_slots
 
 TOKENIZER = byte_tokenizer()
 PROMPTS = PromptBuilder(TOKENIZER, "movies")

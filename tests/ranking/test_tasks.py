@@ -10,15 +10,17 @@ import pytest
 import torch
 from tiny import byte_tokenizer, random_lists, tiny_llama
 
+from alro_fast.data.seeds import generator
 from alro_fast.errors import AlroFastError
 from alro_fast.prompts import PromptBuilder
 from alro_fast.prompts.recranker import Ask, RecRankerPrompts
 from alro_fast.ranking import reading as reading_module
 from alro_fast.ranking.hybrid import HYBRIDS, pairs_of, utilities, win_shares
-from alro_fast.ranking.orders import generator_of, presentations
+from alro_fast.ranking.options import TASK_METHODS
+from alro_fast.ranking.orders import presentations
 from alro_fast.ranking.ranker import Ranker
 from alro_fast.ranking.task_generation import generate_tasks
-from alro_fast.ranking.tasks import TASK_METHODS, read_tasks
+from alro_fast.ranking.tasks import read_tasks
 
 TOKENIZER = byte_tokenizer()
 MODEL = tiny_llama(len(TOKENIZER))
@@ -58,7 +60,7 @@ def test_readings_are_those_of_the_unshared_prompts(kind):
     np.testing.assert_allclose(reading.grades, expected, atol=1e-5)
 
     for b in range(2):
-        pairs = pairs_of(6, "matching", generator_of(entry, 7, b))
+        pairs = pairs_of(6, "matching", generator(7, b, name=entry.list_id))
         chances = []
         for first, second in pairs:
             one, other = prompts.encode([Ask(entry, pairs=[(first, second), (second, first)])])[0].pairs
@@ -134,7 +136,7 @@ def test_more_candidates_than_letters(size):
     parts = [entry.select(range(start, start + 40)) for start in range(0, size, 40)]
     alone = np.concatenate([one.scores for one in RANKER.rank(parts, method="pointwise")])
     np.testing.assert_allclose(found["pointwise"].scores, alone, atol=1e-5)
-    pairs = pairs_of(size, "matching", generator_of(entry, 0, 0))
+    pairs = pairs_of(size, "matching", generator(0, 0, name=entry.list_id))
     two = RANKER.rank([entry.select(pair) for pair in pairs], method="pairwise")
     wins = win_shares(size, pairs, [one.scores[0] for one in two])
     np.testing.assert_allclose(found["pairwise"].scores, wins, atol=1e-5)
@@ -172,7 +174,7 @@ def test_what_cannot_be_read_is_said():
 def test_generated_answers_are_parsed_as_the_release_does(monkeypatch):
     """Texts set by hand: an unreadable grade is the middle one, pairs whose orders disagree are halved, five listed."""
     (entry,) = hinted(1)
-    pairs = pairs_of(6, "matching", generator_of(entry, 0, 0))
+    pairs = pairs_of(6, "matching", generator(0, 0, name=entry.list_id))
     texts = ["9", "I say 7.", "?", "0", "8", "8"]  # 5, 4, middle of the scale, 0.5, 4.5, 4.5 stars
     texts += [" Yes", " No", " Yes", " Yes", " what", " No"]  # first wins; undecided; half and half with first winning
     texts.append(" B A Z B F")

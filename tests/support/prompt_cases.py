@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from functools import cache
@@ -10,7 +11,7 @@ from itertools import takewhile
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from alro_fast.data.records import Item, RankingList
+from alro_fast.data.records import Item, RankingList, Signal
 from alro_fast.prompts import PromptBuilder, add_item_tokens
 from alro_fast.prompts.template import TEMPLATES
 
@@ -187,6 +188,22 @@ def builder_of(kind, identifiers="letters", template="movies", max_length=None):
 
 def make_item(index, title=None, category="Comedy|Drama"):
     return Item(index, f"id{index:03d}", f"Movie {index} ({1950 + index})" if title is None else title, category)
+
+
+def with_signals(one):
+    """The list with an average and a count beside every item, a hint beside candidates, some of them unknown."""
+
+    def numbers(items, start):
+        return tuple(NAN if i % 4 == 3 else start + 0.7 * i % 4 for i in range(len(items)))
+
+    def counts(items):
+        return tuple(NAN if i % 4 == 3 else float(7**i) for i in range(len(items)))
+
+    signals = (
+        Signal("average", numbers(one.history, 1.2), numbers(one.candidates, 0.8)),
+        Signal("count", counts(one.history), counts(one.candidates)),
+    )
+    return dataclasses.replace(one, hints=(*numbers(one.candidates[:-1], 2.0), 3.25), signals=signals)
 
 
 def make_list(m=5, history=4, ratings=None, titles=()):

@@ -100,11 +100,11 @@ def gradients(model, hidden):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(model, trees, tolerance=1e-5, **collate_options):
+def assert_same(model, trees, tolerance=1e-5):
     plain = plain_copy(model)
     expected = branch_by_branch(plain, trees)
     expected_gradients = gradients(plain, expected)
-    hidden = tree_hidden_states(model, collate(trees, range(len(trees)), **collate_options))
+    hidden = tree_hidden_states(model, collate(trees, range(len(trees))))
     assert hidden.dtype == expected.dtype
     torch.testing.assert_close(hidden, expected, atol=tolerance, rtol=tolerance)
     found = gradients(model, hidden)

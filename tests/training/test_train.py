@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ from safetensors.torch import load_file
 from tiny import catalogue, random_lists, refused, save_base
 
 from alro_fast import cli, train
-from alro_fast.data.lists import write_prepared
+from alro_fast.data.lists import open_prepared, write_prepared
+from alro_fast.data.records import Signal
 from alro_fast.modeling import attention
 from alro_fast.ranking import reading
 from alro_fast.ranking.ranker import Ranker
@@ -50,6 +52,52 @@ def options(folder, output, *more):
     if "--use_peft" in more:  # false, wherever it is given here
         del words["--lora_r"]
     return [str(word) for pair in words.items() for word in pair] + [str(word) for word in more]
+
+
+def with_signals(one):
+    past, new = (tuple(2.5 + item.index % 3 for item in items) for items in (one.history, one.candidates))
+    return replace(one, hints=new, signals=(Signal("average", past, new),))
+
+
+@pytest.mark.parametrize("more", [("--objective", "alro"), ("--objective", "sft", "--answer", "ratings")])
+def test_the_plan_says_which_signals_are_shown_and_they_reach_the_model(folder, capsys, more):
+    train.main(options(folder, "dry", "--dry_run", "true", *more))
+    assert "signals" not in capsys.readouterr().out
+    data = open_prepared(folder / "data")
+    splits = {split: [with_signals(one) for one in data.lists(split)] for split in ("train", "valid", "test")}
+    write_prepared(folder / "signals", data.items, splits, {"dataset": "made", "tie_rule": "none needed"})
+    more = ("--data_dir", folder / "signals", *more)
+    train.main(options(folder, "dry", "--dry_run", "true", *more))
+    assert "signals    average beside history; average, hint beside candidates\n" in capsys.readouterr().out
+    if "alro" in more:
+        train.main(options(folder, "dry", "--dry_run", "true", *more, "--template", "demo"))
+        assert "none shown: the lists carry average, hint, the template has no place" in capsys.readouterr().out
+        train.main(
+            options(folder, "dmpo", "--dry_run", "true", *more[:2], "--objective", "dmpo", "--num_negatives", "2")
+        )
+        assert "signals    average beside history\n" in capsys.readouterr().out
+    train.main(options(folder, "signalled", "--overwrite_output_dir", "true", "--max_steps", "2", *more))
+    ranker = Ranker.load(folder / "signalled")
+    one = splits["test"][0]
+    other = replace(one, hints=one.hints[::-1])
+    assert not np.array_equal(ranker.scores([one])[0], ranker.scores([other])[0])
+
+
+@pytest.mark.parametrize("objective", ["alro", "sft"])
+def test_lists_without_a_rating_are_left_out_of_grades(folder, capsys, objective):
+    """Those of a first stage whose target was missed: nothing to grade, and still ranked in the closing table."""
+    data = open_prepared(folder / "data")
+    splits = {split: list(data.lists(split)) for split in ("train", "valid", "test")}
+    for lists in splits.values():
+        lists[1] = replace(lists[1], ratings=(math.nan,) * len(lists[1].ratings))
+    write_prepared(folder / "some-unrated", data.items, splits, {"dataset": "made", "tie_rule": "none needed"})
+    more = ("--data_dir", folder / "some-unrated", "--answer", "ratings", "--objective", objective, "--max_steps", "3")
+    train.main(options(folder, "grades", "--overwrite_output_dir", "true", *more))
+    assert json.loads((folder / "grades" / "results.json").read_text())["about"]["lists"] == len(splits["test"])
+    unrated = [replace(one, ratings=(math.nan,) * len(one.ratings)) for one in splits["train"]]
+    write_prepared(folder / "unrated", data.items, splits | {"train": unrated}, {"dataset": "made"})
+    words = options(folder, "none", "--data_dir", folder / "unrated", "--answer", "ratings", "--objective", objective)
+    assert "holds no training list with a rated candidate to grade" in refused(words)
 
 
 def test_the_run_leaves_everything_it_promises(folder):

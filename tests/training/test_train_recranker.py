@@ -131,7 +131,7 @@ def test_what_a_run_leaves(run):
     for name in ("recranker.json", "prompt_template.yaml", "config.yaml", "data_manifest.json", "predictions.jsonl"):
         assert (run / name).is_file()
     document = json.loads((run / "results.json").read_text())
-    rows = ["random", "popularity", "mean_rating", "retriever", "hints"]
+    rows = ["random", "popularity", "mean_rating", "shrunk_mean", "biased_mf", "retriever", "hints"]
     assert list(document)[:-1] == [*rows, "untuned", "pointwise", "pairwise", "listwise", "tuned"]
     assert document["about"]["ceiling"] == 1.0
     conventions = document["about"]["conventions"]

@@ -44,7 +44,7 @@ FITTED = ["max_length", "max_train_lists", "max_eval_lists", "max_test_lists"]
 LISTS = ["data_dir", "template", "identifiers", *FITTED]
 SCORES = ["gamma", "score", "score_space"]
 TWINS = ["beta", "psl", "psl_space", "psl_detach"]
-ALRO = ["objective", "backend", "answer", "alpha", "sigma", "permutations", *SCORES, *TWINS]
+ALRO = ["objective", "backend", "answer", "baselines", "alpha", "sigma", "permutations", *SCORES, *TWINS]
 ANSWERS = ["preferences", "preference_answer", "num_negatives", "negatives", "negatives_from", "resample_negatives"]
 OF_LISTS = {*ANSWERS} - {"preferences"}
 DMPO = ["dpo_beta", "dmpo_variant", "reference_free", "ftx", "precompute_ref_log_probs"]
@@ -58,7 +58,7 @@ READ = {  # what each of them reads of our own options but those of the training
     "alro, no twins": [*MODEL, *LORA, *LISTS, *(set(ALRO) - set(TWINS))],
     "alro, from scratch": [*MODEL[:3], *SCRATCH, *LISTS, *ALRO],
     "alro, a later stage": [*MODEL, *LORA, "stage_adapter", *LISTS, *ALRO],
-    "sft": [*MODEL, *LORA, *LISTS, "objective", "backend", "answer", "preferences"],
+    "sft": [*MODEL, *LORA, *LISTS, "objective", "backend", "answer", "baselines", "preferences"],
     "sft on files": [*MODEL, *LORA, *FITTED, "objective", "backend", *(set(ANSWERS) - OF_LISTS), "eval_preferences"],
     "dmpo": [*MODEL, *LORA, *LISTS, "objective", "backend", *ANSWERS, *DMPO],
     "dmpo on files": [
@@ -70,7 +70,7 @@ READ = {  # what each of them reads of our own options but those of the training
     ],
     "recranker": [
         *MODEL, *LORA, *LISTS, "objective", "backend", "task_weights", "points_per_list", "pairs_per_list",
-        "position_shifting", "hybrid",
+        "position_shifting", "hybrid", "baselines",
     ],
     "stages": [*MODEL, *LORA, "stage_adapter", *LISTS, "objective", "backend", *ANSWERS, *DMPO],
 }  # fmt: skip
@@ -192,11 +192,13 @@ def test_dpos_beta_is_named_where_another_is_meant():
         parse(words("dmpo", "--beta", "0.1"))
 
 
-def test_what_the_command_line_decides_about_a_file_is_left_out():
+def test_what_the_command_line_decides_about_a_file_is_left_out(tmp_path):
     """A recipe's options for another objective, base or data than the one the command line names."""
     config = parse(["--config", "demo", "--objective", "dmpo", "--output_dir", "out"])
     assert "alpha" not in config.to_dict()
-    config = parse(["--config", "ml-latest-small", "--data_dir", "lists", "--output_dir", "out"])
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("dataset: ml-latest-small\nraw_dir: data\nhistory_length: 9\n")
+    config = parse(["--config", str(mine), "--data_dir", "lists", "--output_dir", "out"])
     assert config.data.dataset == "demo"
     more = "--model_name_or_path NAME --use_peft true --template movies --identifiers letters --data_dir lists"
     assert parse(["--config", "recranker", *more.split()]).model.scratch_hidden_size == 128

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import polars as pl
@@ -18,10 +18,10 @@ from ..prepared import FileOptions, Stages, check_output, manifest_of, read_file
 from ..records import RankingList
 from ..sources.interactions import Interactions
 from ..windows import TIE_RULE
+from .hints import FoldedModels
 from .likes import LIKE_SPLIT_RULE, LikeSplit, split_likes
 from .list_maker import ListMaker
 from .options import HintOptions
-from .rating_model import FoldedModels
 from .retrieval import Retrieved, Retriever, fit_retriever, need_libraries, retrieval_metrics, retrieve, seen_items
 from .sampling import UserSample, candidates_for_sampling, describe, sample_users
 
@@ -175,7 +175,7 @@ def _targets(name: str, interactions: Interactions, split: LikeSplit, found: Ret
         "item": split.target[name][users],
         "place": place.replace(0, None),
     }
-    return pl.DataFrame(columns).cast(TARGET_SCHEMA)
+    return pl.DataFrame(columns).cast(cast(Any, TARGET_SCHEMA))
 
 
 def _notices_of_split(split: LikeSplit, options: HintOptions, notice: Callable[[str], None]) -> None:

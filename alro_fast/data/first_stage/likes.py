@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...errors import AlroFastError
+from ..seeds import hash_ids
 from ..sources.interactions import Interactions
-from ..windows import chronological, hash_ids
+from ..windows import chronological
 
 LIKE_SPLIT_RULE = (
     "a like is a rating >= like; a user's ratings in time order; with min_likes likes or more the last like is the "

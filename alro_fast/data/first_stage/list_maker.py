@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,10 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ...errors import AlroFastError
+from .. import seeds
+from ..item_draws import first_new
 from ..records import Item, RankingList
 from ..sources.interactions import Interactions
+from .hints import FoldedModels
 from .likes import LikeSplit
-from .rating_model import FoldedModels
 from .retrieval import Retrieved
 
 if TYPE_CHECKING:
@@ -104,13 +105,8 @@ class ListMaker:
         if left < 4 * count:
             others = np.setdiff1d(self.rated_items, mine)
             return generator.choice(others, min(count, left), replace=False)
-        taken, drawn = set(mine.tolist()), []
-        while len(drawn) < count:
-            item = int(self.rated_items[generator.integers(len(self.rated_items))])
-            if item not in taken:
-                taken.add(item)
-                drawn.append(item)
-        return np.array(drawn, dtype=np.int64)
+        proposals = (int(self.rated_items[generator.integers(len(self.rated_items))]) for _ in itertools.count())
+        return np.array(first_new(proposals, count, set(mine.tolist())), dtype=np.int64)
 
     def _past(self, user: int, rows: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         others = np.setdiff1d(np.arange(*self.split.offsets[user : user + 2]), rows)
@@ -147,5 +143,4 @@ class ListMaker:
 
     def _generator(self, name: str, purpose: str | int) -> np.random.Generator:
         """Draws of one list: they depend on nothing but the seed and its name."""
-        digest = hashlib.blake2b(f"{purpose}/{name}".encode(), digest_size=8).digest()
-        return np.random.default_rng([self.options.seed, 3, int.from_bytes(digest, "little")])
+        return seeds.generator(self.options.seed, seeds.FIRST_STAGE_LISTS, name=f"{purpose}/{name}")

@@ -82,8 +82,8 @@ def resolve(name: str, options: RetrieverOptions) -> dict[str, Any]:
     given = {key: value for key, value in given.items() if value is not None}
     for key, value in given.items():
         if key not in DEFAULTS[name]:
-            has = ", ".join(f"--{k}" for k in DEFAULTS[name]) or "none"
-            raise AlroFastError(f"--{key} is no option of retriever {name} (it has: {has}); leave it out")
+            readers = ", ".join(one for one, known in DEFAULTS.items() if key in known)
+            raise AlroFastError(f"--{key} is no option of retriever {name} (it is read by {readers}); leave it out")
         if not math.isfinite(value) or value < 0 or (value == 0 and key != "regularization"):
             raise AlroFastError(f"--{key} {value:g}; expected a number above 0")
     return DEFAULTS[name] | given

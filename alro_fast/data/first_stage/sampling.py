@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...errors import AlroFastError
+from .. import seeds
 
 SHARE, CLUSTERS, PENALTY = 0.6, 10, 0.95
 MIN_SAMPLED_LIKES = 2  # ln 1 = 0: a user with one like is never drawn by importance, and has no task to give
@@ -48,7 +49,7 @@ def sample_users(
     if count < 1:
         raise AlroFastError(f"--num_samples {count} is too small; at least 1 is needed")
     users = candidates_for_sampling(likes)
-    generator = np.random.default_rng([seed, 2])
+    generator = seeds.generator(seed, seeds.USER_SAMPLE)
     labels = cluster_users(embeddings[users], clusters, seed)
     by_importance = importance_draws(likes[users], round(share * count), generator)
     by_cluster = cluster_draws(labels, share * count, generator)

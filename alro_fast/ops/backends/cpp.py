@@ -12,7 +12,8 @@ import logging
 import torch
 from torch import Tensor
 
-from .eager import Listwise, VocabPass
+from .eager import Listwise, PairedVocabPass, VocabPass
+from .serves import Serves
 
 try:
     from ... import _cpp
@@ -22,16 +23,18 @@ except ImportError as error:
 log = logging.getLogger(__name__)
 
 
+SERVES = Serves(
+    devices=("cpu",), dtypes=(torch.float32, torch.bfloat16), divergences=("kl", "ce", "symmetric")
+)  # fmt: skip
+
+
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot serve tensors of this device and dtype, in a few words; None: it can."""
-    if device.type != "cpu":
-        return "it runs on the CPU only"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return "it takes float32 and bfloat16"
-    if _cpp is None:
+    """Why this backend cannot serve tensors of this device and dtype here, in a few words; None: it can."""
+    declined = SERVES.declines_tensors(device, dtype)
+    if declined is None and _cpp is None:
         _say_once_not_built()
         return f"its kernels are not installed ({_import_error})"
-    return None
+    return declined
 
 
 def vocab_pass(
@@ -40,38 +43,58 @@ def vocab_pass(
     bias: Tensor | None,
     softcap: float | None,
     scale: float,
-    first: Tensor | None,
-    second: Tensor | None,
+    *,
+    want_expected: bool,
+    mass_bound: float,
+) -> VocabPass:
+    """`eager.vocab_pass`; columns of W are left out of `expected` as far as `mass_bound` allows."""
+    lse = _zeros(len(hidden))
+    expected = _zeros(*hidden.shape) if want_expected else None
+    _cpp.vocab_pass(
+        *_head(hidden, weight, bias, softcap, scale),
+        *(None, None, False),  # no pairs
+        mass_bound,
+        lse,
+        expected,
+        *(None, None, None),
+        torch.get_num_threads(),
+    )
+    return VocabPass(lse, expected)
+
+
+def paired_vocab_pass(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    first: Tensor,
+    second: Tensor,
     *,
     entropy: bool,
     want_expected: bool,
     want_spread: bool,
     mass_bound: float,
-) -> VocabPass:
-    """`eager.vocab_pass`; columns of W are left out of `expected` and `mixed` as far as `mass_bound` allows."""
-    (n, h), pairs = hidden.shape, first is not None
-
-    def new(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float32)
-
-    lse = new(n)
-    expected = new(n, h) if want_expected else None
-    cross = new(len(first)) if pairs else None
-    mixed = new(len(first), h) if pairs and want_expected and softcap is not None else None
-    spread = new(len(first), h) if pairs and want_spread else None
+) -> PairedVocabPass:
+    """`eager.paired_vocab_pass`; columns of W are left out of `expected` and `mixed` as far as `mass_bound` allows."""
+    of_pair = len(first), hidden.shape[1]
+    passed = PairedVocabPass(
+        lse=_zeros(len(hidden)),
+        expected=_zeros(*hidden.shape) if want_expected else None,
+        cross=_zeros(len(first)),
+        mixed=_zeros(*of_pair) if want_expected and softcap is not None else None,
+        spread=_zeros(*of_pair) if want_spread else None,
+    )
     _cpp.vocab_pass(
         *_head(hidden, weight, bias, softcap, scale),
-        *_pairs(first, second),
+        _plain(first),
+        _plain(second),
         entropy,
         mass_bound,
-        lse,
-        expected,
-        cross,
-        mixed,
-        spread,
+        *passed,
         torch.get_num_threads(),
     )
-    return VocabPass(lse, expected, cross, mixed, spread)
+    return passed
 
 
 def weight_grad(
@@ -80,35 +103,60 @@ def weight_grad(
     bias: Tensor | None,
     softcap: float | None,
     scale: float,
-    first: Tensor | None,
-    second: Tensor | None,
     lse: Tensor,
-    cross: Tensor | None,
     grad_lse: Tensor,
-    grad_first: Tensor | None,
-    grad_second: Tensor | None,
+    *,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`eager.weight_grad`."""
+    grads = _head_grads(weight, want_weight, want_bias)
+    _cpp.weight_grad(
+        *_head(hidden, weight, bias, softcap, scale),
+        *(None, None, False),  # no pairs
+        _plain(lse),
+        _plain(grad_lse),
+        *(None, None, None),
+        *grads,
+        torch.get_num_threads(),
+    )
+    return grads
+
+
+def paired_weight_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    first: Tensor,
+    second: Tensor,
+    lse: Tensor,
+    cross: Tensor,
+    grad_lse: Tensor,
+    grad_first: Tensor,
+    grad_second: Tensor,
     *,
     entropy: bool,
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`eager.weight_grad`."""
-    d_weight = torch.empty(weight.shape, dtype=torch.float32) if want_weight else None
-    d_bias = torch.empty(len(weight), dtype=torch.float32) if want_bias else None
+    """`eager.paired_weight_grad`."""
+    grads = _head_grads(weight, want_weight, want_bias)
     _cpp.weight_grad(
         *_head(hidden, weight, bias, softcap, scale),
-        *_pairs(first, second),
+        _plain(first),
+        _plain(second),
         entropy,
         _plain(lse),
         _plain(grad_lse),
         _plain(cross),
         _plain(grad_first),
         _plain(grad_second),
-        d_weight,
-        d_bias,
+        *grads,
         torch.get_num_threads(),
     )
-    return d_weight, d_bias
+    return grads
 
 
 def gather_logits(
@@ -202,7 +250,7 @@ def listwise(
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """x [T, H], weight [H] of its dtype -> x s (weight + offset), s [T] float32 = 1 / sqrt(mean(x^2) + eps)."""
     y, scale = x.new_empty(x.shape), torch.empty(len(x), dtype=torch.float32)
-    _cpp.rms_norm(x, _plain(weight)[None], eps, offset, y, scale, torch.get_num_threads())
+    _cpp.rms_norm(x, weight.detach().contiguous()[None], eps, offset, y, scale, torch.get_num_threads())
     return y, scale
 
 
@@ -212,7 +260,8 @@ def rms_norm_backward(
     """scale: from `rms_norm`; grad [T, H] -> gradients of x, in its dtype, and of weight, float32."""
     d_x = x.new_empty(x.shape)
     d_weight = torch.empty(len(weight), dtype=torch.float32) if want_weight else None
-    _cpp.rms_norm_backward(x, _plain(weight)[None], offset, scale, grad, d_x, d_weight, torch.get_num_threads())
+    row = weight.detach().contiguous()[None]
+    _cpp.rms_norm_backward(x, row, offset, scale, grad, d_x, d_weight, torch.get_num_threads())
     return d_x, d_weight
 
 
@@ -236,13 +285,21 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, transpose: bool) -> Tensor:
     return y
 
 
-def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> tuple:
+def _head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor | None, float, float]:
     bias = None if bias is None else bias.detach().float().contiguous()
     return hidden.detach(), weight.detach(), bias, 0.0 if softcap is None else softcap, scale
 
 
-def _pairs(first: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return _plain(first), _plain(second)
+def _head_grads(weight: Tensor, want_weight: bool, want_bias: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Memory for dW and db."""
+    d_weight = torch.empty(weight.shape, dtype=torch.float32) if want_weight else None
+    return d_weight, torch.empty(len(weight), dtype=torch.float32) if want_bias else None
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float32)
 
 
 def _plain(tensor: Tensor | None) -> Tensor | None:

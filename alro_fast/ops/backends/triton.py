@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 import triton
@@ -32,23 +31,28 @@ from torch import Tensor
 from ...kernels import configs, expected, gather, row_kernel, vocab_stats
 from ...kernels import listwise as listwise_kernel
 from . import gemm_work
-from .eager import Listwise, VocabPass
+from .eager import Listwise, PairedVocabPass, VocabPass
 from .gemm_work import count_gemm_work as count_gemm_work
+from .serves import Serves
 
 log = logging.getLogger(__name__)
 
-LONGEST_LIST = listwise_kernel.MAX_SIZE  # what `listwise` serves: candidates, and grades
+SERVES = Serves(
+    devices=("cuda", "cpu"),  # the CPU through Triton's interpreter
+    dtypes=(torch.float16, torch.bfloat16, torch.float32),
+    divergences=tuple(listwise_kernel.DIVERGENCES),
+    longest_list=listwise_kernel.MAX_SIZE,
+)
 HOT_COLUMNS = 512  # heavy columns that bound a row's log-sum-exp from below
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot serve tensors of this device and dtype, in a few words; None: it can."""
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"its kernels compute float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
+    """Why this backend cannot serve tensors of this device and dtype here, in a few words; None: it can."""
+    declined = SERVES.declines_tensors(device, dtype)
+    if declined is not None:
+        return declined
     if device.type == "cpu":
         return None if triton.knobs.runtime.interpret else "Triton runs on the CPU only with TRITON_INTERPRET=1"
-    if device.type != "cuda":
-        return f"Triton has no kernels for {device.type}"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return None if _architecture(device) is not None else "its kernels need compute capability 8.0 or later"
@@ -60,8 +64,30 @@ def vocab_pass(
     bias: Tensor | None,
     softcap: float | None,
     scale: float,
-    first: Tensor | None,
-    second: Tensor | None,
+    *,
+    want_expected: bool,
+    mass_bound: float,
+    engine: str | None = None,
+    config: configs.HeadConfig | None = None,
+) -> VocabPass:
+    """`eager.vocab_pass`; `engine` ("tiled" or "fused") and `config` override the table, for tests and benchmarks."""
+    config = config or _config(hidden)
+    head = hidden, weight, bias, softcap, scale
+    if (engine or ("tiled" if want_expected or len(hidden) > config.stats_rows else "fused")) == "fused":
+        passed = _fused(*head, None, None, False, want_expected, mass_bound, config)
+    else:
+        passed = _tiled(*head, None, None, False, want_expected, False, False, mass_bound, config)
+    return VocabPass(passed.lse, passed.expected)
+
+
+def paired_vocab_pass(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    first: Tensor,
+    second: Tensor,
     *,
     entropy: bool,
     want_expected: bool,
@@ -69,20 +95,16 @@ def vocab_pass(
     mass_bound: float,
     engine: str | None = None,
     config: configs.HeadConfig | None = None,
-) -> VocabPass:
-    """`eager.vocab_pass`; `engine` ("tiled" or "fused") and `config` override the table, for tests and benchmarks."""
+) -> PairedVocabPass:
+    """`eager.paired_vocab_pass`; `engine` and `config` as in `vocab_pass`."""
     config = config or _config(hidden)
-    pairs = first is not None
-    want_mixed = pairs and want_expected and softcap is not None
-    want_spread = pairs and want_spread
+    head = hidden, weight, bias, softcap, scale
+    want_mixed = want_expected and softcap is not None
     if engine is None:
         engine = "fused" if not want_expected and not want_spread and len(hidden) <= config.stats_rows else "tiled"
     if engine == "fused" and not want_mixed and not want_spread:
-        return _fused(hidden, weight, bias, softcap, scale, first, second, entropy, want_expected, mass_bound, config)
-    return _tiled(
-        hidden, weight, bias, softcap, scale, first, second, entropy, want_expected, want_mixed, want_spread,
-        mass_bound, config,
-    )  # fmt: skip
+        return _fused(*head, first, second, entropy, want_expected, mass_bound, config)
+    return _tiled(*head, first, second, entropy, want_expected, want_mixed, want_spread, mass_bound, config)
 
 
 def weight_grad(
@@ -91,57 +113,52 @@ def weight_grad(
     bias: Tensor | None,
     softcap: float | None,
     scale: float,
-    first: Tensor | None,
-    second: Tensor | None,
     lse: Tensor,
-    cross: Tensor | None,
     grad_lse: Tensor,
-    grad_first: Tensor | None,
-    grad_second: Tensor | None,
+    *,
+    want_weight: bool,
+    want_bias: bool,
+    config: configs.HeadConfig | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`eager.weight_grad`: logits recomputed tile by tile, their gradients in the dtype of `hidden`."""
+    return _weight_grad(
+        hidden, weight, bias, softcap, scale, None, None, lse, None, grad_lse, None, None, False, want_weight,
+        want_bias, config,
+    )  # fmt: skip
+
+
+def paired_weight_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    first: Tensor,
+    second: Tensor,
+    lse: Tensor,
+    cross: Tensor,
+    grad_lse: Tensor,
+    grad_first: Tensor,
+    grad_second: Tensor,
     *,
     entropy: bool,
     want_weight: bool,
     want_bias: bool,
     config: configs.HeadConfig | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`eager.weight_grad`: logits recomputed tile by tile, their gradients in the dtype of `hidden`."""
-    rows, size_h = hidden.shape
-    size_v = weight.shape[0]
-    config = config or _config(hidden)
-    d_weight = hidden.new_zeros(size_v, size_h, dtype=torch.float32) if want_weight else None
-    d_bias = hidden.new_zeros(size_v, dtype=torch.float32) if want_bias else None
-    if rows == 0:
-        return d_weight, d_bias
-    grad_lse = grad_lse.contiguous()
-    by_first = by_second = None
-    if first is not None:
-        by_first = row_kernel.pair_table(first, second, rows)
-        by_second = row_kernel.pair_table(second, first, rows)
-        grad_first, grad_second = grad_first.contiguous(), grad_second.contiguous()
-    factor = _gradient_factor(hidden.dtype, scale, grad_lse, grad_first, grad_second)
-    columns = min(config.columns, row_kernel.GRAD_COLUMNS)
-    products, grad = _tile_buffers(hidden, columns, shared=first is None)
-    for start, stop in _tiles(size_v, columns):
-        width = stop - start
-        _product(hidden, weight[start:stop].T, products[:, :width])
-        row_kernel.differentiate(
-            products[:, :width], grad[:, :width], bias, softcap, scale, start, lse, grad_lse, factor,
-            by_first=by_first, by_second=by_second, cross=cross, grad_first=grad_first, grad_second=grad_second,
-            entropy=entropy,
-        )  # fmt: skip
-        if d_weight is not None:
-            _product(grad[:, :width].T, hidden, d_weight[start:stop])
-        if d_bias is not None:
-            torch.sum(grad[:, :width], dim=0, dtype=torch.float32, out=d_bias[start:stop])
-    undo = scale / factor
-    return tuple(None if total is None else total.mul_(undo) for total in (d_weight, d_bias))
+    """`eager.paired_weight_grad`, as `weight_grad`."""
+    return _weight_grad(
+        hidden, weight, bias, softcap, scale, first, second, lse, cross, grad_lse, grad_first, grad_second, entropy,
+        want_weight, want_bias, config,
+    )  # fmt: skip
 
 
 def gather_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float, rows: Tensor, ids: Tensor
 ) -> Tensor:
     """`eager.gather_logits`."""
-    return gather.gather_logits(hidden, weight, bias, softcap, scale, rows, ids)
+    logits: Tensor = gather.gather_logits(hidden, weight, bias, softcap, scale, rows, ids)
+    return logits
 
 
 def gather_backward(
@@ -185,91 +202,30 @@ def listwise(
     )  # fmt: skip
 
 
-def warmup(
-    hidden_size: int,
-    vocab_size: int,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    rows: Iterable[int] = (64, 128, 256, 512, 1024, 2048),
-    candidates: Iterable[int] = (10, 20),
-    softcap: float | None = None,
-    bias: bool = False,
-    trainable: bool = False,
-    device: str | torch.device = "cuda",
-) -> float:
-    """Compiles the kernels a training run will need, with a progress line each; returns the seconds it took.
-
-    rows, candidates (per list): one number for each range of them, as the table and powers of two divide them; numbers
-    in between are compiled with them. trainable: the gradient of the head too. Left to their first use: an undetached
-    teacher over the vocabulary, the `ratings` form, divergences other than "kl".
-    Memory: one weight of [min(vocab_size, two tiles), hidden_size] and hidden states of max(rows).
-    """
-    began = time.perf_counter()
-    rows = list(rows)
-    width = 2 * row_kernel.MAX_COLUMNS + vocab_size % row_kernel.MAX_COLUMNS
-    weight = torch.zeros(min(vocab_size, width), hidden_size, dtype=dtype, device=device)
-    bias = weight.new_zeros(len(weight)) if bias else None
-    with torch.cuda.device_of(weight):
-        for done, count in enumerate(rows):
-            log.info("warmup %d/%d: kernels for %d rows of %d", done + 1, len(rows), count, hidden_size)
-            _warm_head(weight, bias, softcap, count, trainable)
-        for size in candidates:
-            _warm_lists(weight, bias, softcap, size, trainable)
-        if weight.is_cuda:
-            torch.cuda.synchronize()
-    log.info("warmup: %d shapes in %.1f s", len(rows), time.perf_counter() - began)
-    return time.perf_counter() - began
-
-
-def _warm_head(weight: Tensor, bias: Tensor | None, softcap: float | None, rows: int, trainable: bool) -> None:
-    hidden = weight.new_zeros(rows, weight.shape[1])
-    zeros = hidden.new_zeros(rows, dtype=torch.float32)
-    index = torch.arange(rows // 2, device=weight.device)
-    for first, second in ((None, None), (index, index + rows // 2)):
-        for want_expected, mass_bound in ((False, 0.0), (True, 0.0), (True, 2.0**-12)):
-            vocab_pass(
-                hidden, weight, bias, softcap, 1.0, first, second, entropy=True, want_expected=want_expected,
-                want_spread=False, mass_bound=mass_bound,
-            )  # fmt: skip
-        if trainable:
-            of_pairs = (None,) * 3 if first is None else (torch.zeros_like(first, dtype=torch.float32),) * 3
-            cross, grad_first, grad_second = of_pairs
-            weight_grad(
-                hidden, weight, bias, softcap, 1.0, first, second, zeros, cross, zeros, grad_first, grad_second,
-                entropy=True, want_weight=True, want_bias=bias is not None,
-            )  # fmt: skip
-
-
-def _warm_lists(weight: Tensor, bias: Tensor | None, softcap: float | None, size: int, trainable: bool) -> None:
-    """The logits of labels (one of a row) and of a list's candidates, forward and backward, and the list's terms."""
-    hidden = weight.new_zeros(size, weight.shape[1])
-    d_hidden, d_weight, d_bias = (
-        torch.zeros_like(tensor, dtype=torch.float32) if tensor is not None else None
-        for tensor in (hidden, weight if trainable else None, bias if trainable else None)
-    )
-    slots = torch.arange(size, device=weight.device)
-    for rows, ids in ((slots[:, None], slots[:, None]), (slots[None], slots[None])):
-        ids = ids % len(weight)
-        logits = gather_logits(hidden, weight, bias, softcap, 1.0, rows, ids)
-        gather_backward(hidden, weight, softcap, 1.0, rows, ids, logits, logits, d_hidden, d_weight, d_bias)
-    listwise(
-        logits, torch.zeros_like(logits[0]), slots[None] + 1, slots.new_full((1,), size), slots.new_zeros(1), None,
-        gamma=1.0, sigma=1.0, normalise=True, divergence="kl", detach=True, mask_emitted=False,
-    )  # fmt: skip
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Engines.
 
 
-def _fused(hidden, weight, bias, softcap, scale, first, second, entropy, want_expected, mass_bound, config):
+def _fused(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    first: Tensor | None,
+    second: Tensor | None,
+    entropy: bool,
+    want_expected: bool,
+    mass_bound: float,
+    config: configs.HeadConfig,
+) -> PairedVocabPass:
     rows = len(hidden)
-    pair_count = 0 if first is None else len(first)
     stats = vocab_stats.vocab_stats(
         hidden, weight, bias, softcap, scale, first, second, entropy=entropy, tile_stats=want_expected,
         single=config.single, paired=config.paired,
     )  # fmt: skip
-    gemm_work.count("logits", rows if pair_count == 0 else (rows, first, second), weight.shape[0])
+    multiplied = rows if first is None or second is None or not len(first) else (rows, first, second)
+    gemm_work.count("logits", multiplied, weight.shape[0])
     embedding = None
     if want_expected:
         embedding, kept = expected.expected(
@@ -277,13 +233,24 @@ def _fused(hidden, weight, bias, softcap, scale, first, second, entropy, want_ex
         )
         for kind in ("logits again", "embedding"):
             gemm_work.count_kept(kind, kept, rows, weight.shape[0], config.expected)
-    return VocabPass(stats.lse, embedding, stats.cross, None, None)
+    return PairedVocabPass(stats.lse, embedding, stats.cross, None, None)
 
 
 def _tiled(
-    hidden, weight, bias, softcap, scale, first, second, entropy, want_expected, want_mixed, want_spread, mass_bound,
-    config,
-):  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    first: Tensor | None,
+    second: Tensor | None,
+    entropy: bool,
+    want_expected: bool,
+    want_mixed: bool,
+    want_spread: bool,
+    mass_bound: float,
+    config: configs.HeadConfig,
+) -> PairedVocabPass:
     """The tiled engine: one buffer of [N, T] products that every tile of the vocabulary goes through in turn.
 
     A tile takes three steps: its products (GEMM); the row kernel, which turns them into p~ = exp(z - row maximum so
@@ -304,10 +271,14 @@ def _tiled(
     # another program would have overwritten.
     products, p = _tile_buffers(hidden, columns, shared=pairs is None)
     mixed_out, spread_out = (
-        hidden.new_zeros(pair_count, columns) if wanted else None for wanted in (want_mixed, want_spread)
+        hidden.new_zeros(len(first), columns) if wanted and first is not None else None
+        for wanted in (want_mixed, want_spread)
     )
     sub = config.expected.block_v  # skipping drops columns by this many, the width of a tile of `expected`'s kernels
-    probe = floor = tile_lse = selection = None
+    probe: Tensor | None = None
+    floor: Tensor | None = None
+    tile_lse: Any = None
+    selection: Any = None
     if skipping:
         tile_lse = running.row_max.new_empty(rows, triton.cdiv(columns, sub))
         selection = expected.new_selection(rows, tile_lse.shape[1], config.expected.block_m, hidden.device)
@@ -339,7 +310,7 @@ def _tiled(
             _add_product(p[:, :width], w, running.sums)
             gemm_work.count("embedding", rows, width)
         for out, sums in ((mixed_out, running.mixed), (spread_out, running.spread)):
-            if out is not None:
+            if out is not None and pair_count is not None:
                 _add_product(out[:, :width], w, sums)
                 gemm_work.count("pairs", pair_count, width)
 
@@ -347,18 +318,76 @@ def _tiled(
     factor = scale / running.row_sum
     if want_expected:
         running.sums.mul_(factor[:, None])
-    if pairs is not None:
+    if pairs is not None and first is not None:
         row = first.clamp(min=0)  # a pad's sums are zeros, whatever they are divided by
         running.cross.div_(running.row_sum[row])
         for sums in (running.mixed, running.spread):
             if sums is not None:
                 sums.mul_(factor[row][:, None])
-    return VocabPass(
+    return PairedVocabPass(
         running.row_max + running.row_sum.log(), running.sums, running.cross, running.mixed, running.spread
     )
 
 
-def _floor(hidden, weight, bias, softcap, scale, probe_rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def _weight_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    first: Tensor | None,
+    second: Tensor | None,
+    lse: Tensor,
+    cross: Tensor | None,
+    grad_lse: Tensor,
+    grad_first: Tensor | None,
+    grad_second: Tensor | None,
+    entropy: bool,
+    want_weight: bool,
+    want_bias: bool,
+    config: configs.HeadConfig | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    rows, size_h = hidden.shape
+    size_v = weight.shape[0]
+    config = config or _config(hidden)
+    d_weight = hidden.new_zeros(size_v, size_h, dtype=torch.float32) if want_weight else None
+    d_bias = hidden.new_zeros(size_v, dtype=torch.float32) if want_bias else None
+    if rows == 0:
+        return d_weight, d_bias
+    grad_lse = grad_lse.contiguous()
+    by_first = by_second = None
+    if first is not None and grad_first is not None and grad_second is not None:
+        by_first = row_kernel.pair_table(first, second, rows)
+        by_second = row_kernel.pair_table(second, first, rows)
+        grad_first, grad_second = grad_first.contiguous(), grad_second.contiguous()
+    factor = _gradient_factor(hidden.dtype, scale, grad_lse, grad_first, grad_second)
+    columns = min(config.columns, row_kernel.GRAD_COLUMNS)
+    products, grad = _tile_buffers(hidden, columns, shared=first is None)
+    for start, stop in _tiles(size_v, columns):
+        width = stop - start
+        _product(hidden, weight[start:stop].T, products[:, :width])
+        row_kernel.differentiate(
+            products[:, :width], grad[:, :width], bias, softcap, scale, start, lse, grad_lse, factor,
+            by_first=by_first, by_second=by_second, cross=cross, grad_first=grad_first, grad_second=grad_second,
+            entropy=entropy,
+        )  # fmt: skip
+        if d_weight is not None:
+            _product(grad[:, :width].T, hidden, d_weight[start:stop])
+        if d_bias is not None:
+            torch.sum(grad[:, :width], dim=0, dtype=torch.float32, out=d_bias[start:stop])
+    undo = scale / factor
+    return None if d_weight is None else d_weight.mul_(undo), None if d_bias is None else d_bias.mul_(undo)
+
+
+def _floor(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    probe_rows: int,
+    columns: int,
+) -> tuple[Tensor, Tensor]:
     """All products of the first rows [R, V], and a lower bound of every row's log-sum-exp [N] from heavy columns."""
     size_v = weight.shape[0]
     probe = hidden.new_empty(probe_rows, size_v, dtype=torch.float32)
@@ -379,12 +408,12 @@ def _to_logits(products: Tensor, bias: Tensor | None, softcap: float | None, sca
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def _gradient_factor(dtype: torch.dtype, scale: float, *grads: Tensor | None) -> Tensor:
+def _gradient_factor(dtype: torch.dtype, scale: float, first: Tensor, *others: Tensor | None) -> Tensor:
     """What to multiply a tile's gradients by before rounding: a power of two that makes the largest upstream one about
     1 in float16, whose range per-token means would leave; the scale of the logits alone in other dtypes."""
     if dtype != torch.float16:
-        return torch.full((), scale, dtype=torch.float32, device=grads[0].device)
-    top = torch.stack([grad.abs().amax() for grad in grads if grad is not None and grad.numel()]).amax()
+        return torch.full((), scale, dtype=torch.float32, device=first.device)
+    top = torch.stack([grad.abs().amax() for grad in (first, *others) if grad is not None and grad.numel()]).amax()
     return torch.exp2(-torch.floor(torch.log2(top.clamp(min=1e-30))))
 
 

@@ -11,12 +11,11 @@ of two pages, and share it as a tree.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,12 +24,12 @@ from ...errors import AlroFastError
 from ..encoding import Encoder, Pieces, line_start
 from ..identifiers import LETTERS, Answers, item_labels, labels_in_context, prove_answers
 from ..line import clean, marker_pattern
-from ..template import TEMPLATE_FILE, placeholders, save_settings
+from ..saved import SavedPrompts
+from ..template import placeholders
 from ..turns import find_turns
 from .sentence import Sentence
 from .task_template import TaskTemplate, load_task_template, parse_task_template
 
-SETTINGS_FILE = "recranker.json"
 IDENTIFIERS = ("letters", "items", "titles")
 TOP = 5  # candidates that a listwise answer names
 FEWEST_DISLIKED = 3  # fewer than these are not shown
@@ -72,7 +71,7 @@ class TaskPrompts(NamedTuple):
     dropped_history: int  # oldest history items left out to keep within max_length
 
 
-class RecRankerPrompts:
+class RecRankerPrompts(SavedPrompts):
     """Writes the prompts of the three tasks for one tokenizer and template.
 
     Args:
@@ -89,6 +88,9 @@ class RecRankerPrompts:
         AlroFastError: no such template or a mistake in it, or a tokenizer whose grades, Yes and No, or identifiers are
             not one distinct token each in their place.
     """
+
+    FILE = "recranker.json"
+    read_template = staticmethod(parse_task_template)
 
     def __init__(
         self,
@@ -116,10 +118,10 @@ class RecRankerPrompts:
         self._encoder = encoder = Encoder(tokenizer)
         self._turns = turns = find_turns(encoder, text["system"])
         self._markers = marker_pattern(turns.markers)
-        self._item_ids = None
+        self._item_ids: list[int] | None = None
         if identifiers == "items":
             labels = item_labels(encoder, None if items is None else len(items))
-            self._item_ids = tokenizer.convert_tokens_to_ids(labels)
+            self._item_ids = self._encoder.ids_of(labels)
         head = turns.before + _lines(text["introduction"])
         self._rated = turns.start + encoder.trusted([head + _lines(text["rated"])])[0]
         self._liked = turns.start + encoder.trusted([head + _lines(text["liked"])])[0]
@@ -141,6 +143,11 @@ class RecRankerPrompts:
         self.grade_ids = [ids[0] for ids in grades]
         self.choice_ids = [word[0] for word in self._words]
         self._list = _ListTask(self)
+
+    @property
+    def signals(self) -> dict[str, tuple[str, ...]]:
+        """Names of the signals that prompts show, where a list has them."""
+        return {"candidates": ("hint",)}
 
     @property
     def max_candidates(self) -> int:
@@ -169,8 +176,9 @@ class RecRankerPrompts:
         """Prompt and answer of every question of an Ask, for people to read."""
         made = self.encode([ask])[0]
         rows = [(made.rated_ids + one.ids, one.answer_ids) for one in made.points]
-        rows += [(made.liked_ids + one.ids, one.answer_ids) for one in chain(made.pairs, made.listings)]
-        decode = self._encoder.tokenizer.decode
+        rows += [(made.liked_ids + one.ids, one.answer_ids) for one in made.pairs]
+        rows += [(made.liked_ids + one.ids, one.answer_ids) for one in made.listings]
+        decode = self._encoder.text_of
         return [(decode(prompt), decode(answer)) for prompt, answer in rows]
 
     def liked(self, source: RankingList) -> list[int]:
@@ -328,36 +336,13 @@ class RecRankerPrompts:
                         f"{self._encoder.name!r} has item tokens for 0 to {len(self._item_ids) - 1}"
                     )
 
-    # ---- files
+    @staticmethod
+    def options_of(record: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of the prompts that `record` is of."""
+        return dict(record["options"])
 
-    def save(self, directory: str | Path) -> None:
-        """Write prompt_template.yaml and recranker.json."""
-        save_settings(directory, self.template.source, SETTINGS_FILE, self._record())
-
-    @classmethod
-    def load(cls, directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> RecRankerPrompts:
-        """The prompts saved there; AlroFastError if the tokenizer is not the one they were saved with."""
-        directory = Path(directory)
-        try:
-            source = (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
-            record = json.loads((directory / SETTINGS_FILE).read_text(encoding="utf-8"))
-            known, options, name = record["tokenizer"], dict(record["options"]), record["template"]
-        except OSError as error:
-            raise AlroFastError(
-                f"{directory} holds no prompt settings: {Path(error.filename).name} cannot be read; "
-                "expected the output folder of a run of objective recranker"
-            ) from None
-        except (ValueError, KeyError, TypeError):
-            raise AlroFastError(f"{directory / SETTINGS_FILE} is damaged: expected what training wrote") from None
-        encoder = Encoder(tokenizer)
-        if encoder.fingerprint() != known:
-            raise AlroFastError(
-                f"tokenizer {encoder.name!r} is not the one {directory} was made with; load the one saved there"
-            )
-        template = parse_task_template(source, name=name, origin=str(directory / TEMPLATE_FILE))
-        return cls(tokenizer, template, **options)
-
-    def _record(self) -> dict:
+    def record(self) -> dict[str, Any]:
+        """What recranker.json holds: options, and the tokens that came of them."""
         names = ("identifiers", "max_length", "like", "dislike", "rated_items", "liked_items", "disliked_items")
         return {
             "template": self.template.name,
@@ -384,7 +369,7 @@ class _ListTask:
         if self._titles:
             self.max_candidates = 1 << 20
             self._line = Sentence(encoder, line, prompts.title)
-            self._quoted = Pieces(
+            self._quoted: Pieces[Item] = Pieces(
                 lambda texts: encoder.plain_after(" ", texts), lambda item: f'"{prompts.title(item)}"'
             )
             between = encoder.trusted_after('"', separator)
@@ -395,8 +380,8 @@ class _ListTask:
             return
         items = kind == "items"
         lead, rest = placeholders(line)[0][0], placeholders(line)[1:]
-        if items:
-            labels = item_labels(encoder, len(prompts._item_ids))
+        if prompts._item_ids is not None:
+            labels: Sequence[str] = item_labels(encoder, len(prompts._item_ids))
             self._line_ids, self._line_lead = prompts._item_ids, encoder.plain_after("\n", [lead])[0] if lead else []
             after = ""
         else:
@@ -406,7 +391,7 @@ class _ListTask:
             self._line_ids, self._line_lead = shown.ids, shown.left[n:]
             after = newline + lead + LETTERS[0]
         body = "".join(literal + ("{title}" if field else "") for literal, field in rest) + "\n"
-        self._bodies = Pieces(
+        self._bodies: Pieces[Item] = Pieces(
             lambda texts: encoder.plain_after(after, texts),
             lambda item: body.replace("{title}", "" if items else prompts.title(item)),
         )

@@ -1,4 +1,4 @@
-"""Predicted ratings, the hints of a first stage: biased matrix factorisation, and its out-of-fold predictions.
+"""Predicted ratings: biased matrix factorisation.
 
     r(u, i) = mean + b_u + b_i + p_u . q_i                                            (Koren, Bell and Volinsky 2009)
 
@@ -14,9 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...errors import AlroFastError
-from ..windows import splitmix64
-from .likes import LikeSplit
+from . import seeds
 
 FACTORS, ROUNDS = 8, 8
 BIAS_RIDGE, FACTOR_RIDGE = 4.0, 12.0  # added to the normal equations: as many ratings that say "the mean"
@@ -38,46 +36,6 @@ class RatingModel:
         return np.clip(self.mean + self.user[user, 0] + self.item[item, 0] + taste, self.low, self.high)
 
 
-class FoldedModels:
-    """One model of all training ratings, and one per fold that has not seen the fold.
-
-    The fold of a (user, item) pair is a hash of both and the seed, so it does not depend on which pairs are rated:
-    a rated candidate and an unrated one of the same list are predicted by models of the same make.
-    """
-
-    def __init__(self, split: LikeSplit, folds: int, seed: int):
-        from threadpoolctl import threadpool_limits
-
-        user, item, rating = split.user, split.item, split.rating.astype(np.float64)
-        self.folds, self.seed = folds, seed
-        fold = self.fold(user, item)
-
-        def fit(kept: np.ndarray) -> RatingModel:
-            return fit_ratings(user[kept], item[kept], rating[kept], split.users, split.items, seed=seed)
-
-        if (np.bincount(fold, minlength=folds) == len(fold)).any():
-            raise AlroFastError(f"{len(fold)} training ratings are too few for --folds {folds}; give more ratings")
-        with threadpool_limits(1):  # the same seed, the same numbers
-            self.whole = fit(fold >= 0)
-            self.without = [fit(fold != k) for k in range(folds)]
-        out = self.out_of_fold(user, item)
-        self.error = float(np.sqrt(np.mean((out - rating) ** 2)))  # root mean square, out of fold
-
-    def fold(self, user: np.ndarray, item: np.ndarray) -> np.ndarray:
-        """int64 [n] in 0 .. folds - 1."""
-        key = splitmix64(np.asarray(user).astype(np.uint64) + splitmix64(np.array([self.seed], dtype=np.uint64)))
-        return (splitmix64(key ^ np.asarray(item).astype(np.uint64)) % np.uint64(self.folds)).astype(np.int64)
-
-    def out_of_fold(self, user: np.ndarray, item: np.ndarray) -> np.ndarray:
-        """float64 [n]: each pair predicted by the model that has not seen its fold."""
-        fold = self.fold(user, item)
-        predicted = np.empty(len(fold))
-        for k, model in enumerate(self.without):
-            here = fold == k
-            predicted[here] = model.predict(user[here], item[here])
-        return predicted
-
-
 def fit_ratings(
     user: np.ndarray,
     item: np.ndarray,
@@ -90,7 +48,7 @@ def fit_ratings(
 ) -> RatingModel:
     """Fit on rows (user, item, rating) [n]."""
     mean = float(rating.mean())
-    generator = np.random.default_rng([seed, 1])
+    generator = seeds.generator(seed, seeds.RATING_MODEL)
     by_user, by_item = _Side(user, item, rating - mean, users), _Side(item, user, rating - mean, items)
     item_side = np.zeros((items, 1 + factors))
     item_side[:, 1:] = generator.normal(scale=0.1, size=(items, factors))
