@@ -12,6 +12,8 @@ from .cli import OneLineParser, run  # before torch: see there
 # isort: split
 
 import argparse
+import signal
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +47,7 @@ def main(argv: Sequence[str]) -> None:
         return
     study.folder.mkdir(parents=True, exist_ok=True)
     (study.folder / PLAN).write_text(yaml.safe_dump(study.described(), sort_keys=False), encoding="utf-8")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as by Ctrl-C: the runs under way end with the study
     failed = execute(study, options.processes, Progress(study, len(waiting), options.processes))
     measured = table(study)
     if measured:

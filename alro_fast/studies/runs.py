@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -136,10 +135,10 @@ def _complaint(study: Study, job: Job) -> str | None:
 
 
 def _stop(running: list[Job]) -> None:
-    """End the processes that are left: asked first, as by Ctrl-C, then killed."""
+    """End the processes that are left: asked first, then killed."""
     for job in running:
         if job.process.poll() is None:
-            job.process.send_signal(signal.SIGINT)
+            job.process.terminate()
     ends = time.monotonic() + PATIENCE
     for job in running:
         try:
