@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": "how good its rankings are, beside the baselines",
     "rank": "order the candidates of a JSON list",
     "report": "report.html of a run or an evaluation",
+    "study": "a grid of options x seeds over training runs, and one table of paired differences",
     "client": "rank through an inference server",
 }
 
@@ -33,9 +34,12 @@ class OneLineParser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **{"formatter_class": _Help} | options)
+        settings: dict[str, Any] = {"allow_abbrev": False, "formatter_class": _Help} | options
+        super().__init__(*args, **settings)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:
+    def parse_args(  # type: ignore[override]  # no namespace is filled that others made
+        self, args: Sequence[str] | None = None, namespace: None = None
+    ) -> argparse.Namespace:
         absent = object()
         names = {action.dest: action.default for action in self._actions if action.dest != "help"}
         found = vars(super().parse_args(args, argparse.Namespace(**dict.fromkeys(names, absent))))

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import TrainingArguments
@@ -47,6 +47,11 @@ FOLLOWED = Where(
 )
 STAGED = Where("with --stages", lambda o: o.stages is not None, ("stages",))
 LISTS = Where("without --preferences, on ranking lists", lambda o: o.preferences is None, ("preferences",))
+WORDS = Where(
+    "on ranking lists in words: without --preferences, and not with --identifiers signals",
+    lambda o: o.preferences is None and o.identifiers != "signals",
+    ("preferences", "identifiers"),
+)
 FILES = Where("with --preferences", lambda o: o.preferences is not None, ("preferences",))
 UNPREPARED = Where(
     "without --data_dir, whose lists are prepared, and without --preferences",
@@ -133,11 +138,12 @@ class DataArguments:
     train_stride: int | None = option(
         None, "Rated items between two training windows. Default: list_size.", read=PREPARING
     )
-    template: str = option("movies", "Prompt template: the name of a ready one, or a YAML file.", read=LISTS)
+    template: str = option("movies", "Prompt template: the name of a ready one, or a YAML file.", read=WORDS)
     identifiers: str = option(
         "letters",
-        "How candidates are named: letters of the page, or one token per item; objective recranker: or their titles.",
-        ["letters", "items", "titles"],
+        "How candidates are named: letters of the page, one token per item, or signals: a token for every bin of their "
+        "signals in place of words; objective recranker: or their titles.",
+        ["letters", "items", "signals", "titles"],
         read=LISTS,
     )
     answer: str = option(
@@ -285,12 +291,12 @@ class RankerTrainingArguments(TrainingArguments):
         if str(self.resume_from_checkpoint).lower() in ("none", "false", ""):
             self.resume_from_checkpoint = None
         elif str(self.resume_from_checkpoint).lower() == "true":
-            self.resume_from_checkpoint = True
+            self.resume_from_checkpoint = cast(str, True)  # as transformers has it: a path, or True
         elif str(self.resume_from_checkpoint).lower() == "auto":
             self.resume_from_checkpoint = "auto"
         self._check_numbers()
         known = get_available_reporting_integrations() if self.report_to else []
-        for name in self.report_to:
+        for name in self.report_to or ():
             if name not in known:
                 raise AlroFastError(
                     f"--report_to {name} is unknown, or not installed; expected none or {', '.join(known) or 'nothing'}"

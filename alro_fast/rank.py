@@ -7,8 +7,9 @@ Reads one JSON list, an array of them, or JSON lines, from FILE or standard inpu
 
 `id` and `category` may be left out, `history` too; `list_id` is passed through. For models tuned with signals, an item
 may have its `average` rating and the `count` of its ratings, a candidate its predicted rating as `hint`, and `near`. A
-candidate's `rating`, and the list's `user` or `user_id`, are not read. Other keys are an error. Prints a JSON line per
-list, best candidate first: {"list_id": ..., "ranking": [{"rank": 1, "id": 7, "title": "Casino", "score": -0.4}, ...]}.
+candidate's `rating`, and the list's `user` or `user_id`, are not read.
+Other keys are an error. Prints a JSON line per list, best
+candidate first: {"list_id": ..., "ranking": [{"rank": 1, "id": 7, "title": "Casino", "score": -0.4}, ...]}.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, cast, overload
 
 import numpy as np
 import polars as pl
@@ -28,7 +29,7 @@ from .. import __version__
 from ..errors import AlroFastError
 from ..run_folder import check_writable
 from .records import LARGEST_RATING, Item, RankingList, Signal
-from .signal_table import OF_CANDIDATES, SIGNALS, signal_column
+from .signal_table import SIGNALS
 
 SPLITS = ("train", "valid", "test")
 FORMAT, FORMAT_VERSION = "alro_fast ranking lists", 1
@@ -39,7 +40,7 @@ ITEM_SCHEMA = {
     "train_count": pl.Int64,
     "train_mean": pl.Float64,
 }
-LIST_SCHEMA = {
+LIST_SCHEMA: dict[str, Any] = {
     "list_id": pl.String,
     "user_id": pl.String,
     "history": pl.List(pl.UInt32),  # item indices, oldest first
@@ -51,10 +52,10 @@ LIST_SCHEMA = {
     "last_time": pl.Int64,
 }
 SIGNAL_COLUMNS = dict.fromkeys(  # optional, aligned with history or candidates; null: a list without; within: unknown
-    (signal_column(name, part) for name in SIGNALS for part in ("history", "candidates")),
+    ("hints", *(f"{part}_{name}" for name in SIGNALS if name != "hint" for part in ("history", "candidate"))),
     pl.List(pl.Float32),
 )
-TARGET_SCHEMA = {
+TARGET_SCHEMA: dict[str, Any] = {
     "split": pl.String,
     "user_id": pl.String,
     "item": pl.UInt32,
@@ -84,6 +85,12 @@ class Lists(Sequence[RankingList]):
 
     def __len__(self) -> int:
         return self._frame.height
+
+    @overload
+    def __getitem__(self, index: int) -> RankingList: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Lists: ...
 
     def __getitem__(self, index: int | slice) -> RankingList | Lists:
         if isinstance(index, slice):
@@ -245,7 +252,7 @@ def write_prepared(
     if unknown:
         raise AlroFastError(f"unknown splits {unknown}; expected {', '.join(SPLITS)}")
     frames = {split: _list_frame(lists_by_split.get(split, ())) for split in SPLITS}
-    highest = max((frame["ratings"].explode().max() or 0.0 for frame in frames.values()), default=0.0)
+    highest = max((cast(float, frame["ratings"].explode().max() or 0.0) for frame in frames.values()), default=0.0)
     if highest > LARGEST_RATING:
         raise AlroFastError(
             f"ratings reach {highest:g}, and gains are 2^rating - 1: bring them to a scale that ends at "
@@ -335,8 +342,10 @@ def _list_frame(lists: Sequence[RankingList] | pl.DataFrame) -> pl.DataFrame:
     for name in SIGNALS:
         found = [one.signal(name) for one in lists]
         if any(signal.candidates or signal.history for signal in found):
-            for part in ("candidates",) if name in OF_CANDIDATES else ("history", "candidates"):
-                column = signal_column(name, part)
+            columns = {"hints": "candidates"} if name == "hint" else {
+                f"history_{name}": "history", f"candidate_{name}": "candidates"
+            }  # fmt: skip
+            for column, part in columns.items():
                 values = [_nan_to_none(getattr(signal, part)) or None for signal in found]
                 beside[column] = pl.Series(values, dtype=SIGNAL_COLUMNS[column])
     return pl.DataFrame(rows, schema=LIST_SCHEMA, orient="row").with_columns(**beside)

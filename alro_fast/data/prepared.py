@@ -68,8 +68,8 @@ def prepare_lists(files: FileOptions, options: ListOptions, signals: SignalOptio
     interactions = read_files(files, stage)
 
     built = build_lists(interactions, options, notice=stage.notice)
-    lists = ", ".join(f"{split} {count:,}" for split, count in built.counts["lists"].items())
-    stage.done(f"cut lists: {lists}; users skipped: {built.counts['users_skipped']:,}")
+    cut = ", ".join(f"{split} {frame.height:,}" for split, frame in built.lists.items())
+    stage.done(f"cut lists: {cut}; users skipped: {built.counts['users_skipped']:,}")
 
     rules = {"tie_rule": TIE_RULE, "split_rule": options.split_rule, "order_rule": ORDER_RULE}
     manifest = manifest_of(files, interactions, recorded, options.seed, rules, built.counts)

@@ -13,7 +13,7 @@ LARGEST_RATING = 100.0  # gains are 2^rating - 1, in float32
 class Item(NamedTuple):
     """One catalogue entry. `index` is its row in items.parquet; `title` and `category` are untrusted text."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple has a method of that name
     item_id: str
     title: str
     category: str = ""

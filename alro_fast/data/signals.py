@@ -18,9 +18,10 @@ import numpy as np
 import polars as pl
 
 from ..errors import AlroFastError
+from .near import NEIGHBOURS, PRIOR, SHRINKAGE, Residuals, check_cells
 from .rating_model import BIAS_RIDGE, FACTOR_RIDGE, FACTORS, fit_ratings
 from .seeds import hash_ids, splitmix64
-from .signal_table import OF_CANDIDATES, SIGNALS, signal_column
+from .signal_table import OF_CANDIDATES, SIGNALS
 from .sources.interactions import Interactions
 from .windows import Built, ListOptions, Timeline, held_out
 
@@ -28,9 +29,6 @@ FOLDS = 10
 AVERAGE_PRIOR = 5.0  # as many ratings that say the mean of all, in the average
 ATTRIBUTE_RIDGE, YEAR_RIDGE = 8.0, 12.0  # of the user's own regression on categories and on decades
 MOST_ATTRIBUTES = 48  # the most frequent ones are kept
-OFFSET_PRIOR, OFFSET_ROUNDS = 5.0, 6  # of users' and items' offsets, where items are compared
-NEIGHBOURS, NEAR_SHRINK, NEAR_PRIOR = 40, 4.0, 0.5
-MOST_CELLS = 1 << 28  # of the table that items are compared in: 1 GiB
 DECADES, DECADE_WIDTH = np.arange(1920.0, 2030.0, 10.0), 8.0
 RULE = (
     "the fold of a user is splitmix64(splitmix64(blake2b64(user id)) + seed) mod folds; item side: fitted on ratings "
@@ -48,10 +46,9 @@ HOW = {
         "candidates only"
     ),
     "near": (
-        f"residuals e = rating - mean - offsets of user and item (shrunk by {OFFSET_PRIOR:g}); items are alike by "
-        f"max(0, sum over users of e_i e_j) / (sqrt(sum e_i^2 sum e_j^2) + {NEAR_SHRINK:g}); mean of the user's own e "
-        f"of the {NEIGHBOURS} items most alike among those rated before the list, weighted by likeness, "
-        f"{NEAR_PRIOR:g} more that says 0; null where none is alike; candidates only"
+        "sum of sim(c, h) x (rating of h above its level and the user's) / (sum of sim + "
+        f"{PRIOR:g}) over the {NEIGHBOURS} items h most alike of the user's; sim: cosine of the residuals of other "
+        f"users, with {SHRINKAGE:g} added to its denominator, 0 where negative; candidates only"
     ),
 }
 
@@ -97,21 +94,18 @@ def add_signals(
     from threadpoolctl import threadpool_limits
 
     timeline = built.timeline
+    if "near" in options.names:
+        check_cells(len(interactions.user_ids), interactions.items.height)
     user_of_rating = np.repeat(np.arange(len(timeline.offsets) - 1), np.diff(timeline.offsets))
     key = splitmix64(splitmix64(hash_ids(interactions.user_ids)) + np.uint64(of_lists.seed))
     fold = (key % np.uint64(options.folds)).astype(np.int64)
     categories, titles = (interactions.items[name].to_list() for name in ("category", "title"))
     attributes, ridge = item_attributes(titles, categories)
-    cells = len(fold) * len(titles)
-    if "near" in options.names and cells > MOST_CELLS:
-        raise AlroFastError(
-            f"--signals near keeps a table of {len(fold):,} users x {len(titles):,} items, more than {MOST_CELLS:,} "
-            "cells; leave near out"
-        )
-    columns = {split: _Columns(built, split, options.names) for split in built.lists}
+    columns: dict[str, list[pl.Series]] = {}
     with threadpool_limits(1):  # the same seed, the same numbers
         for splits, hidden in ((("train", "valid"), ("valid", "test")), (("test",), ("test",))):
             kept = ~held_out(timeline, built.windows, hidden, of_lists.list_size)
+            sides = []
             for k in range(options.folds):
                 rows = np.flatnonzero(kept & (fold[user_of_rating] != k))
                 if not len(rows):
@@ -119,19 +113,21 @@ def add_signals(
                         f"no rating is left to compute --signals with beside fold {k} of --signal_folds "
                         f"{options.folds}; give ratings of more users"
                     )
-                side = ItemSide(timeline, user_of_rating, rows, attributes, ridge, options.names)
-                for split in splits:
-                    columns[split].fill(side, timeline, fold == k)
-    return {split: built.lists[split].with_columns(columns[split].series()) for split in built.lists}
+                sides.append(ItemSide(timeline, user_of_rating, rows, attributes, ridge, options.names))
+            for split in splits:
+                columns[split] = _columns(built, split, options, fold, sides)
+    return {split: built.lists[split].with_columns(columns[split]) for split in built.lists}
+
+
+# (past, rating, starts, wanted) of one user -> a number for every item of wanted[l]; see ItemSide.hints
+Predictor = Callable[[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]], list[np.ndarray]]
 
 
 class ItemSide:
     """What some ratings say of the items.
 
-    count: int64 [items]; average: float64 [items], NaN where count is 0. For hints: offset, float64 [items], the
-    predicted rating but for the user; features, float64 [items, d], what a user's weights are for, 1 first; ridge,
-    [d, d]. For near: level, float64 [items], mean rating but for users' offsets; residual, float32 [users, items], what
-    is left of each rating; power, [items], its sum of squares.
+    count: int64 [items]; average: float64 [items], NaN where count is 0; offset: float64 [items], the predicted rating
+    but for the user; features: float64 [items, d], what a user's weights are for, 1 first; ridge: [d, d].
     """
 
     def __init__(
@@ -146,27 +142,20 @@ class ItemSide:
         items, users = len(attributes), len(timeline.offsets) - 1
         user, item = user_of_rating[rows], timeline.item[rows].astype(np.int64)
         rating = timeline.rating[rows].astype(np.float64)
-        mean = rating.mean()
         self.count = np.bincount(item, minlength=items)
-        total = np.bincount(item, weights=rating, minlength=items) + AVERAGE_PRIOR * mean
+        total = np.bincount(item, weights=rating, minlength=items) + AVERAGE_PRIOR * rating.mean()
         self.average = np.where(self.count > 0, total / (self.count + AVERAGE_PRIOR), np.nan)
+        if "near" in names:
+            self.residuals = Residuals(user, item, rating, items)
         if "hint" in names:
             model = fit_ratings(user, item, rating, users, items)
             self.offset = model.mean + model.item[:, 0]
             self.features = np.concatenate([np.ones((items, 1)), model.item[:, 1:], attributes], axis=1)
             self.ridge = np.diag([BIAS_RIDGE] + [FACTOR_RIDGE] * FACTORS + attribute_ridge)
-        if "near" in names:
-            of_item, of_user = np.zeros(items), np.zeros(users)
-            given = np.bincount(user, minlength=users)
-            for _ in range(OFFSET_ROUNDS):
-                left = np.bincount(item, rating - mean - of_user[user], minlength=items)
-                of_item = left / (self.count + OFFSET_PRIOR)
-                left = np.bincount(user, rating - mean - of_item[item], minlength=users)
-                of_user = left / (given + OFFSET_PRIOR)
-            self.level = mean + of_item
-            self.residual = np.zeros((users, items), dtype=np.float32)
-            self.residual[user, item] = rating - self.level[item] - of_user[user]
-            self.power = np.square(self.residual).sum(axis=0)
+
+    def predictor(self, name: str) -> Predictor:
+        """What predicts signal "hint" or "near"."""
+        return self.hints if name == "hint" else self.residuals.neighbours().near
 
     def hints(
         self, past: np.ndarray, rating: np.ndarray, starts: np.ndarray, wanted: list[np.ndarray]
@@ -185,26 +174,6 @@ class ItemSide:
             grams[number], moments[number, :, 0] = gram, moment
         weights = np.linalg.solve(grams, moments)[:, :, 0]
         return [self.offset[items] + self.features[items] @ own for items, own in zip(wanted, weights)]
-
-    def near(
-        self, past: np.ndarray, rating: np.ndarray, starts: np.ndarray, wanted: list[np.ndarray]
-    ) -> list[np.ndarray]:
-        """As `hints`: how far the user's ratings of the items most alike were above expectation; NaN: none is alike."""
-        items, place = np.unique(np.concatenate(wanted), return_inverse=True)
-        products = self.residual[:, items].T @ self.residual[:, past]
-        scale = np.sqrt(np.outer(self.power[items], self.power[past])) + NEAR_SHRINK
-        alike = np.maximum(products, 0.0) / scale
-        left = rating - self.level[past]
-        found, cuts = [], np.cumsum([len(some) for some in wanted])[:-1]
-        for start, rows in zip(starts.tolist(), np.split(place, cuts)):
-            own = left[:start] - left[:start].sum() / (start + OFFSET_PRIOR)
-            weight = alike[rows, :start]
-            if start > NEIGHBOURS:
-                least = np.partition(weight, -NEIGHBOURS, axis=1)[:, [-NEIGHBOURS]]
-                weight = np.where(weight < least, 0.0, weight)
-            total = weight.sum(axis=1)
-            found.append(np.where(total > 0, weight @ own / (total + NEAR_PRIOR), np.nan))
-        return found
 
 
 def item_attributes(titles: list[str], categories: list[str]) -> tuple[np.ndarray, list[float]]:
@@ -233,47 +202,47 @@ def _of_length_one(rows: np.ndarray) -> np.ndarray:
     return np.divide(rows, length, out=np.zeros_like(rows), where=length > 1e-9)
 
 
-class _Columns:
-    """The signals of one split, filled in fold by fold."""
+def _columns(
+    built: Built, split: str, options: SignalOptions, fold: np.ndarray, sides: list[ItemSide]
+) -> list[pl.Series]:
+    """The signals of one split as columns."""
+    frame, (users, starts) = built.lists[split], built.windows[split]
+    shown = {part: _Rows(frame[name]) for part, name in (("history", "history"), ("candidate", "candidates"))}
+    made = []
+    for name in (one for one in SIGNALS if one in options.names and one not in OF_CANDIDATES):
+        of_fold = np.stack([getattr(side, name).astype(np.float64) for side in sides])
+        for part, rows in shown.items():
+            values = of_fold[np.repeat(fold[users], rows.lengths), rows.items]
+            made.append(rows.series(f"{part}_{name}", values))
+    for name in (one for one in OF_CANDIDATES if one in options.names):
+        values = _predicted(name, built.timeline, users, starts, fold, sides, shown["candidate"])
+        made.append(shown["candidate"].series("hints" if name == "hint" else f"candidate_{name}", values))
+    return made
 
-    def __init__(self, built: Built, split: str, names: Sequence[str]) -> None:
-        self.users, self.starts = built.windows[split]
-        self.rows = {name: _Rows(built.lists[split][name]) for name in ("history", "candidates")}
-        self.values: dict[str, np.ndarray] = {}  # column -> float64, all lists end to end
-        for name in (one for one in SIGNALS if one in names):
-            for part in ("candidates",) if name in OF_CANDIDATES else ("history", "candidates"):
-                self.values[signal_column(name, part)] = np.full(len(self.rows[part].items), np.nan)
 
-    def fill(self, side: ItemSide, timeline: Timeline, mine: np.ndarray) -> None:
-        """What `side` says of the lists of users that are `mine`, bool [users]."""
-        for name in SIGNALS:
-            for part, rows in self.rows.items():
-                if name not in OF_CANDIDATES and (column := signal_column(name, part)) in self.values:
-                    here = np.repeat(mine[self.users], rows.lengths)
-                    self.values[column][here] = getattr(side, name)[rows.items[here]]
-        predicted = {name: signal_column(name, "candidates") for name in OF_CANDIDATES}
-        for name, compute in {"hint": side.hints, "near": side.near}.items():
-            if predicted[name] in self.values:
-                self._predict(self.values[predicted[name]], compute, timeline, mine)
-
-    def _predict(self, values: np.ndarray, compute: Callable, timeline: Timeline, mine: np.ndarray) -> None:
-        """Fill in what is computed user by user; lists stand by user, then time."""
-        rows, cuts = self.rows["candidates"], self.rows["candidates"].cuts
-        first_lists = np.flatnonzero(np.diff(self.users, prepend=-1))
-        for first, last in itertools.pairwise([*first_lists.tolist(), len(self.users)]):
-            user = self.users[first]
-            if not mine[user]:
-                continue
-            own = slice(*timeline.offsets[user : user + 2])
-            past, rating = timeline.item[own].astype(np.int64), timeline.rating[own].astype(np.float64)
+def _predicted(
+    name: str,
+    timeline: Timeline,
+    users: np.ndarray,
+    starts: np.ndarray,
+    fold: np.ndarray,
+    sides: list[ItemSide],
+    rows: _Rows,
+) -> np.ndarray:
+    """float64, all candidates of all lists end to end; lists stand by user, then time."""
+    values, cuts = np.empty(len(rows.items)), np.concatenate([[0], np.cumsum(rows.lengths)])
+    first_lists = np.flatnonzero(np.diff(users, prepend=-1))
+    of_user = np.stack([first_lists, np.append(first_lists[1:], len(users))], axis=1)
+    for k, side in enumerate(sides):
+        predict = side.predictor(name)
+        for first, last in of_user[fold[users[first_lists]] == k].tolist():
+            own = slice(*timeline.offsets[users[first] : users[first] + 2])
             wanted = [rows.items[cuts[l] : cuts[l + 1]] for l in range(first, last)]
-            values[cuts[first] : cuts[last]] = np.concatenate(compute(past, rating, self.starts[first:last], wanted))
-
-    def series(self) -> list[pl.Series]:
-        return [
-            self.rows["history" if column.startswith("history_") else "candidates"].series(column, values)
-            for column, values in self.values.items()
-        ]
+            predicted = predict(
+                timeline.item[own].astype(np.int64), timeline.rating[own].astype(np.float64), starts[first:last], wanted
+            )
+            values[cuts[first] : cuts[last]] = np.concatenate(predicted)
+    return values
 
 
 class _Rows:
@@ -281,7 +250,6 @@ class _Rows:
 
     def __init__(self, column: pl.Series) -> None:
         self.lengths = column.list.len().to_numpy().astype(np.int64)
-        self.cuts = np.concatenate([[0], np.cumsum(self.lengths)])
         self.items = column.filter(column.list.len() > 0).explode().to_numpy().astype(np.int64)
 
     def series(self, name: str, values: np.ndarray) -> pl.Series:

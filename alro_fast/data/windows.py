@@ -99,7 +99,7 @@ class Built(NamedTuple):
 
     items: pl.DataFrame
     lists: dict[str, pl.DataFrame]
-    counts: dict[str, int | dict[str, int]]
+    counts: dict[str, Any]  # int, or int by split
     timeline: Timeline
     windows: dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -155,11 +155,11 @@ def chronological(
     unsorted_users = len(np.unique(user[1:][backwards]))
     user_key = splitmix64(user_hash + np.uint64(seed))
     item, rating, time = (np.array(column) for column in (item, rating, time))
-    for rows in _whole_user_slices(offsets, SORT_ROWS):
-        tie = splitmix64(user_key[user[rows]] ^ item_hash[item[rows]])
-        order = np.lexsort((tie, time[rows], user[rows]))
+    for span in _whole_user_slices(offsets, SORT_ROWS):
+        tie = splitmix64(user_key[user[span]] ^ item_hash[item[span]])
+        order = np.lexsort((tie, time[span], user[span]))
         for column in (item, rating, time):
-            column[rows] = column[rows][order]
+            column[span] = column[span][order]
     return Timeline(offsets, item, rating, time), unsorted_users
 
 

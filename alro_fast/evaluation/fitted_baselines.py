@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from ..data.rating_model import fit_ratings
-from ..data.signal_table import SIGNALS
+from ..data.signal_table import SIGNALS, signal_features
 from ..errors import AlroFastError
 from . import metrics
 from .results import Scores
@@ -75,17 +75,9 @@ def lambdamart_scores(prepared: PreparedData, lists: Sequence[RankingList], spli
         LAMBDAMART | {"label_gain": gain}, data, ROUNDS, valid_sets=[checked],
         callbacks=[lightgbm.early_stopping(PATIENCE, verbose=False)],
     )  # fmt: skip
-    rows = [features_of(one, names) for one in lists]
+    rows = [signal_features(one, names) for one in lists]
     scores = model.predict(np.concatenate(rows), num_iteration=model.best_iteration, num_threads=1)
     return np.split(scores, np.cumsum([len(row) for row in rows])[:-1])
-
-
-def features_of(one: RankingList, names: Sequence[str]) -> np.ndarray:
-    """float64 [candidates, 2 x names]: every signal, then its difference from the list's mean; NaN: unknown."""
-    values = np.array([one.signal(name).candidates or [np.nan] * len(one.candidates) for name in names]).T
-    known = ~np.isnan(values)
-    mean = np.where(known, values, 0.0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
-    return np.concatenate([values, values - mean], axis=1)
 
 
 class _Ranked:
@@ -103,7 +95,7 @@ class _Ranked:
             ratings = np.asarray(one.ratings)
             rated = ~np.isnan(ratings)
             if not one.all_equal:
-                features.append(features_of(one, names)[rated])
+                features.append(signal_features(one, names)[rated])
                 labels.append(np.minimum(np.searchsorted(grades, ratings[rated] - 1e-6), len(grades) - 1))
         return cls(features, labels)
 

@@ -25,6 +25,7 @@ WRITTEN = {  # what an evaluation leaves, and a later one may replace
     "report.html",
     "plots",
     "preference_results.json",
+    "preference_predictions.jsonl",
 }
 
 

@@ -9,9 +9,9 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -28,6 +28,7 @@ from ..run_folder import run_options
 from .preference_metrics import Scored, accuracy_interval, preference_metrics
 
 COLUMNS = ("pair_accuracy", "user_auc", "hit@1", "valid", "pooled_coin_auc")
+SCORES = "preference_predictions.jsonl"
 
 
 def score_preferences(
@@ -92,23 +93,24 @@ def evaluate_preferences(options: Any) -> None:
     form = config.get("preference_answer", "titles")
     prompts = PreferencePrompts(tokenizer, builder, form=form, max_length=config.get("max_length"))
     results: dict[str, dict[str, dict[str, Any]]] = {}
+    scores: dict[str, dict[str, list[Scored]]] = {}
     started, answers = time.perf_counter(), 0
     for name, people in sources.items():
         scored = {}
         for ranker in ("untuned", "tuned"):
             if ranker == "untuned" and not hasattr(model, "disable_adapter"):
                 continue
-            with model.disable_adapter() if ranker == "untuned" else contextlib.nullcontext():
+            with cast(Any, model).disable_adapter() if ranker == "untuned" else contextlib.nullcontext():
                 scored[ranker] = score_preferences(model, prompts, people, options.token_budget)
             answers += sum(len(one.chosen) + len(one.rejected) for one in scored[ranker])
-        results[name] = measure(scored, options.bootstrap)
+        results[name], scores[name] = measure(scored, options.bootstrap), scored
     seconds = time.perf_counter() - started
     print(table(results))
     print(f"{answers:,} answers in {seconds:.1f} s")
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    save(folder, results)
-    print(f"preference_results.json is in {folder}")
+    save(folder, results, scores)
+    print(f"preference_results.json and {SCORES} are in {folder}")
 
 
 def contests_of(folder: str, split: str, config: dict[str, Any]) -> tuple[str, list[RankingList]]:
@@ -130,8 +132,19 @@ def contests_of(folder: str, split: str, config: dict[str, Any]) -> tuple[str, l
     return prepared.manifest.get("dataset", Path(folder).name), contests
 
 
-def save(folder: Path, results: dict[str, Any]) -> None:
-    """Write preference_results.json; a metric that is no number becomes null."""
+def save(folder: Path, results: dict[str, Any], scores: Mapping[str, Mapping[str, Sequence[Scored]]]) -> None:
+    """Write preference_predictions.jsonl, then preference_results.json; what is no number becomes null.
+
+    A line of the former is a record: the data set it is of, its user, whether chosen and rejected answers stand in
+    pairs, and every ranker's summed log-probabilities. scores: data set -> ranker -> records.
+    """
+    with (folder / SCORES).open("w", encoding="utf-8") as file:
+        for data, rankers in scores.items():
+            for at, one in enumerate(next(iter(rankers.values()))):
+                told = {name: {"chosen": each[at].chosen.tolist(), "rejected": each[at].rejected.tolist()}
+                        for name, each in rankers.items()}  # fmt: skip
+                line = {"data": data, "record": at, "user_id": one.user_id, "paired": one.paired, "rankings": told}
+                file.write(json.dumps(_plain(line), ensure_ascii=False, allow_nan=False) + "\n")
     text = json.dumps(_plain(results), indent=2, allow_nan=False)
     (folder / "preference_results.json").write_text(text + "\n", encoding="utf-8")
 

@@ -36,12 +36,12 @@ GRADED = Reader("for graded lists", "a first stage's lists, of one target each",
 def evaluate_rankings(options: argparse.Namespace, how: RankingOptions) -> None:
     """Load, rank with and without the adapter, compare, write; options: those of `alro_fast.evaluate`, checked."""
     prepared = open_prepared(options.lists)
-    lists = prepared.lists(options.split)
-    if not len(lists):
+    split = prepared.lists(options.split)
+    if not len(split):
         raise AlroFastError(f"{options.lists} holds no {options.split} lists; choose another --split")
     targets = has_targets(prepared, options.split)
     refuse_unread(options.given, {"gain": GRADED}, targets)
-    lists = [lists[i] for i in range(min(options.limit or len(lists), len(lists)))]
+    lists = [split[i] for i in range(min(options.limit or len(split), len(split)))]
     if options.adapter is None:
         ranker = zero_shot_ranker(options, prepared)
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ def has_targets(prepared: PreparedData, split: str) -> bool:
 class TargetResults(Results):
     """Metrics per user; 0 where the list lacks its target, or there is none. `found`: bool [users], it holds it."""
 
-    found: np.ndarray | None = None
+    found: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
 
     @property
     def ceiling(self) -> float:
@@ -172,7 +172,7 @@ def evaluate_targets(
     absent = _users_without_a_list(prepared, split, len(lists))
     relevant = metrics.pad([one.ratings for one in as_grades(lists)])
     found = np.nanmax(relevant, axis=1, initial=0.0) > 0
-    per_list = {}
+    per_list: dict[str, dict[str, np.ndarray]] = {}
     for name in sorted(scores, key=row_of):
         padded = metrics.pad(scores[name])
         per_list[name] = {}

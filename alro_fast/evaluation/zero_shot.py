@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 
@@ -56,5 +57,5 @@ def zero_shot_ranker(options: argparse.Namespace, prepared: PreparedData) -> Ran
     tokenizer = load_tokenizer(name, trust)
     prompts = PromptBuilder(tokenizer, options.template, identifiers=options.identifiers, items=prepared.items)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = load_base(base_path(name), dtype, trust, place=f"--model_name_or_path {name}").to(device).eval()
-    return Ranker(model, tokenizer, prompts, answer=options.answer, token_budget=options.token_budget)
+    model: Any = load_base(base_path(name), dtype, trust, place=f"--model_name_or_path {name}")
+    return Ranker(model.to(device).eval(), tokenizer, prompts, answer=options.answer, token_budget=options.token_budget)

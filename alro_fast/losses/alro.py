@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +121,8 @@ def alro_loss_from_logits(
     if logits.dim() != 2 or not logits.is_floating_point():
         raise AlroFastError(f"logits has shape {tuple(logits.shape)} and dtype {logits.dtype}; expected floats [N, V]")
     check_device("labels", labels, logits, "logits")
-    check_lists(labels, lists, *logits.shape, ignore_index)
+    row_count, vocab_size = logits.shape
+    check_lists(labels, lists, row_count, vocab_size, ignore_index)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return _compose(
         functools.partial(_stats_from_logits, wide),
@@ -144,7 +145,7 @@ class ALROLoss(nn.Module):
         self, *, alpha: float = 1.0, beta: float = 1.0, gamma: float = 1.0, sigma: float = 1.0, **options
     ) -> None:
         super().__init__()
-        known = set(alro_loss.__kwdefaults__) - {"bias", "counts"}
+        known = set(alro_loss.__kwdefaults__ or ()) - {"bias", "counts"}
         unknown = sorted(set(options) - known)
         if unknown:
             raise AlroFastError(f"ALROLoss got {unknown}; expected options among {sorted(known)}")
@@ -237,7 +238,7 @@ def _compose(
         sigma=options.sigma,
         backend=backend,
     )
-    compare = {}
+    compare: dict[str, Any] = {}
     if pairs is None:
         compare = {"divergence": options.psl, "detach": options.psl_detach, "mask_emitted": options.psl_mask_emitted}
     values = None if grades is None else grades.values
@@ -249,14 +250,15 @@ def _compose(
         permutation = pairs.divergence(stats)
 
     if counts is None:
-        counts = ALROCounts(*(count.clamp(min=1) for count in alro_counts(labels, lists, ignore_index)))
+        counts = ALROCounts._make(cast(Tensor, n).clamp(min=1) for n in alro_counts(labels, lists, ignore_index))
     logprobs = torch.where(targets >= 0, stats.target_logits - stats.lse[:, None], 0.0)
     means = {
         "sft": -logprobs.sum() / counts.rows,
         "soft_lambda": terms.soft_lambda.sum() / counts.lists,
         "permutation": permutation.sum() / counts.twins,
     }
-    loss = sum(weight * means[name] for name, weight in term_weights(options.alpha, options.beta).items())
+    weights = term_weights(options.alpha, options.beta)
+    loss = cast(Tensor, sum(weight * means[name] for name, weight in weights.items()))
     return ALROLossOutput(loss, **means, expected_rank=terms.expected)
 
 
@@ -364,7 +366,7 @@ def _stats_from_logits(
     target_logits = torch.where(targets >= 0, logits.gather(1, targets.clamp(min=0)), 0.0)
     pads = (rows < 0)[:, :, None] | (ids < 0)[:, None, :]
     group_logits = logits[rows.clamp(min=0)[:, :, None], ids.clamp(min=0)[:, None, :]].masked_fill(pads, 0.0)
-    if first is None:
+    if first is None or second is None:
         return HeadStats(lse, target_logits, group_logits, lse.new_empty(0))
     z_a, z_b = logits[first.clamp(min=0)], logits[second.clamp(min=0)]
     z_a = torch.where(_column(detach_first, z_a), z_a.detach(), z_a)

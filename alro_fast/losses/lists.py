@@ -9,7 +9,6 @@ Three things go by the name of lists, one at each stage of the way to a loss:
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -44,9 +43,11 @@ class RankingLists(NamedTuple):
     grades: Grades | None = None  # None: the `ranking` form
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> RankingLists:
-        move = functools.partial(torch.Tensor.to, device=device, non_blocking=non_blocking)
-        grades = None if self.grades is None else Grades(*map(move, self.grades))
-        return RankingLists(*map(move, self[:5]), grades)
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device=device, non_blocking=non_blocking)
+
+        grades = None if self.grades is None else Grades._make(map(move, self.grades))
+        return RankingLists._make([*map(move, self[:5]), grades])
 
 
 def alro_counts(labels: Tensor, lists: RankingLists, ignore_index: int = -100) -> ALROCounts:

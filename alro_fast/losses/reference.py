@@ -9,6 +9,7 @@ Symbols and section numbers are those of docs/methods.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +83,7 @@ def divergence(z_p: Tensor, z_q: Tensor, kind: str = "kl", detach_p: bool = Fals
     return DIVERGENCES[kind](log_p, log_q)
 
 
-DIVERGENCES = {  # log p, log q [.., C] -> [..]
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # log p, log q [.., C] -> [..]
     "kl": lambda log_p, log_q: (log_p.exp() * (log_p - log_q)).sum(-1),  # KL(P || Q)
     "ce": lambda log_p, log_q: -(log_p.exp() * log_q).sum(-1),
     "symmetric": lambda log_p, log_q: (DIVERGENCES["kl"](log_p, log_q) + DIVERGENCES["kl"](log_q, log_p)) / 2,

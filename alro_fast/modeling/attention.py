@@ -161,7 +161,7 @@ def tree_attention(
         key, value = alro_segments.keys_and_values(key, value)
         layout = alro_segments.layout
     else:
-        layout = alro_segments
+        layout = cast(Segments, alro_segments)
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves norms and rotations in float32
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = sliding_window if sliding_window is not None and sliding_window < layout.longest else None

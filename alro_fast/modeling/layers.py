@@ -21,7 +21,7 @@ import functools
 import logging
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -171,7 +171,7 @@ def _mlp_parts(module: nn.Module) -> tuple[str, str] | None:
         up, down = nn.Linear(8, 12 if fused else 6), nn.Linear(6, 8)
         gate = nn.Linear(8, 6)
         x = 3 * torch.randn(5, 8)
-    act = module._modules[activation]
+    act = cast(nn.Module, module._modules[activation])
     projections = {"gate_up_proj": up} if fused else {"gate_proj": gate, "up_proj": up}
     twin = _twin(module, _modules={activation: act, "down_proj": down, **projections})
     with torch.no_grad():
@@ -277,7 +277,7 @@ class _Norm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         needs_weight = ctx.needs_input_grad[1]
         d_x, d_weight = cpp.rms_norm_backward(_rows(x), weight, ctx.offset, scale, _rows(grad), needs_weight)
-        return d_x.view(x.shape), d_weight.to(weight.dtype) if needs_weight else None, None, None
+        return d_x.view(x.shape), None if d_weight is None else d_weight.to(weight.dtype), None, None
 
 
 class _Gated(torch.autograd.Function):
@@ -294,7 +294,7 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        d_gate, d_up = (None if t is None else t.new_empty(t.shape) for t in (gate, up))
+        d_gate, d_up = gate.new_empty(gate.shape), None if up is None else up.new_empty(up.shape)
         cpp.gated_backward(*_gate_and_up(gate, up), ctx.kind, _rows(grad), *_gate_and_up(d_gate, d_up))
         return d_gate, d_up, None
 

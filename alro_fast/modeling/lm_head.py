@@ -109,9 +109,9 @@ class FusedHead:
     def __init__(self, model: nn.Module, *, check: bool = True, backend: str = "auto") -> None:
         ops.check_backend(backend)
         self.model, self.backend = model, backend
-        self._inner = getattr(model, "module", model)  # DDP; FSDP2 keeps the model's own class
+        self._inner: Any = getattr(model, "module", model)  # DDP; FSDP2 keeps the model's own class
         self._trunk = trunk_of(self._inner)
-        bare = self._inner.get_base_model() if hasattr(self._inner, "get_base_model") else self._inner
+        bare: Any = self._inner.get_base_model() if hasattr(self._inner, "get_base_model") else self._inner
         if "logits_to_keep" not in inspect.signature(bare.forward).parameters:
             raise AlroFastError(
                 f"{type(bare).__name__}.forward takes no logits_to_keep, so its logits cannot be left out; "
@@ -170,7 +170,7 @@ class FusedHead:
         return nn.functional.pad(logprobs.view(len(labels), -1), (1, 0))
 
 
-def _effective(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _effective(module: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the head, active adapters included."""
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
         if module.disable_adapters:
@@ -218,7 +218,7 @@ def _with_lora(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
-def _plain(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _plain(weight: Any, bias: Any) -> tuple[Tensor, Tensor | None]:
     """Gathered tensors, or an error that says how to get them."""
     if weight.numel() == 0 or weight.dim() != 2:
         raise AlroFastError(

@@ -11,7 +11,7 @@ from torch import nn
 
 from .attention import tree_hidden_states
 from .lm_head import head_of
-from .packing import Tree, collate, plan_batches
+from .packing import Tree, collate, plan_forwards
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -34,7 +34,7 @@ def answer_logprobs(
     sums: list[np.ndarray] = [np.empty(0)] * len(trees)
     sizes = [tree.num_tokens for tree in trees]
     head = head_of(model)
-    for indices in plan_batches(sizes, max(token_budget, *sizes)) if sizes else []:
+    for indices in plan_forwards(sizes, token_budget):
         packed = collate(trees, indices).to(device)
         with autocast():
             hidden = tree_hidden_states(model, packed)

@@ -80,7 +80,7 @@ class _LoRA(torch.autograd.Function):
         rows, weight, down, up, low = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         needs_x, _, _, needs_down, needs_up, _ = ctx.needs_input_grad
-        grad_low = product(grad, up.T) if needs_x or needs_down else None
+        grad_low = product(grad, up.T) if needs_x or needs_down else grad[:0]
         grad_x = grad_down = grad_up = None
         if needs_x:
             grad_x = product(grad, weight.T).addmm_(grad_low, down, alpha=ctx.scaling).view(ctx.shape)

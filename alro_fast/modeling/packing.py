@@ -180,6 +180,10 @@ class PackedBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         return _mapped(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def pin_memory(self) -> PackedBatch:
+        """The same batch with its tensors in page-locked memory."""
+        return _mapped(self, Tensor.pin_memory)
+
 
 def pack(trees: Sequence[Tree], token_budget: int, seed: int | None = None) -> list[PackedBatch]:
     """Plan and collate all `trees`: every tree once, whole, in batches of at most `token_budget` rows."""
@@ -246,7 +250,7 @@ class EpochPlans:
     def __call__(self, epoch: int) -> list[list[int]]:
         """Which trees go into which batch of an epoch: every tree once, `num_batches` batches within the budget."""
         if self.seed is None:
-            return plan_batches(self.lengths, self.token_budget)
+            return plan_batches(self.lengths.tolist(), self.token_budget)
         # trees of fewer than two pools are halved: one pool of all trees is packed much alike in every epoch
         pool = POOL_BUDGETS if epoch == 0 else min(POOL_BUDGETS, -(-self.num_batches // 2))
         return _shuffled_plan(self.lengths, self.token_budget, self.seed + epoch, pool, self.num_batches)
@@ -256,6 +260,14 @@ def halve(batches: list[list[int]], place: int) -> None:
     """Put two batches in the place of one, in their order, in the list itself."""
     middle = len(batches[place]) // 2
     batches[place : place + 1] = [batches[place][:middle], batches[place][middle:]]
+
+
+def plan_forwards(sizes: Sequence[int], token_budget: int) -> list[list[int]]:
+    """`plan_batches` where a tree larger than the budget is no error, but a batch of its own. 0: every tree is."""
+    fitting = [i for i, size in enumerate(sizes) if size <= token_budget]
+    plan = plan_batches([sizes[i] for i in fitting], token_budget) if fitting else []
+    alone = [[i] for i, size in enumerate(sizes) if size > token_budget]
+    return sorted([[fitting[i] for i in batch] for batch in plan] + alone)
 
 
 def collate(trees: Sequence[Tree], indices: Sequence[int]) -> PackedBatch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -56,7 +56,8 @@ class ALROObjective(SFTObjective):
         """Rows, identifiers, ratings and target ranks of every presentation, padded to the longest list."""
         # A view is one list in one order; the first view of an example is the stored order, the others are its twins.
         views = [(t, v) for t, example in enumerate(examples) for v in range(len(example.views))]
-        width = max(len(example.source.candidates) for example in examples)
+        sources = [cast(RankingList, example.source) for example in examples]
+        width = max(len(source.candidates) for source in sources)
         slot_rows = torch.full((len(views), width), -1, dtype=torch.long)
         candidate_ids = torch.full((len(views), width), -1, dtype=torch.long)
         ratings = torch.full((len(views), width), torch.nan)
@@ -66,20 +67,20 @@ class ALROObjective(SFTObjective):
         original = tree = 0  # of the example at hand: its first view's index, its first tree's index in the batch
         for l, (t, v) in enumerate(views):
             example, view = examples[t], examples[t].views[v]
-            m = len(example.source.candidates)
+            m = len(sources[t].candidates)
             if v == 0:
                 original = l
             else:
                 twin[l] = original
             if self.answer == "ranking":  # one tree for all views, a branch each; a row for every slot of the answer
-                ratings[l, :m] = torch.tensor(example.source.ratings)
+                ratings[l, :m] = torch.tensor(sources[t].ratings)
                 ranks[l, :m] = torch.tensor(view.ranks)
                 slot_rows[l, :m] = packed.branch_rows[tree][v] + torch.tensor(view.slot_offsets)
                 candidate_ids[l, :m] = torch.tensor(view.candidate_ids)
             else:  # a tree per view, a branch per rated candidate, a row where its grade is predicted
                 # An unrated candidate has no grade, hence no row: it is left out, ranks stay those of the rest.
                 rated = [i for i, branch in enumerate(view.branches) if branch.answer_ids]
-                ratings[l, : len(rated)] = torch.tensor([example.source.ratings[i] for i in rated])
+                ratings[l, : len(rated)] = torch.tensor([sources[t].ratings[i] for i in rated])
                 ranks[l, : len(rated)] = torch.tensor([view.ranks[i] for i in rated])
                 rows = zip(rated, packed.branch_rows[tree + v])
                 slot_rows[l, : len(rated)] = torch.tensor([row + view.branches[i].grade_offset for i, row in rows])
@@ -150,7 +151,6 @@ ALRO = Description(
     answers=("ranking", "ratings"),
     reads={
         "answer": ALWAYS,
-        "baselines": ALWAYS,
         "alpha": ALWAYS,
         "beta": TWINS,
         "gamma": IN_ORDER,

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ..prompts.recranker import RecRankerPrompts
 
 ALWAYS = None  # an option that an objective reads under any circumstance
+OF_THE_TABLE = ("baselines",)  # options of the rankings' table at the end, which every objective that ranks lists reads
 LEARNED = {  # what a model may have learned to answer -> in words
     "ranking": "the identifiers of all candidates in order",
     "identifiers": "the identifier of one candidate",
@@ -70,7 +71,7 @@ class Description:
     summary: str
     objective: type
     run: str
-    prompts: type
+    prompts: type[Any]
     reads: Mapping[str, Where | None]
     logs: Mapping[str, str]
     learns: Callable[[Mapping[str, Any]], str]
@@ -82,8 +83,9 @@ class Description:
     instead: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        own = fields(self.options) if self.options else ()
-        object.__setattr__(self, "reads", {entry.name: ALWAYS for entry in own} | dict(self.reads))
+        own = [entry.name for entry in fields(self.options)] if self.options else []
+        own += OF_THE_TABLE if self.ranks_lists else ()
+        object.__setattr__(self, "reads", dict.fromkeys(own, ALWAYS) | dict(self.reads))
 
     @property
     def title(self) -> str:
@@ -163,7 +165,7 @@ class LossTerm(NamedTuple):
     name: str
     value: Tensor
     weight: float
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple has a method of that name
 
 
 @dataclass
@@ -182,6 +184,12 @@ class Batch:
             self.packed.to(device, non_blocking=non_blocking), move(self.targets, device, non_blocking),
             self.counts, self.lists, self.sources,
         )  # fmt: skip
+
+    def pin_memory(self) -> Batch:
+        """The same batch with its tensors in page-locked memory, which a device copies while the host goes on."""
+        return Batch(
+            self.packed.pin_memory(), mapped(self.targets, Tensor.pin_memory), self.counts, self.lists, self.sources
+        )
 
 
 class Objective(Protocol):
@@ -210,14 +218,20 @@ def build_objective(
     **more: Any,
 ) -> Objective:
     """The objective named by `arguments.objective`; AlroFastError for a name that no description has."""
-    return describe(arguments.objective).objective(arguments, builder, answer=answer, seed=seed, **more)
+    made: Objective = describe(arguments.objective).objective(arguments, builder, answer=answer, seed=seed, **more)
+    return made
 
 
 def move(value: Any, device: torch.device, non_blocking: bool = False) -> Any:
     """A tensor, or a (named) tuple of tensors and other things, with its tensors on `device`."""
+    return mapped(value, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+
+def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A tensor, or a (named) tuple of tensors and other things, with `function` applied to every tensor."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=non_blocking)
+        return function(value)
     if isinstance(value, tuple):
-        moved = [move(entry, device, non_blocking) for entry in value]
+        moved = [mapped(entry, function) for entry in value]
         return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
     return value

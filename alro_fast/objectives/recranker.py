@@ -114,7 +114,8 @@ def parse_weights(text: str) -> tuple[float, float, float]:
             f"--task_weights {text!r}: expected three numbers of at least 0, not all 0, such as 1,1,1 "
             f"({', '.join(TASKS)}); 0 leaves a task out"
         )
-    return weights
+    pointwise, pairwise, listwise = weights
+    return pointwise, pairwise, listwise
 
 
 def trees_of(prompts: TaskPrompts, name: str) -> list[Tree]:
@@ -139,9 +140,7 @@ RECRANKER = Description(
     objective=RecRankerObjective,
     run="tasks",
     prompts=RecRankerPrompts,
-    reads=dict.fromkeys(
-        ("task_weights", "points_per_list", "pairs_per_list", "position_shifting", "hybrid", "baselines"), ALWAYS
-    ),
+    reads=dict.fromkeys(("task_weights", "points_per_list", "pairs_per_list", "position_shifting", "hybrid"), ALWAYS),
     logs={"pointwise": "pointwise", "pairwise": "pairwise", "listwise": "listwise"},
     learns=lambda options: "tasks",
 )

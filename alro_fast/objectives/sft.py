@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ class SFTObjective:
         orders = [self.orders(source, index, epoch) for source, index in zip(lists, indices)]
         repeated = [source for source, each in zip(lists, orders) for _ in each]
         build = self.builder.rankings if self.answer == "ranking" else self.builder.rates
-        views = iter(build(repeated, [order for each in orders for order in each]))
+        views: Iterator[Any] = iter(build(repeated, [order for each in orders for order in each]))
         examples = []
         for source, each in zip(lists, orders):
             mine = tuple(next(views) for _ in each)
@@ -69,7 +69,8 @@ def branches_of(view: RankingPrompt | RatingPrompt) -> list[Branch]:
 
 def answer_form(options: Mapping[str, Any]) -> str:
     """What a model learns to answer that is trained on whole lists: what `--answer` says."""
-    return options.get("answer", "ranking")
+    answer: str = options.get("answer", "ranking")
+    return answer
 
 
 SFT = Description(
@@ -79,7 +80,7 @@ SFT = Description(
     run="lists",
     prompts=PromptBuilder,
     answers=("ranking", "ratings"),
-    reads={"answer": ALWAYS, "baselines": ALWAYS},
+    reads={"answer": ALWAYS},
     logs={"sft": "cross-entropy"},
     learns=answer_form,
 )

@@ -6,6 +6,7 @@ import importlib
 import logging
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -88,13 +89,15 @@ def _reason_against(name: str, device: torch.device, dtype: torch.dtype) -> str 
         module = importlib.import_module(f".backends.{name}", __package__)
     except ImportError as error:
         return f"not installed here ({error})"
-    return module.unavailable(device, dtype)
+    reason: str | None = module.unavailable(device, dtype)
+    return reason
 
 
 @contextlib.contextmanager
 def as_given(tensor: Tensor) -> Iterator[None]:
     """Backends compute in the dtypes they are given, on the device of `tensor`: Triton launches on the current one."""
-    with torch.autocast(tensor.device.type, enabled=False), torch.cuda.device_of(tensor):
+    device = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+    with torch.autocast(tensor.device.type, enabled=False), device:
         yield
 
 
@@ -103,7 +106,7 @@ def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
-def no_second_derivative(ctx, *grads):
+def no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
     raise AlroFastError(
         "double backward through alro_fast ops is not supported: call backward without create_graph, or take the loss "
         "from alro_fast.reference, which has derivatives of every order"

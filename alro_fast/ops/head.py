@@ -2,6 +2,8 @@
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -247,9 +249,10 @@ def _head(
 
 @_head.register_fake
 def _(
-    hidden, weight, bias, targets, rows, ids, first, second, detach_first, detach_second, softcap, scale, entropy,
-    want_expected, want_spread, mass_bound, backend,
-):  # fmt: skip
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, ids: Tensor, first: Tensor,
+    second: Tensor, detach_first: Tensor, detach_second: Tensor, softcap: float | None, scale: float, entropy: bool,
+    want_expected: bool, want_spread: bool, mass_bound: float, backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
     n, h = hidden.shape
     dtype = result_dtype(hidden)
     pairs = first.shape[0] > 0
@@ -268,7 +271,7 @@ def _(
     )
 
 
-def _head_setup(ctx, inputs, output) -> None:
+def _head_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (
         hidden, weight, bias, targets, rows, ids, first, second, detach_first, detach_second, softcap, scale, entropy,
         _want_expected, _want_spread, _mass_bound, backend,
@@ -278,7 +281,14 @@ def _head_setup(ctx, inputs, output) -> None:
     ctx.options = (softcap, scale, entropy, backend)
 
 
-def _head_autograd(ctx, grad_lse, grad_target, grad_group, grad_cross, *_unused):
+def _head_autograd(
+    ctx: Any,
+    grad_lse: Tensor | None,
+    grad_target: Tensor | None,
+    grad_group: Tensor | None,
+    grad_cross: Tensor | None,
+    *_unused: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     saved = ctx.saved_tensors
     empty = saved[10].new_empty(0)
@@ -339,7 +349,7 @@ def _head_backward(
         if want_hidden:
             d_hidden = grad_lse[:, None] * expected
             if pairs:
-                a, b = first.clamp(min=0), second.clamp(min=0)
+                a, b = (_pads_spread(index, len(hidden)) for index in (first, second))
                 if spread.numel():
                     own = spread + expected[a] * (float(entropy) - cross)[:, None]
                     eager.add_rows(d_hidden, a, own * grad_first[:, None])
@@ -363,15 +373,18 @@ def _head_backward(
                     hidden, weight, softcap, scale, group_rows, group_ids, logits, grad.view(logits.shape),
                     d_hidden, d_weight, d_bias,
                 )  # fmt: skip
-    return tuple(or_empty(grad, hidden).to(hidden.dtype) for grad in (d_hidden, d_weight, d_bias))
+    of_hidden, of_weight, of_bias = (or_empty(grad, hidden).to(hidden.dtype) for grad in (d_hidden, d_weight, d_bias))
+    return of_hidden, of_weight, of_bias
 
 
 @_head_backward.register_fake
 def _(
-    grad_lse, grad_target, grad_group, grad_cross, hidden, weight, bias, targets, rows, ids, first, second,
-    detach_first, detach_second, lse, target_logits, group_logits, cross, expected, mixed, spread, softcap, scale,
-    entropy, backend, want_hidden, want_weight, want_bias,
-):  # fmt: skip
+    grad_lse: Tensor, grad_target: Tensor, grad_group: Tensor, grad_cross: Tensor, hidden: Tensor, weight: Tensor,
+    bias: Tensor | None, targets: Tensor, rows: Tensor, ids: Tensor, first: Tensor, second: Tensor,
+    detach_first: Tensor, detach_second: Tensor, lse: Tensor, target_logits: Tensor, group_logits: Tensor,
+    cross: Tensor, expected: Tensor, mixed: Tensor, spread: Tensor, softcap: float | None, scale: float, entropy: bool,
+    backend: str, want_hidden: bool, want_weight: bool, want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         hidden.new_empty(hidden.shape if want_hidden else 0),
         hidden.new_empty(weight.shape if want_weight else 0),
@@ -383,7 +396,16 @@ _head.register_autograd(_head_autograd, setup_context=_head_setup)
 _head_backward.register_autograd(no_second_derivative)
 
 
-def _gather(gather, hidden, weight, bias, softcap, scale, rows: Tensor, ids: Tensor) -> Tensor:
+def _gather(
+    gather: Callable[..., Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    rows: Tensor,
+    ids: Tensor,
+) -> Tensor:
     if rows.numel() == 0 or ids.numel() == 0:
         return hidden.new_empty(*rows.shape, ids.shape[1], dtype=result_dtype(hidden))
     return gather(hidden, weight, bias, softcap, scale, rows, ids)
@@ -392,3 +414,8 @@ def _gather(gather, hidden, weight, bias, softcap, scale, rows: Tensor, ids: Ten
 def _target_groups(targets: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Targets as groups of one row each."""
     return torch.arange(len(targets), device=hidden.device)[:, None], targets
+
+
+def _pads_spread(index: Tensor, rows: int) -> Tensor:
+    """index [P] with a row of its own for every pad (negative): the zeros of all pads would queue up at one row."""
+    return torch.where(index < 0, torch.arange(len(index), device=index.device) % max(rows, 1), index)

@@ -1,5 +1,7 @@
 """Soft-argmax ranks, soft lambda loss and permutation divergence of lists, with autograd."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -149,8 +151,9 @@ def _listwise(
 
 @_listwise.register_fake
 def _(
-    logits, ratings, ranks, sizes, twin, values, gamma, sigma, normalise, divergence, detach, mask_emitted, backend
-):  # fmt: skip
+    logits: Tensor, ratings: Tensor, ranks: Tensor, sizes: Tensor, twin: Tensor, values: Tensor | None, gamma: float,
+    sigma: float, normalise: bool, divergence: str, detach: bool, mask_emitted: bool, backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
     length = logits.shape[0]
     has_teacher = divergence != "none" and not detach
     return (
@@ -163,12 +166,14 @@ def _(
     )
 
 
-def _listwise_setup(ctx, inputs, output) -> None:
+def _listwise_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(inputs[4], *output[3:])
 
 
-def _listwise_autograd(ctx, grad_soft_lambda, grad_permutation, *_unused):
+def _listwise_autograd(
+    ctx: Any, grad_soft_lambda: Tensor | None, grad_permutation: Tensor | None, *_unused: Tensor | None
+) -> tuple[Tensor | None, ...]:
     twin, d_soft_lambda, d_student, d_teacher = ctx.saved_tensors
     empty = d_soft_lambda.new_empty(0)
     grads = [empty if grad is None else grad for grad in (grad_soft_lambda, grad_permutation)]
@@ -198,7 +203,10 @@ def _listwise_backward(
 
 
 @_listwise_backward.register_fake
-def _(grad_soft_lambda, grad_permutation, twin, d_soft_lambda, d_student, d_teacher):
+def _(
+    grad_soft_lambda: Tensor, grad_permutation: Tensor, twin: Tensor, d_soft_lambda: Tensor, d_student: Tensor,
+    d_teacher: Tensor,
+) -> Tensor:  # fmt: skip
     return torch.empty_like(d_soft_lambda)
 
 

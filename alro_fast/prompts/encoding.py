@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Generic, TypeVar, cast
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +17,7 @@ PROBE = "Rank: A B C\n- Plan 9 (1959) | Sci-Fi | 4.5 stars\n  Été ＡＢ ﬁn,
 
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Encoder:
@@ -60,6 +62,21 @@ class Encoder:
         )
         return encoded["input_ids"]
 
+    def ids_of(self, tokens: Sequence[str]) -> list[int]:
+        """Ids of tokens of the vocabulary."""
+        return cast(list[int], self.tokenizer.convert_tokens_to_ids(list(tokens)))
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Token ids as text, for people to read."""
+        return cast(str, self.tokenizer.decode(list(ids)))
+
+    def rendered(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Turns as the chat template writes them; what it raises where it does not take them."""
+        rendered = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+        )
+        return cast(str, rendered)
+
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of text that must not hold a special token, whatever it says."""
         encoded = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -85,14 +102,14 @@ class Encoder:
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
-class Pieces:
+class Pieces(Generic[Key]):
     """Token ids of untrusted pieces of text by key, encoded in batches and cached."""
 
-    def __init__(self, encode: Encode, text_of: Callable[[Hashable], str]):
+    def __init__(self, encode: Encode, text_of: Callable[[Key], str]):
         self._encode, self._text_of = encode, text_of
-        self.ids: dict[Hashable, list[int]] = {}
+        self.ids: dict[Key, list[int]] = {}
 
-    def prepare(self, keys: Iterable[Hashable]) -> dict[Hashable, list[int]]:
+    def prepare(self, keys: Iterable[Key]) -> dict[Key, list[int]]:
         """`ids`, holding at least these keys."""
         wanted = dict.fromkeys(keys)
         missing = [key for key in wanted if key not in self.ids]

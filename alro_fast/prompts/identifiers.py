@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
@@ -102,10 +102,10 @@ def prove_answers(
     first = labels_in_context(encoder.trusted, start, labels[:2] if atomic else labels, "", encoder.unk)
     if len(first.ids) < 2 or first.right:
         return Answers([], [], [], end)
-    ids = encoder.tokenizer.convert_tokens_to_ids(list(labels)) if atomic else first.ids
+    ids = encoder.ids_of(labels) if atomic else first.ids
     pair = encoder.trusted([start + labels[0] + separator + labels[1]])[0]
     answers = Answers(first.left[n:], ids, pair[len(first.left) + 1 : -1], end)
-    ending = encoder.tokenizer.convert_ids_to_tokens(end)
+    ending = cast(str, encoder.tokenizer.convert_ids_to_tokens(end))
     for count in range(len(ids), 1, -1):
         order = range(count) if atomic else _every_pair(count)
         text = start + separator.join(labels[i] for i in order) + ending
@@ -157,5 +157,5 @@ def prove_grading(
             f"tokenizer {encoder.name!r} joins tokens across the question {labels[0] + ask + grades[0]!r}; "
             "choose another ratings.answer in the prompt template"
         )
-    ids = encoder.tokenizer.convert_tokens_to_ids(list(labels)) if atomic else asked.ids
+    ids = encoder.ids_of(labels) if atomic else asked.ids
     return Grading(left[n:], ids, after, graded.ids)

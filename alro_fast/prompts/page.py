@@ -38,7 +38,7 @@ class Page:
         lead = self._candidate.before
         if self.by_item:
             self.labels = item_labels(encoder, n_items)
-            self.label_ids = encoder.tokenizer.convert_tokens_to_ids(self.labels)
+            self.label_ids = encoder.ids_of(self.labels)
             self._history_lead, self._candidate_lead = encoder.plain_after("\n", [self._history.before, lead])
             history_anchor = candidate_anchor = ""  # an added token cuts the text: what follows it stands alone
         else:

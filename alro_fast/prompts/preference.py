@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -79,7 +79,7 @@ class PreferencePrompts:
         self._encoder = Encoder(tokenizer)
         self._turns = find_turns(self._encoder, "")
         self._told_of_ties = False
-        self._literals: dict[tuple[str, ...], list[str]] = {}
+        self._literals: dict[tuple[str, ...], list[str] | None] = {}
         first = tokenizer("x")["input_ids"][0]
         self._start = [first] if first == tokenizer.bos_token_id else []
         self._words = None if builder is None else ListWords(builder.template, self._turns.markers)
@@ -102,7 +102,7 @@ class PreferencePrompts:
         if self.form == "identifiers":
             return self._identifiers(source)
         for dropped in range(len(source.history) + 1):
-            ids = self._encode(self._words.preference(source, self.form, dropped), dropped)
+            ids = self._encode(cast(ListWords, self._words).preference(source, self.form, dropped), dropped)
             if self._excess(ids)[0] <= 0:
                 return ids
         raise AlroFastError(
@@ -113,7 +113,8 @@ class PreferencePrompts:
     def _encode(self, preference: Preference, dropped: int) -> PreferenceIds:
         pairs = len(preference.chosen) if preference.paired else 1
         branches: list[AnswerIds] = []
-        chosen, rejected = [], []
+        chosen: list[int] = []
+        rejected: list[int] = []
         for i in range(pairs):
             prompt_ids, anchor = self.prompt(preference.prompts[i])
             good = preference.chosen[i : i + 1] if preference.paired else preference.chosen
@@ -131,7 +132,7 @@ class PreferencePrompts:
         return PreferenceIds(branches, chosen, rejected, preference.paired, dropped)
 
     def _identifiers(self, contest: RankingList) -> PreferenceIds:
-        view = self.builder.ranking(contest)
+        view = cast("PromptBuilder", self.builder).ranking(contest)
         start = view.prompt_ids + view.answer_ids[: view.slot_offsets[0]]
         best = positive(contest)
         order = [best, *(i for i in range(len(contest.candidates)) if i != best)]
@@ -175,9 +176,7 @@ class PreferencePrompts:
             return ["", *["\n"] * len(roles)]
         messages = [{"role": role, "content": STAND_IN.format(i)} for i, role in enumerate(roles)]
         try:
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
+            text = self._encoder.rendered(messages)
         except (TemplateError, ValueError, TypeError) as error:
             if roles[0] == "system" and len(roles) > 1:
                 return None
@@ -220,7 +219,8 @@ class ListWords:
             text += f"{template['candidates']}\n" if template["candidates"] else ""
             shown = self._candidate.beside(contest, "candidates")
             text += "".join(f"- {title}{''.join(one.signals)}\n" for title, one in zip(titles, shown)) + ASK_TITLE
-            prompts, chosen = (self._prompt(text),), (titles[best],)
+            prompts: tuple[tuple[Turn, ...], ...] = (self._prompt(text),)
+            chosen: tuple[str, ...] = (titles[best],)
             rejected = tuple(titles[i] for i in others)
         else:
             asked = [ASK_PAIR.format(first=titles[min(best, i)], second=titles[max(best, i)]) for i in others]

@@ -72,7 +72,8 @@ class SavedPrompts:
                 f"tokenizer {encoder.name!r} is not the one {directory} was made with; load the one saved there"
             )
         template = cls.read_template(source, name=name, origin=str(directory / TEMPLATE_FILE))
-        prompts = cls(tokenizer, template, **options)
+        make: Any = cls
+        prompts: Self = make(tokenizer, template, **options)
         again = json.loads(json.dumps(prompts.record()))
         if again | {"tokenizer": known} != record:  # the tokenizer's folder may have moved
             raise AlroFastError(f"{directory / cls.FILE} does not fit {TEMPLATE_FILE} beside it; restore both")

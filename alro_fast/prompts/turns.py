@@ -69,9 +69,7 @@ def _markers(encoder: Encoder) -> frozenset[str]:
 
 def _render(encoder: Encoder, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
     try:
-        text = encoder.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
-        )
+        text = encoder.rendered(messages, add_generation_prompt)
     except (TemplateError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise AlroFastError(f"the chat template of tokenizer {encoder.name!r} cannot be rendered: {reason}") from None

@@ -57,14 +57,14 @@ def decode(
     A batch holds at most `token_budget` prompt tokens, padding and beams counted (0: one prompt at a time).
     score, score_space: what `Decoded.slots` are, as in training (docs/methods.md 1.2).
     """
-    answers: list[Decoded | None] = [None] * len(prompts)
+    answers: dict[int, Decoded] = {}
     head, trunk = head_of(model), trunk_of(model)
     with ordinary_attention(trunk):
         for indices in _plan(prompts, beams, token_budget):
             found = _decode_batch(trunk, head, [prompts[index] for index in indices], beams, score, score_space)
             for index, answer in zip(indices, found, strict=True):
                 answers[index] = answer
-    return answers
+    return [answers[index] for index in range(len(prompts))]
 
 
 @contextlib.contextmanager
@@ -109,7 +109,7 @@ def _plan(prompts: Sequence[RankingPrompt], beams: int, token_budget: int) -> li
         batch = plan[-1] if plan else None
         # the first of a batch is its longest
         fits = batch and keys[batch[0]] == keys[index] and (len(batch) + 1) * beams * lengths[batch[0]] <= token_budget
-        if fits:
+        if batch and fits:
             batch.append(index)
         else:
             plan.append([index])
@@ -189,9 +189,7 @@ def _score(logits: Tensor, hidden: Tensor, head: Head, score: str, score_space: 
         logprobs = logits.log_softmax(-1)
     else:
         nothing = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
-        _, lse = linear_logprobs(
-            hidden, head.weight, nothing, bias=head.bias, softcap=head.softcap, scale=head.scale
-        )  # fmt: skip
+        _, lse = linear_logprobs(hidden, head.weight, nothing, **head.terms)
         logprobs = logits - lse.double().view(*logits.shape[:2], 1)
     return logprobs if score == "logprob" else logprobs.exp()
 

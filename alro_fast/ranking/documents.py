@@ -123,7 +123,7 @@ def catalogue(folder: str) -> dict[str, Item]:
 
 def numbered(entry: RankingList, document: Any, items: dict[str, Item]) -> RankingList:
     """The list with the catalogue's items, for a model that names items by tokens of their own."""
-    found = {}
+    found: dict[str, list[Item]] = {}
     for part in ("history", "candidates"):
         found[part] = []
         for at, given in enumerate(document.get(part) or [], start=1):

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from .decoding import left_padded, ordinary_attention
 
 if TYPE_CHECKING:
     from ..data.records import RankingList
+    from ..prompts import PromptBuilder
+    from ..prompts.recranker import RecRankerPrompts
     from .ranker import Ranker
 
 
@@ -45,7 +47,7 @@ class Generated:
 def generate_and_parse(ranker: Ranker, lists: Sequence[RankingList], batch_size: int = 8) -> Generated:
     """Greedy text of the `ranking` answer form for every list, left-padded batches of `batch_size`, parsed."""
     bare = [replace(entry, ratings=(math.nan,) * len(entry.ratings)) for entry in lists]
-    prompts = ranker.prompts.rankings(bare)
+    prompts = cast("PromptBuilder", ranker.prompts).rankings(bare)
     texts = write_answers(ranker, [(prompt.prompt_ids, len(prompt.answer_ids)) for prompt in prompts], batch_size)
     made = Generated([], [], texts)
     for prompt, text in zip(prompts, texts, strict=True):
@@ -76,14 +78,14 @@ def mentions(text: str, names: Sequence[str]) -> tuple[list[int], str]:
 def write_answers(ranker: Ranker, prompts: Sequence[tuple[list[int], int]], batch_size: int = 8) -> list[str]:
     """Greedy text after every (prompt ids, tokens to write at most), in left-padded batches."""
     model, tokenizer = ranker.model, ranker.tokenizer
-    end = ranker.prompts.end
+    end = cast("PromptBuilder | RecRankerPrompts", ranker.prompts).end  # models of signals write no text
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
     texts = []
     with ordinary_attention(trunk_of(model)):
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             ids, mask = left_padded([prompt for prompt, _ in batch], next(model.parameters()).device, pad)
-            written = model.generate(
+            written = cast(Any, model).generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max(length for _, length in batch),

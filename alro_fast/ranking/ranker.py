@@ -22,7 +22,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -32,8 +32,9 @@ from ..errors import AlroFastError
 from ..modeling.packing import Branch, Tree
 from ..objectives.alro import Scoring
 from ..objectives.base import describe_run
+from ..prompts import SignalPrompts
 from ..run_folder import run_options
-from .decoding import decode
+from .decoding import Decoded, decode
 from .options import TASK_METHODS, RankingOptions, check_answer, check_token_budget, ranked_answers
 from .orders import Ranking, check_finite, make_ranking, presentations, slide, unlabelled
 from .reading import BranchReader, memory_errors
@@ -45,6 +46,11 @@ if TYPE_CHECKING:
     from ..prompts.recranker import RecRankerPrompts
 
 Reader = Callable[[list["RankingList"], list[np.ndarray]], list[np.ndarray]]
+SLOTS: dict[str, Callable[[Decoded, float], np.ndarray]] = {  # decoded answer, gamma -> a score for each candidate
+    "expected": lambda answer, gamma: -expected_slots(answer.slots, gamma),
+    "greedy": lambda answer, gamma: -np.argsort(answer.order) - 1.0,
+    "beam": lambda answer, gamma: -np.argsort(answer.order) - 1.0,
+}
 CHUNK = 256  # lists whose prompts are held and packed together; rankings come out after each
 
 
@@ -62,7 +68,7 @@ class Ranker:
         self,
         model: nn.Module,
         tokenizer: Any,
-        prompts: PromptBuilder | RecRankerPrompts,
+        prompts: PromptBuilder | SignalPrompts | RecRankerPrompts,
         *,
         answer: str = "ranking",
         scoring: Scoring | None = None,
@@ -100,10 +106,12 @@ class Ranker:
                 "copy it from the run's folder"
             )
         answer = ranked_answers(folder, config)
+        signals = config.get("identifiers") == SignalPrompts.identifiers
+        prompts = SignalPrompts if signals else describe_run(config).prompts
         return cls(
             model,
             tokenizer,
-            describe_run(config).prompts.load(folder, tokenizer),
+            prompts.load(folder, tokenizer),
             answer=answer,
             hybrid=config.get("hybrid") or "code",
             scoring=Scoring.of(config),
@@ -149,7 +157,7 @@ class Ranker:
         """The same ranker with its adapter off; AlroFastError when the weights themselves were tuned."""
         if not hasattr(self.model, "disable_adapter"):
             raise AlroFastError("the model has no adapter to switch off; load its base model to rank untuned")
-        with self.model.disable_adapter():
+        with cast(Any, self.model).disable_adapter():
             yield self
 
     # ---- one chunk of lists
@@ -177,20 +185,23 @@ class Ranker:
         """How the scores of a method are read: lists, and orders [B, m] of each -> scores [B, m] of each."""
         if how.method in TASK_METHODS:
             return functools.partial(self._read_tasks, how=how)
-        if how.method in ("greedy", "beam") or (how.method == "expected" and self.answer == "ranking"):
+        if how.method in SLOTS and self.answer == "ranking":
             return functools.partial(self._read_slots, method=how.method, beams=how.beams)
         return self._read_rows
 
     def _read_tasks(
         self, lists: list[RankingList], presented: list[np.ndarray], how: RankingOptions
     ) -> list[np.ndarray]:
-        asked = {"pairing": how.pairing, "seed": how.seed}
-        readings = read_tasks(self.reader, self.prompts, lists, presented, how.method, **asked)
+        method, hybrid, prompts = cast(str, how.method), cast(str, how.hybrid), cast("RecRankerPrompts", self.prompts)
+        readings = read_tasks(
+            self.reader, prompts, lists, presented, method, pairing=how.pairing, seed=how.seed
+        )  # fmt: skip
         for entry, reading in zip(lists, readings, strict=True):
-            for values in filter(lambda part: part is not None, reading):
-                check_finite(entry, values)
+            for values in reading:
+                if values is not None:
+                    check_finite(entry, values)
         return [
-            np.broadcast_to(reading.scores(how.method, how.hybrid), shown.shape)
+            np.broadcast_to(reading.scores(method, hybrid), shown.shape)
             for reading, shown in zip(readings, presented, strict=True)
         ]
 
@@ -201,10 +212,9 @@ class Ranker:
         """
         flat = [entry for entry, orders in zip(lists, presented, strict=True) for _ in orders]
         orders = [order.tolist() for shown in presented for order in shown]
-        if self.answer == "ranking":
-            prompts = iter(self.prompts.rankings(flat, orders))
-        else:
-            prompts = iter(self.prompts.rates(flat, orders))
+        builder = cast("PromptBuilder", self.prompts)
+        make: Callable[..., Any] = builder.rankings if self.answer == "ranking" else builder.rates
+        prompts = iter(make(flat, orders))
         trees, tokens = [], []
         for entry, shown in zip(lists, presented, strict=True):
             groups = []
@@ -225,7 +235,7 @@ class Ranker:
         rows = iter(self.reader.read([[tree] for tree in trees], tokens))
         if self.answer == "ranking":
             return [np.stack([_log_softmax(next(rows)) for _ in shown]) for shown in presented]
-        grades = np.asarray(self.prompts.grade_values, dtype=np.float64)
+        grades = np.asarray(builder.grade_values, dtype=np.float64)
         read = [[next(rows) for _ in range(shown.size)] for shown in presented]
         return [
             np.asarray([_expected_grade(row, grades) for row in each]).reshape(shown.shape)
@@ -235,9 +245,10 @@ class Ranker:
     def _read_slots(
         self, lists: list[RankingList], presented: list[np.ndarray], method: str, beams: int
     ) -> list[np.ndarray]:
-        """`greedy`, `beam`, and `expected` over slots: every presentation decoded with a KV cache."""
+        """The methods of SLOTS: every presentation decoded with a KV cache."""
         flat = [entry for entry, orders in zip(lists, presented, strict=True) for _ in orders]
-        prompts = self.prompts.rankings(flat, [order.tolist() for shown in presented for order in shown])
+        orders = [order.tolist() for shown in presented for order in shown]
+        prompts = cast("PromptBuilder", self.prompts).rankings(flat, orders)
         for entry, prompt in zip(flat, prompts, strict=True):
             self.reader.check_length(entry, len(prompt.prompt_ids) + len(prompt.answer_ids))
         with memory_errors(self.token_budget, "a batch of lists"):
@@ -250,10 +261,7 @@ class Ranker:
             for _ in shown:
                 answer = next(answers)
                 check_finite(entry, answer.slots)
-                if method == "expected":
-                    rows.append(-expected_slots(answer.slots, self.scoring.gamma))
-                else:
-                    rows.append(-np.argsort(answer.order) - 1.0)
+                rows.append(SLOTS[method](answer, self.scoring.gamma))
             scores.append(np.stack(rows))
         return scores
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import AlroFastError
 from ..modeling.attention import tree_hidden_states
 from ..modeling.lm_head import head_of
-from ..modeling.packing import Tree, collate, plan_batches
+from ..modeling.packing import Tree, collate, plan_forwards
 from .decoding import token_logits
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class BranchReader:
 
     def check_length(self, entry: RankingList, tokens: int) -> None:
         """AlroFastError when a list's longest branch is more than the model reads."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = getattr(cast(Any, self.model).config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and tokens > limit:
             raise AlroFastError(
                 f"list {entry.list_id} takes {tokens} tokens, but the model reads at most {limit}; shorten its "
@@ -48,11 +48,8 @@ class BranchReader:
         """
         firsts = np.cumsum([0, *(sum(len(tree.ids) for tree in group) for group in groups)])
         sizes = [sum(tree.num_tokens for tree in group) for group in groups]
-        if self.token_budget:
-            plan = plan_batches(sizes, max(self.token_budget, *sizes)) if sizes else []
-        else:
-            plan = [[index] for index in range(len(groups))]
-        found: list[np.ndarray | None] = [None] * len(tokens)
+        plan = plan_forwards(sizes, self.token_budget)
+        found: dict[int, np.ndarray] = {}
         head = head_of(self.model)
         for indices in plan:
             trees = list(chain.from_iterable(groups[index] for index in indices))
@@ -61,17 +58,21 @@ class BranchReader:
                 batch = collate(trees, range(len(trees))).to(self.device)
                 hidden = tree_hidden_states(self.model, batch)
                 spans = list(chain.from_iterable(pairwise(rows) for rows in batch.branch_rows))
-                chosen = [(n, start) for n, (start, _) in zip(numbers, spans, strict=True) if tokens[n] is not None]
+                chosen = [
+                    (n, start, wanted)
+                    for n, (start, _) in zip(numbers, spans, strict=True)
+                    if (wanted := tokens[n]) is not None
+                ]
                 if chosen:
-                    rows = [row for _, row in chosen]
-                    logits = token_logits(hidden[rows], head, [tokens[n] for n, _ in chosen])
-                    for (n, _), values in zip(chosen, logits, strict=True):
+                    rows = [row for _, row, _ in chosen]
+                    logits = token_logits(hidden[rows], head, [wanted for *_, wanted in chosen])
+                    for (n, *_), values in zip(chosen, logits, strict=True):
                         found[n] = values
                 for n, (start, end) in zip(numbers, spans, strict=True):
                     if tokens[n] is None:
                         logprobs = head.logprobs(hidden[start:end], batch.labels[start:end])
                         found[n] = logprobs.double().sum(dim=0, keepdim=True).cpu().numpy()
-        return found
+        return [found[n] for n in range(len(tokens))]
 
 
 @contextlib.contextmanager

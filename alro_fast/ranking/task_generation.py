@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from .orders import unlabelled
 
 if TYPE_CHECKING:
     from ..data.records import RankingList
+    from ..prompts.recranker import RecRankerPrompts
     from .ranker import Ranker
 
 SLACK = 4  # tokens that an answer may take beyond its own length
@@ -44,7 +45,7 @@ def generate_tasks(
         m = len(entry.candidates)
         pairs = pairs_of(m, pairing, generator(seed, 0, name=entry.list_id))
         ways = [way for pair in pairs for way in (pair, pair[::-1])]
-        prompts = ranker.prompts.encode([Ask(entry, range(m), ways, [range(m)])])[0]
+        prompts = cast("RecRankerPrompts", ranker.prompts).encode([Ask(entry, range(m), ways, [range(m)])])[0]
         (listing,) = prompts.listings
         longest = sum(sorted(map(len, listing.entries))[-TOP:]) + 2 * TOP
         asked = [(prompts.rated_ids + one.ids, 2 + SLACK) for one in prompts.points]
@@ -61,7 +62,7 @@ def generate_tasks(
             for one, other in zip(first[::2], first[1::2], strict=True)
         ]
         utility = utilities(
-            [values[len(values) // 2] if grade is None else grade for grade in grades],
+            np.array([values[len(values) // 2] if grade is None else grade for grade in grades]),
             win_shares(m, pairs, wins),
             places_of(order, m),
             constants,
@@ -74,14 +75,15 @@ def generate_tasks(
 
 def _grade(ranker: Ranker, text: str) -> float | None:
     """The rating that the first grade in a text stands for."""
-    grades = ranker.prompts.template.grades
+    grades = cast("RecRankerPrompts", ranker.prompts).template.grades
     found, _ = mentions(text, list(grades))
     return list(grades.values())[found[0]] if found else None
 
 
 def _first_wins(ranker: Ranker, text: str) -> float | None:
     """1 where a text begins by saying that the first of two is preferred, 0 the second; None: neither."""
-    words = [ranker.prompts.template[key] for key in ("pair.first", "pair.second")]
+    template = cast("RecRankerPrompts", ranker.prompts).template
+    words = [template[key] for key in ("pair.first", "pair.second")]
     for value, word in zip((1.0, 0.0), words, strict=True):
         if re.match(rf"\s*{re.escape(word)}(?!\w)", text):
             return value

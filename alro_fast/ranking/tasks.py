@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
@@ -42,13 +42,14 @@ class Reading(NamedTuple):
 
     def scores(self, method: str, hybrid: str) -> np.ndarray:
         """Scores of a method of TASK_METHODS, [B, m], higher is better."""
+        grades, wins, named = (cast(np.ndarray, part) for part in self)
         if method == "pointwise":
-            return self.grades[None]
+            return grades[None]
         if method != "hybrid":
-            return self.wins if method == "pairwise" else self.named
-        places = np.argsort(np.argsort(-self.named, axis=1, kind="stable"), axis=1, kind="stable")
-        rows = zip(self.wins, places, strict=True)
-        return np.stack([utilities(self.grades, won, place, HYBRIDS[hybrid]) for won, place in rows])
+            return wins if method == "pairwise" else named
+        places = np.argsort(np.argsort(-named, axis=1, kind="stable"), axis=1, kind="stable")
+        rows = zip(wins, places, strict=True)
+        return np.stack([utilities(grades, won, place, HYBRIDS[hybrid]) for won, place in rows])
 
 
 def read_tasks(
@@ -115,7 +116,10 @@ def _named_by_windows(
     def rank(parts: list[RankingList]) -> list[Ranking]:
         shown = [np.arange(len(part.candidates))[None] for part in parts]
         readings = read_tasks(reader, prompts, parts, shown, "listwise")
-        return [make_ranking(*each, reading.named, "mean") for *each, reading in zip(parts, shown, readings)]
+        return [
+            make_ranking(part, order, reading.scores("listwise", "code"), "mean")
+            for part, order, reading in zip(parts, shown, readings)
+        ]
 
     named = np.empty(presented.shape)
     slid = slide([entry.select(order) for order in presented], prompts.max_candidates, rank)
@@ -129,8 +133,8 @@ def _questions(made: TaskPrompts, grades: list[int], choices: list[int]) -> tupl
 
     Tokens None: the answer's own tokens are read, a title's.
     """
-    points = [([*one.ids, grades[0]], len(one.ids), grades) for one in made.points]
-    others = [([*one.ids, choices[0]], len(one.ids), choices) for one in made.pairs]
+    points: list[_Branch] = [([*one.ids, grades[0]], len(one.ids), grades) for one in made.points]
+    others: list[_Branch] = [([*one.ids, choices[0]], len(one.ids), choices) for one in made.pairs]
     for one in made.listings:
         if all(len(entry) == 1 for entry in one.entries):
             tokens = [token for (token,) in one.entries]

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import yaml
 from safetensors import SafetensorError, safe_open
 
 from ..errors import AlroFastError
 from .batches import Cursor
-from .config import RECORDED
+from .config import RECORDED, defaults
 from .unread import unread
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin"), (
 RESUMABLE = {  # options that may differ between a checkpoint and the run that resumes it
     "output_dir", "dry_run", "overwrite_output_dir", "report_to", "disable_tqdm", "logging_steps", "save_total_limit",
     "resume_from_checkpoint", "data_dir", "raw_dir", "save_steps", "save_strategy", "max_test_lists",
-    "logging_nan_inf_filter", "gradient_accumulation_steps",
+    "baselines", "logging_nan_inf_filter", "gradient_accumulation_steps",
 }  # fmt: skip
 
 
@@ -38,10 +38,10 @@ def find_checkpoint(config: Config, folder: Path) -> str | None:
 
     AlroFastError when there is none, it is damaged, or its configuration differs.
     """
-    wanted = config.training.resume_from_checkpoint
+    wanted: str | bool | None = config.training.resume_from_checkpoint
     if wanted is None:
         return None
-    path = newest_checkpoint(folder) if wanted is True else Path(wanted)
+    path = newest_checkpoint(folder) if isinstance(wanted, bool) else Path(wanted)
     if path is None:
         why = "".join(f" ({newest.name}: {damage(newest)})" for newest in _numbered(folder)[:1])
         raise AlroFastError(
@@ -69,7 +69,7 @@ def settle_auto(config: Config, folder: Path | None) -> None:
     if folder is None or not folder.is_dir() or not any(folder.iterdir()):
         return
     if any(damage(path) is None for path in _numbered(folder)):
-        training.resume_from_checkpoint = True
+        training.resume_from_checkpoint = cast(str, True)  # as transformers has it: a path, or True
     elif not any((folder / name).exists() for kind in WEIGHTS for name in kind):
         training.overwrite_output_dir = True
 
@@ -100,15 +100,20 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def check_same_options(checkpoint: Path, config: Config) -> None:
-    """AlroFastError when a checkpoint was trained with other options than those at hand."""
+    """AlroFastError when a checkpoint was trained with other options than those at hand.
+
+    Compared is what the run at hand reads; a version before recorded all options of all objectives. What a file does
+    not record was at its default, or there was no such option yet.
+    """
     before, now = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8")), config.to_dict()
     options = config.flat()
     keys = {key for key in before.keys() | now.keys() if unread(key, options) is None} - RESUMABLE - set(RECORDED)
+    default = defaults()
     for key in sorted(keys, key=lambda key: (key not in before or key not in now, key)):  # what one alone has, last
-        if before.get(key) != now.get(key):
+        then, here = (given.get(key, default.get(key)) for given in (before, now))
+        if then != here:
             raise AlroFastError(
-                f"--resume_from_checkpoint: {checkpoint} was trained with {key}={before.get(key)}, "
-                f"this run has {now.get(key)}; "
+                f"--resume_from_checkpoint: {checkpoint} was trained with {key}={then}, this run has {here}; "
                 "resume with the same options, or start in another --output_dir"
             )
 

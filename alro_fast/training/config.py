@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -54,7 +54,7 @@ class Config:
         resolved: dict[str, Any] = {}
         for part in (self.model, self.data, self.objective):
             resolved |= dataclasses.asdict(part)
-        given = self.training.to_dict()
+        given: dict[str, Any] = self.training.to_dict()  # type: ignore[no-untyped-call]
         for entry in dataclasses.fields(RankerTrainingArguments):
             value = given.get(entry.name)
             changed = _plain(value) and value and value != _default(entry) and entry.name not in _SECRETS
@@ -77,10 +77,9 @@ def parse(argv: Sequence[str]) -> Config:
     argv = list(argv)
     if {"-h", "--help"} & set(argv):
         print_help(argv)
-    kinds = (ModelArguments, DataArguments, objective_arguments(), RankerTrainingArguments)
-    parser = _parser(kinds)
+    parser = _parser(_kinds())
     name = _config_name(argv)
-    known = {entry.name: entry for part in kinds for entry in dataclasses.fields(part) if entry.init}
+    known = {entry.name: entry for part in _kinds() for entry in dataclasses.fields(part) if entry.init}
     flags = {_flag(word, known) for word in argv}
     if name is None and not flags & {"model_name_or_path", "data_dir", "dataset", "preferences"}:
         name = "demo"
@@ -88,7 +87,7 @@ def parse(argv: Sequence[str]) -> Config:
     for key in values:
         if key not in known:
             parser.error(f"{name}: unknown option {key!r}{_hint(key, known)}")
-    words = {key: _as_flags(key, value) for key, value in values.items()}
+    words = {key: as_flags(key, value) for key, value in values.items()}
     options, extra = parser.parse_known_args([*itertools.chain(*words.values()), *argv])
     if extra:
         parser.error(f"unknown option {extra[0]!r}{_hint(_flag(extra[0], known), known)}")
@@ -113,13 +112,21 @@ def parse(argv: Sequence[str]) -> Config:
         raise
     except (ValueError, TypeError, KeyError, ImportError) as error:  # raised by TrainingArguments' own checks
         raise AlroFastError(str(error).strip().splitlines()[0]) from error
-    config = Config(*parts[:4], recipe=Path(name).stem if name else "run")
+    model, data, objective, training = parts[:4]
+    config = Config(model, data, objective, training, Path(name).stem if name else "run")
+    if config.objective.psl not in DIVERGENCES:  # which the ops know, and options.py lies below them
+        parser.error(f"--psl {config.objective.psl!r}: expected one of {', '.join(DIVERGENCES)}")
     chosen, stages = config.objective.objective, config.training.stages
     trained = {named: one.name for one in objectives for named in (one.name, one.stands_for)}
     if stages is not None and "objective" in flags and chosen not in trained:
         raise AlroFastError(f"--objective {chosen} is none of --stages {stages}; leave one of them out")
     config.objective.objective = trained.get(chosen, chosen)
     return config
+
+
+def defaults() -> dict[str, Any]:
+    """Of every option, by name."""
+    return {entry.name: _default(entry) for part in _kinds() for entry in dataclasses.fields(part) if entry.init}
 
 
 def print_help(argv: Sequence[str]) -> NoReturn:
@@ -156,11 +163,14 @@ def read_recipe(name: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in RECORDED}
 
 
+def _kinds() -> tuple[type, ...]:
+    return ModelArguments, DataArguments, objective_arguments(), RankerTrainingArguments
+
+
 @functools.lru_cache(maxsize=1)
 def _parser(kinds: tuple[type, ...]) -> _Parser:
-    parser = _Parser(kinds, allow_abbrev=False, prog="python -m alro_fast.train", add_help=False)
+    parser = _Parser(cast(Any, kinds), allow_abbrev=False, prog="python -m alro_fast.train", add_help=False)
     parser.add_argument("--config")
-    parser._option_string_actions["--psl"].choices = list(DIVERGENCES)  # what the ops know
     return parser
 
 
@@ -199,7 +209,7 @@ def _config_name(argv: Sequence[str]) -> str | None:
     return names[0] if names else None
 
 
-def _as_flags(key: str, value: Any) -> list[str]:
+def as_flags(key: str, value: Any) -> list[str]:
     """A YAML entry as command-line words, so that both go through the same checks. None: the option's default."""
     if value is None or value == []:
         return []
@@ -214,5 +224,5 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, list))
 
 
-def _default(entry: dataclasses.Field) -> Any:
+def _default(entry: dataclasses.Field[Any]) -> Any:
     return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()

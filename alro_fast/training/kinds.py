@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 from .checkpoints import check_same_data, check_same_options, newest_checkpoint
 from .config import Config, parse
@@ -29,7 +30,7 @@ def stages(config: Config, argv: Sequence[str]) -> Iterator[Config]:
     for words in stage_arguments(config, root):
         stage = parse([*argv, *words])
         stage.training.stages = stage.training.stage_epochs = stage.training.stage_learning_rates = None
-        folder = Path(stage.training.output_dir)
+        folder = Path(cast(str, stage.training.output_dir))
         if stage.training.dry_run:
             stage.model.init_adapter = config.model.init_adapter
             stage.model.model_name_or_path = config.model.model_name_or_path

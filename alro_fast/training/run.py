@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -27,16 +27,24 @@ from ..evaluation.baselines import baseline_scores
 from ..evaluation.report import report_line
 from ..evaluation.targets import evaluate_rankers, has_targets, save_measurement
 from ..modeling.lm_head import head_of
-from ..modeling.loading import add_lora, base_path, load_base, load_tokenizer, make_scratch, resolve_dtype
+from ..modeling.loading import (
+    add_lora,
+    base_path,
+    load_base,
+    load_tokenizer,
+    make_scratch,
+    order_embeddings,
+    resolve_dtype,
+)
 from ..objectives.alro import Scoring
 from ..objectives.base import Objective, build_objective, learned_answers
-from ..prompts import add_item_tokens
+from ..prompts import SignalPrompts, add_item_tokens, add_signal_tokens
 from ..ranking.orders import Ranking
 from ..ranking.ranker import Ranker
 from ..run_folder import check_writable
 from .checkpoints import check_same_data, find_checkpoint, settle_auto
 from .config import Config
-from .signals import signals_shown
+from .signals import signal_vocabulary, signals_shown
 from .stages import merge_adapter, stack_adapters, write_merged_base
 from .trainer import NonFiniteLoss, RankerTrainer, TreeDataset
 
@@ -139,6 +147,8 @@ class Run:
     def build_prompts(self) -> Any:
         """Of the class that the objective's description names."""
         data = self.config.data
+        if data.identifiers == "signals":
+            return SignalPrompts(self.tokenizer, self.vocabulary, max_length=data.max_length)
         return self.config.description.prompts(
             self.tokenizer, data.template, identifiers=data.identifiers, max_length=data.max_length,
             items=self.prepared.items,
@@ -193,24 +203,30 @@ class Run:
     def build_model(self) -> tuple[Any, Any]:
         """The base model with its adapter, and the tokenizer."""
         options, training = self.config.model, self.training
-        items_named = self.config.data.identifiers == "items"
-        if items_named and options.use_peft:
+        named = self.config.data.identifiers
+        if named in ("items", "signals") and options.use_peft:
             raise AlroFastError(
-                "--identifiers items adds a token per item, which an adapter cannot learn; add --use_peft false"
+                f"--identifiers {named} adds tokens, which an adapter cannot learn; add --use_peft false"
             )
+        if named == "signals":
+            self.vocabulary = signal_vocabulary(self.config, self.lists["train"])
         if options.model_name_or_path == "scratch":
             if options.use_peft:
                 raise AlroFastError("--model_name_or_path scratch has nothing to adapt; add --use_peft false")
-            model, tokenizer = make_scratch(options, self.prepared.items, training.seed)
+            model, tokenizer = cast(tuple[Any, Any], make_scratch(options, self.prepared.items, training.seed))
         else:
             dtype = resolve_dtype(options.dtype)
             tokenizer = load_tokenizer(options.model_name_or_path, options.trust_remote_code)
             model = load_base(options.model_name_or_path, dtype, options.trust_remote_code)
             if options.init_adapter is not None:
                 model = merge_adapter(model, options.init_adapter, base_path(options.model_name_or_path))
-        if items_named:
+        if named == "items":
             add_item_tokens(tokenizer, len(self.prepared.items))
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        elif named == "signals":
+            scales = add_signal_tokens(tokenizer, self.vocabulary)
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            order_embeddings(model, scales, training.seed)
         if options.use_peft:
             model = add_lora(model, options)
             model.enable_input_require_grads() if training.gradient_checkpointing else None
@@ -247,14 +263,14 @@ class Run:
 
     def estimate_memory(self) -> int:
         """Bytes, roughly: weights, gradients, Adam's moments and the activations of one packed batch."""
-        config = self.model.config.get_text_config()
+        config: Any = self.model.config.get_text_config()
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         trained = sum(p.numel() * (p.element_size() + 8) for p in self.model.parameters() if p.requires_grad)
         tokens = min(self.training.tokens_per_batch, sum(self.datasets["train"].sizes))
         width = 14 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
         layers = 1 if self.training.gradient_checkpointing else config.num_hidden_layers
         item = 2 if next(self.model.parameters()).dtype == torch.bfloat16 else 4
-        return weights + trained + tokens * width * layers * item
+        return int(weights + trained + tokens * width * layers * item)
 
     def train(self) -> None:
         """Rank untuned, train, rank tuned; then the table and the files of the run."""
@@ -266,8 +282,8 @@ class Run:
         if not self.training.should_save:
             return
         if test:
-            scores = {name: [ranking.scores for ranking in each] for name, each in rankings.items()}
-            scores = baseline_scores(self.prepared, test, self.config.data.baselines) | scores
+            own = {name: [ranking.scores for ranking in each] for name, each in rankings.items()}
+            scores = baseline_scores(self.prepared, test, self.config.data.baselines) | own
             targets = has_targets(self.prepared, "test")
             results = evaluate_rankers(test, scores, targets=targets, prepared=self.prepared)
             results = results.noting(rankings=self.ranker.described())
@@ -420,12 +436,14 @@ def model_card(config: Config, prepared: PreparedData, answers: str) -> str:
     """README.md of the output folder, with the front matter the Hub reads."""
     front = {"library_name": "peft" if config.model.use_peft else "transformers", "tags": ["recommendation", "ranking"]}
     front |= {"base_model": config.model.model_name_or_path} if Path(config.model.model_name_or_path).parts[1:] else {}
+    signals = config.data.identifiers == "signals"
+    prompt = "signal_tokens.json" if signals else "prompt_template.yaml and the JSON file beside it"
     lines = [
         f"---\n{yaml.safe_dump(front)}---\n",
         f"# A ranker tuned with alro_fast {__version__}\n",
         f"Objective `{config.description.title}` on `{prepared.manifest.get('dataset', 'unnamed')}`, answers as "
         f"{answers}, candidates named by `{config.data.identifiers}`. Options: config.yaml; data: "
-        "data_manifest.json; prompt: prompt_template.yaml and the JSON file beside it; figures: results.json.\n",
+        f"data_manifest.json; prompt: {prompt}; figures: results.json.\n",
         "Rank with it: `python -m alro_fast.rank --adapter <this folder> lists.json`.\n"
         if prepared.items
         else "Measure it: `python -m alro_fast.evaluate --adapter <this folder> --preferences FILE`.\n",

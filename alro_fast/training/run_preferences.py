@@ -10,11 +10,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from transformers import TrainerCallback
 
-from ..data.lists import PreparedData
 from ..data.negatives import Negatives, positive
 from ..data.preferences import Preference, read_preferences
 from ..data.records import Item, RankingList
@@ -22,11 +21,11 @@ from ..errors import AlroFastError
 from ..evaluation.preference_metrics import Scored, preference_metrics
 from ..evaluation.preferences import measure, save, score_preferences, table
 from ..objectives.base import Example, Objective, build_objective
-from ..objectives.dmpo import check_answers
+from ..objectives.dmpo import DMPOObjective, ReferenceTable, check_answers
 from ..prompts.preference import PreferencePrompts
 from ..run_folder import check_writable
 from .config import Config
-from .reference_logprobs import ReferenceTable, reference_table
+from .reference_logprobs import reference_table
 from .run import Run, prepare
 
 MINED = "mined_negatives.json"  # in checkpoints: item indices by list_id, and the epoch they were chosen for
@@ -45,6 +44,10 @@ class PreferenceFiles(NamedTuple):
 
 class PreferenceRun(Run):
     """A run on chosen and rejected answers: of preferences among them, or supervised on the chosen ones."""
+
+    prepared: Any  # PreparedData, or PreferenceFiles
+    objective: DMPOObjective  # or ChosenObjective, which has no references
+    negatives: Negatives | None
 
     @staticmethod
     def settle(config: Config) -> None:
@@ -70,15 +73,14 @@ class PreferenceRun(Run):
                 "--model_name_or_path scratch learns its words from items; give a model for --preferences"
             )
         if data.preferences is not None and not data.eval_preferences and config.training.eval_strategy != "no":
-            raise AlroFastError(
-                f"--eval_strategy {config.training.eval_strategy.value} has nothing to evaluate: add --eval_preferences"
-            )
+            when = cast(Any, config.training.eval_strategy).value
+            raise AlroFastError(f"--eval_strategy {when} has nothing to evaluate: add --eval_preferences")
         if objective.precompute_ref_log_probs:
             objective.resample_negatives = False
 
     @staticmethod
-    def given(config: Config) -> PreferenceFiles | PreparedData | None:
-        """The data that a run begins with, checked; None where it has yet to be prepared."""
+    def given(config: Config) -> Any:
+        """The PreparedData or PreferenceFiles that a run begins with; None where they have yet to be prepared."""
         return Run.given(config) if config.data.preferences is None else read_files(config)
 
     def build(self) -> None:
@@ -109,7 +111,7 @@ class PreferenceRun(Run):
     def load(self, work: Path) -> Any:
         return prepare(self.config, work) if self.config.data.preferences is None else read_files(self.config)
 
-    def splits(self) -> dict[str, Sequence[Preference | RankingList]]:
+    def splits(self) -> dict[str, Sequence[Any]]:
         """Train, valid and test; the tests by name are `self.tests`."""
         data = self.config.data
         if data.preferences is not None:
@@ -121,7 +123,10 @@ class PreferenceRun(Run):
             self.prepared, count=data.num_negatives, by=data.negatives, source=data.negatives_from,
             seed=self.training.seed,
         )  # fmt: skip
-        usable = {name: [one for one in lists if self.negatives.usable(one)] for name, lists in splits.items()}
+        drawn = self.negatives
+        usable: dict[str, Sequence[Any]] = {
+            name: [one for one in lists if drawn.usable(one)] for name, lists in splits.items()
+        }
         left = sum(map(len, splits.values())) - sum(map(len, usable.values()))
         if left:
             print(f"{left:,} lists left out: no candidate is rated below another")
@@ -179,7 +184,7 @@ class PreferenceRun(Run):
 
         The model as it stands is shown the pool as in training, `num_negatives` at a time.
         """
-        draw, training = self.negatives, self.training
+        draw, training = cast(Negatives, self.negatives), self.training
         if self.checkpoint is not None and self._mined_before(Path(self.checkpoint) / MINED, epoch):
             return
         shown = []
@@ -194,8 +199,8 @@ class PreferenceRun(Run):
             best = positive(contest)
             others = (item for i, item in enumerate(contest.candidates) if i != best)
             found.setdefault(contest.list_id, []).extend(zip(scores.rejected - scores.chosen, others))
-        for name, pool in found.items():
-            hardest = sorted(pool, key=lambda scored: -scored[0])[: draw.count]
+        for name, others_of in found.items():
+            hardest = sorted(others_of, key=lambda scored: -scored[0])[: draw.count]
             draw.mined[name] = tuple(item for _, item in hardest)
         self.mined_epoch = epoch
 
@@ -205,7 +210,9 @@ class PreferenceRun(Run):
         if kept.get("epoch") != epoch:
             return False
         items = self.prepared.items
-        self.negatives.mined = {name: tuple(items[i] for i in chosen) for name, chosen in kept["items"].items()}
+        cast(Negatives, self.negatives).mined = {
+            name: tuple(items[i] for i in chosen) for name, chosen in kept["items"].items()
+        }
         self.mined_epoch = epoch
         return True
 
@@ -221,7 +228,7 @@ class PreferenceRun(Run):
     def scored(self, people: Sequence[Preference | RankingList]) -> list[Scored]:
         """Answer scores of the model as it stands; negatives of lists as drawn for epoch 0, never mined."""
         if self.negatives is not None:
-            people = [self.negatives.contest(one, 0) for one in people]
+            people = [self.negatives.contest(cast(RankingList, one), 0) for one in people]
         return score_preferences(self.model, self.prompts, people, self.config.budget, self.config.objective.backend)
 
     def validate(self) -> dict[str, float]:
@@ -248,7 +255,7 @@ class PreferenceRun(Run):
             return
         if scored:
             results = {name: measure(rows) for name, rows in scored.items()}
-            save(self.folder, results)
+            save(self.folder, results, scored)
             print(f"\n{table(results)}\n")
         print(f"everything is in {self.folder}")
 
@@ -256,7 +263,7 @@ class PreferenceRun(Run):
 def read_files(config: Config) -> PreferenceFiles:
     """The preference files of a run; AlroFastError where one is not what its objective takes."""
     data, compares = config.data, config.description.compares
-    file, measured = Path(data.preferences), {Path(name).stem: Path(name) for name in data.eval_preferences}
+    file, measured = Path(cast(str, data.preferences)), {Path(name).stem: Path(name) for name in data.eval_preferences}
     if len(measured) < len(data.eval_preferences):
         raise AlroFastError("two --eval_preferences files have one name; rename one, results are kept by it")
     train = read_preferences(file, need_rejected=compares)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from ..data.records import RankingList
 from ..errors import AlroFastError
 from ..objectives.base import LEARNED, Objective, build_objective
+from ..objectives.recranker import RecRankerObjective
 from ..prompts.recranker import RecRankerPrompts
 from ..ranking.orders import Ranking
 from ..ranking.ranker import Ranker
@@ -20,6 +21,8 @@ from .run import Run
 
 class RecRankerRun(Run):
     """A run of objective recranker."""
+
+    objective: RecRankerObjective
 
     @property
     def answers(self) -> str:

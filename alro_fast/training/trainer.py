@@ -206,7 +206,7 @@ class RankerTrainer(Trainer):
         return self._loader(self.train_dataset, self.args.tokens_per_batch, seed, self.start)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> PlannedLoader:
-        dataset: TreeDataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        dataset = cast(TreeDataset, eval_dataset if eval_dataset is not None else self.eval_dataset)
         dataset.check(self._eval_budget, self._eval_option)
         return self._loader(dataset, self._eval_budget, seed=None)
 
@@ -231,6 +231,7 @@ class RankerTrainer(Trainer):
             PlannedBatches(dataset.sizes, token_budget, seed, args.process_index, args.world_size, start),
             num_workers=workers,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            pin_memory=args.device.type == "cuda",  # `_prepare_inputs` copies without waiting
         )
 
     def get_batch_samples(  # type: ignore[override]

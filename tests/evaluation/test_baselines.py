@@ -14,11 +14,12 @@ from tiny import catalogue, random_lists
 
 from alro_fast.data.lists import TARGET_SCHEMA, open_prepared, write_prepared
 from alro_fast.data.records import Signal
+from alro_fast.data.signal_table import signal_features
 from alro_fast.data.signals import AVERAGE_PRIOR
 from alro_fast.data.windows import ListOptions, build_lists
 from alro_fast.errors import AlroFastError
 from alro_fast.evaluation.baselines import baseline_scores
-from alro_fast.evaluation.fitted_baselines import features_of, rating_model_scores
+from alro_fast.evaluation.fitted_baselines import rating_model_scores
 from alro_fast.evaluation.results import evaluate_lists
 
 OPTIONS = ListOptions(list_size=5, history_length=8)
@@ -128,7 +129,7 @@ def test_lambdamart_learns_from_training_lists_and_is_chosen_on_validation(tmp_p
 def test_features_are_signals_and_their_distance_from_the_lists_mean():
     one = replace(random_lists(1, 3)[0], hints=(1.0, math.nan, 4.0))
     expected = [[1.0, math.nan, -1.5, math.nan], [math.nan] * 4, [4.0, math.nan, 1.5, math.nan]]
-    np.testing.assert_array_equal(features_of(one, ["hint", "average"]), expected)
+    np.testing.assert_array_equal(signal_features(one, ["hint", "average"]), expected)
 
 
 def test_what_is_missing_leaves_a_row_out_with_a_line(prepared, tmp_path, monkeypatch):

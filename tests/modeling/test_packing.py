@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alro_fast.errors import AlroFastError
-from alro_fast.modeling.packing import Branch, Tree, collate, pack, plan_batches
+from alro_fast.modeling.packing import Branch, Tree, collate, pack, plan_batches, plan_forwards
 
 
 def tree(*branches, name=None):
@@ -177,6 +177,18 @@ def test_a_tree_over_the_budget_is_named():
 def test_bad_branches_name_the_tree(branches, message):
     with pytest.raises(AlroFastError, match=message.replace("..", r"\.\.")):
         tree(*branches, name="u9")
+
+
+def test_a_tree_over_the_budget_swells_no_other_batch():
+    """It goes alone; what fits is packed as ever; with 0 everything goes alone."""
+    sizes = [3, 9, 4, 30, 6, 2]
+    plan = plan_forwards(sizes, 10)
+    assert [3] in plan
+    assert sorted(i for batch in plan for i in batch) == list(range(6))
+    assert all(sum(sizes[i] for i in batch) <= 10 for batch in plan if batch != [3])
+    assert plan_forwards(sizes, 30) == plan_batches(sizes, 30)
+    assert plan_forwards(sizes, 0) == [[i] for i in range(6)]
+    assert plan_forwards([], 10) == []
 
 
 def test_nothing_to_collate():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from prompt_cases import builder_of, make_list, tokenizer_of, with_signals
 
-from alro_fast.data.signal_table import SIGNALS
 from alro_fast.prompts import PromptBuilder
 from alro_fast.prompts.template import TEMPLATES, parse_template
 
@@ -28,10 +27,7 @@ def test_signals_stand_beside_their_items_and_unknown_ones_leave_no_trace():
     assert [line for n, line in enumerate(shown) if not first <= n < start + 5 or n == start - 1] == [
         line for n, line in enumerate(bare) if not first <= n < start + 5 or n == start - 1
     ]
-    assert builder_of("gpt2").signals == {
-        "history": ("average", "count"),
-        "candidates": ("average", "count", "hint", "near"),
-    }
+    assert builder_of("gpt2").signals == {"history": ("average", "count"), "candidates": ("average", "count", "hint")}
 
 
 def test_compact_signals_are_short_and_templates_without_a_place_ignore_them():
@@ -42,7 +38,7 @@ def test_compact_signals_are_short_and_templates_without_a_place_ignore_them():
         "History\n<item_40> a12 n1 0.5\n<item_41> a19 n3 1\nCandidates\n<item_0> a8 n1 p20\n<item_1> a15 n3 p27\n"
     )
     source = (TEMPLATES / "movies.yaml").read_text()
-    for name in SIGNALS:
+    for name in ("average", "count", "hint"):
         source = source.replace("{" + name + "}", "")
         source = "\n".join(line for line in source.split("\n") if not line.startswith(name))
     plain = PromptBuilder(tokenizer, parse_template(source, name="own", origin="own.yaml"))

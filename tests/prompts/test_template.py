@@ -61,11 +61,7 @@ def test_a_file_that_is_no_template_is_refused(tmp_path, name, content, message)
         ('count_format: "plus"', 'count_format: "g"', "count_format is 'g'; expected one of plus, step"),
         ('" | predicted {hint}"', '" | predicted"', "must hold {hint}"),
         ("Ranking: {identifiers}", "Ranking: {identifiers}.", "must end with"),
-        (
-            '" {identifier}. {title}{category}{average}{count}{hint}{near}"',
-            '" {identifier}. {title}\\n"',
-            "single line",
-        ),
+        ('" {identifier}. {title}{category}{average}{count}{hint}"', '" {identifier}. {title}\\n"', "single line"),
         ('history: "Rated movies:"', "history: 3", "history must be a text"),
         ('rating_format: "g"', 'rating_format: "d"', "no format of a number"),
         ('"9": 5}', '"9": 4.5}', "different numbers"),

@@ -168,3 +168,24 @@ def test_an_emptied_config_locks_no_checkpoint_out(run):
         claim_folder(config(run))
     edit(run / "checkpoint-4" / "config.yaml", alro_fast_version="0.1.0")
     assert claim_folder(config(run)) == run
+
+
+def test_a_checkpoint_of_the_version_before_is_resumed_from(run):
+    """It recorded all options of all objectives, whatever was read, no answers, and lacks the options since."""
+    for step in (4, 12):
+        file = run / f"checkpoint-{step}" / "config.yaml"
+        edit(file, alro_fast_version="0.1.0", dpo_beta=0.1, hybrid="code", stage_epochs=None, scratch_layers=4)
+        edit(file, preference_answer="pairs", do_eval=True)
+        options = yaml.safe_load(file.read_text())
+        del options["baselines"]
+        file.write_text(yaml.safe_dump(options))
+    assert find_checkpoint(config(run), run) == str(run / "checkpoint-12")
+    edit(run / "checkpoint-12" / "config.yaml", beta=0.7)
+    with pytest.raises(AlroFastError, match=r"was trained with beta=0\.7, this run has 0\.1; resume with the same"):
+        find_checkpoint(config(run), run)
+
+
+def test_what_a_checkpoint_does_not_record_was_at_its_default(run):
+    edit(run / "checkpoint-12" / "config.yaml", weight_decay=0.3)
+    with pytest.raises(AlroFastError, match=r"was trained with weight_decay=0\.3, this run has 0\.0;"):
+        find_checkpoint(config(run), run)

@@ -77,6 +77,7 @@ READ = {  # what each of them reads of our own options but those of the training
 PARTS = (ModelArguments, DataArguments, ObjectiveArguments)
 OURS = [entry.name for part in PARTS for entry in dataclasses.fields(part)]
 VALUES = {  # other values than the default, where a type does not tell one
+    "psl": "ce",
     "objective": "sft", "lora_dropout": "0.5", "scratch_hidden_size": "64", "task_weights": "1,2,3", "dtype": "float32",
     "stages": "sft,alro", "stage_epochs": "1,2", "stage_learning_rates": "0.1,0.2", "lr_scheduler_type": "linear",
     "optim": "sgd", "eval_strategy": "epoch", "save_strategy": "no", "logging_strategy": "no", "report_to": "none",
@@ -192,11 +193,13 @@ def test_dpos_beta_is_named_where_another_is_meant():
         parse(words("dmpo", "--beta", "0.1"))
 
 
-def test_what_the_command_line_decides_about_a_file_is_left_out():
+def test_what_the_command_line_decides_about_a_file_is_left_out(tmp_path):
     """A recipe's options for another objective, base or data than the one the command line names."""
     config = parse(["--config", "demo", "--objective", "dmpo", "--output_dir", "out"])
     assert "alpha" not in config.to_dict()
-    config = parse(["--config", "ml-latest-small", "--data_dir", "lists", "--output_dir", "out"])
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("dataset: ml-latest-small\nraw_dir: data\nhistory_length: 9\n")
+    config = parse(["--config", str(mine), "--data_dir", "lists", "--output_dir", "out"])
     assert config.data.dataset == "demo"
     more = "--model_name_or_path NAME --use_peft true --template movies --identifiers letters --data_dir lists"
     assert parse(["--config", "recranker", *more.split()]).model.scratch_hidden_size == 128

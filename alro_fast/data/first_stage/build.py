@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import polars as pl
@@ -175,7 +175,7 @@ def _targets(name: str, interactions: Interactions, split: LikeSplit, found: Ret
         "item": split.target[name][users],
         "place": place.replace(0, None),
     }
-    return pl.DataFrame(columns).cast(TARGET_SCHEMA)
+    return pl.DataFrame(columns).cast(cast(Any, TARGET_SCHEMA))
 
 
 def _notices_of_split(split: LikeSplit, options: HintOptions, notice: Callable[[str], None]) -> None:

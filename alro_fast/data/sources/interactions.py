@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import polars as pl
@@ -121,20 +122,21 @@ def locate(
     items_file: str | Path | None = None,
 ) -> tuple[Path, Path | None]:
     """Paths of the ratings and the item file; AlroFastError if one is missing or several could be meant."""
-    given = [Path(f) if f else None for f in (ratings_file, items_file)]
+    ratings, items = given = [Path(f) if f else None for f in (ratings_file, items_file)]
     for flag, path in zip(("--ratings_file", "--items_file"), given):
         _need(path is None or path.is_file(), f"{flag} {path} is not a file")
     if dataset in TABLES:
-        _need(given[0] is not None, f"dataset {dataset!r} needs --ratings_file PATH")
-        wrong = dataset == "parquet" and given[0].suffix != ".parquet"
+        if ratings is None:
+            raise AlroFastError(f"dataset {dataset!r} needs --ratings_file PATH")
         _need(
-            not wrong and (dataset == "parquet" or given[0].suffix != ".parquet"),
-            f"--ratings_file {given[0].name} does not look like {dataset}; pass --dataset csv or parquet to match it",
+            (dataset == "parquet") == (ratings.suffix == ".parquet"),
+            f"--ratings_file {ratings.name} does not look like {dataset}; pass --dataset csv or parquet to match it",
         )
-        return given[0], given[1]
-    if all(given):
-        return given[0], given[1]
-    _need(raw_dir is not None, f"dataset {dataset!r} needs --raw_dir, the folder of its files")
+        return ratings, items
+    if ratings and items:
+        return ratings, items
+    if raw_dir is None:
+        raise AlroFastError(f"dataset {dataset!r} needs --raw_dir, the folder of its files")
     folder = Path(raw_dir)
     _need(folder.is_dir(), f"--raw_dir {folder} is not a folder")
     if dataset in AMAZON_COLUMNS:
@@ -148,14 +150,14 @@ def locate(
                 f"--raw_dir {folder} holds {len(some)} {what} files of JSON lines "
                 f"({', '.join(some) or 'none'}); one is expected: choose with --{flag}_file PATH",
             )
-        return given[0] or folder / found[0][0], given[1] or folder / found[1][0]
+        return ratings or folder / found[0][0], items or folder / found[1][0]
     wanted = FOLDERS[dataset][:2]
     if not (folder / wanted[0]).is_file() and (folder / dataset / wanted[0]).is_file():
         folder = folder / dataset
     missing = [n for n, path in zip(wanted, given) if not path and not (folder / n).is_file()]
     held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
     _need(not missing, f"--raw_dir {folder} lacks {' and '.join(missing)} of {dataset} (it holds: {held})")
-    return given[0] or folder / wanted[0], given[1] or folder / wanted[1]
+    return ratings or folder / wanted[0], items or folder / wanted[1]
 
 
 def sha256_of(path: Path) -> str:
@@ -174,9 +176,10 @@ def _read(
 ) -> RawData:
     if dataset in TABLES:
         return read_table(ratings, items, columns, separator, workdir)
+    described = cast(Path, items)  # `locate` finds both
     if dataset in AMAZON_COLUMNS:
-        return read_amazon(dataset, ratings, items, columns, workdir)
-    return FOLDERS[dataset].read(ratings, items, columns)
+        return read_amazon(dataset, ratings, described, columns, workdir)
+    return FOLDERS[dataset].read(ratings, described, columns)
 
 
 def _encode(raw: RawData, path: Path) -> tuple[pl.DataFrame, pl.Series, pl.Series, dict[str, int]]:

@@ -31,6 +31,7 @@ ML100K_GENRES = (
 NO_TIME = "none"  # as the name of a table's time column: the data have no times, and all are taken as equal
 NO_GENRE = {"(no genres listed)", "unknown", ""}
 BLOCK_BYTES = 1 << 25
+Wanted = dict[str, tuple[Any, str]]  # target name -> (column in the file, flag that renames it)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,12 +185,12 @@ def _text_lines(path: Path) -> Iterator[str]:
         yield from (line.rstrip("\n") for line in file)
 
 
-def _rating_columns(names: Columns) -> dict[str, tuple[str, str]]:
-    """Target name -> (column in the file, flag that renames it)."""
+def _rating_columns(names: Columns) -> Wanted:
+    """Those of ratings."""
     return {part: (getattr(names, part), part) for part in ("user", "item", "rating", "time")}
 
 
-def _item_columns(names: Columns, asked: Columns) -> dict[str, tuple[str, str]]:
+def _item_columns(names: Columns, asked: Columns) -> Wanted:
     """As `_rating_columns` for items; the category is read where asked for by name."""
     wanted = {"item_id": (names.item, "item"), "title": (names.title, "title")}
     if asked.category:
@@ -197,12 +198,12 @@ def _item_columns(names: Columns, asked: Columns) -> dict[str, tuple[str, str]]:
     return wanted
 
 
-def _pick(table: pl.LazyFrame, path: Path, wanted: dict[str, tuple[str, str]]) -> pl.LazyFrame:
+def _pick(table: pl.LazyFrame, path: Path, wanted: Wanted) -> pl.LazyFrame:
     _need_columns(table.collect_schema().names(), path, wanted)
     return table.select(pl.col(column).alias(target) for target, (column, _) in wanted.items())
 
 
-def _need_columns(found: Sequence[str], path: Path, wanted: dict[str, tuple[str, str]]) -> None:
+def _need_columns(found: Sequence[str], path: Path, wanted: Wanted) -> None:
     for column, flag in wanted.values():
         if column not in found:
             raise AlroFastError(
@@ -215,17 +216,16 @@ def _scan_csv(path: Path, separator: str = ",", names: list[str] | None = None) 
     """Every cell as text, so that a bad number is reported with its row instead of guessed around."""
     if path.stat().st_size == 0:
         raise AlroFastError(f"{path.name} is empty; a table is expected in it")
-    header = names is None
     how: dict[str, Any] = {
         "separator": separator,
-        "has_header": header,
+        "has_header": names is None,
         "infer_schema": False,
-        "quote_char": '"' if header else None,
+        "quote_char": '"' if names is None else None,
     }
     with polars_errors(path):
         scan = pl.scan_csv(path, **how)
         found = scan.collect_schema().names()
-        if header:
+        if names is None:
             return scan
         if len(found) != len(names):
             raise AlroFastError(
@@ -305,7 +305,7 @@ def _record(line: bytes, path: Path) -> dict:
     return record
 
 
-def _review_block(block: bytes, path: Path, wanted: dict[str, tuple[str, str]]) -> pl.DataFrame:
+def _review_block(block: bytes, path: Path, wanted: Wanted) -> pl.DataFrame:
     """The four wanted fields of a block of reviews, as text."""
     names = {target: column for target, (column, _) in wanted.items()}
     try:

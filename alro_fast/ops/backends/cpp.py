@@ -250,7 +250,7 @@ def listwise(
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """x [T, H], weight [H] of its dtype -> x s (weight + offset), s [T] float32 = 1 / sqrt(mean(x^2) + eps)."""
     y, scale = x.new_empty(x.shape), torch.empty(len(x), dtype=torch.float32)
-    _cpp.rms_norm(x, _plain(weight)[None], eps, offset, y, scale, torch.get_num_threads())
+    _cpp.rms_norm(x, weight.detach().contiguous()[None], eps, offset, y, scale, torch.get_num_threads())
     return y, scale
 
 
@@ -260,7 +260,8 @@ def rms_norm_backward(
     """scale: from `rms_norm`; grad [T, H] -> gradients of x, in its dtype, and of weight, float32."""
     d_x = x.new_empty(x.shape)
     d_weight = torch.empty(len(weight), dtype=torch.float32) if want_weight else None
-    _cpp.rms_norm_backward(x, _plain(weight)[None], offset, scale, grad, d_x, d_weight, torch.get_num_threads())
+    row = weight.detach().contiguous()[None]
+    _cpp.rms_norm_backward(x, row, offset, scale, grad, d_x, d_weight, torch.get_num_threads())
     return d_x, d_weight
 
 
@@ -284,7 +285,9 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, transpose: bool) -> Tensor:
     return y
 
 
-def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> tuple:
+def _head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor | None, float, float]:
     bias = None if bias is None else bias.detach().float().contiguous()
     return hidden.detach(), weight.detach(), bias, 0.0 if softcap is None else softcap, scale
 

@@ -134,7 +134,7 @@ def paired_vocab_pass(
         difference = z[a] - z[b] if entropy else -z[b]
         p, decay = running.add(z)
         p_a, decay_a = p[a], decay[a]
-        if mixed is not None:
+        if mixed is not None and slope is not None:
             mixed.mul_(decay_a[:, None]).addmm_(p_a * slope[b], columns)
         moment = difference.mul_(p_a)
         cross.mul_(decay_a).add_(moment.sum(dim=1))
@@ -147,15 +147,19 @@ def paired_vocab_pass(
         expected.mul_((scale / running.total)[:, None])
     total_a = running.total[a]
 
-    def of_all_pairs(sums: Tensor | None) -> Tensor | None:
+    def of_all_pairs(sums: Tensor) -> Tensor:
         """0 for the pairs that are none."""
-        return None if sums is None else sums.new_zeros(len(first), *sums.shape[1:]).index_copy(0, held, sums)
+        return sums.new_zeros(len(first), *sums.shape[1:]).index_copy(0, held, sums)
 
     for sums in (mixed, spread):
         if sums is not None:
             sums.mul_((scale / total_a)[:, None])
     return PairedVocabPass(
-        running.lse, expected, of_all_pairs(cross.div_(total_a)), of_all_pairs(mixed), of_all_pairs(spread)
+        running.lse,
+        expected,
+        of_all_pairs(cross.div_(total_a)),
+        None if mixed is None else of_all_pairs(mixed),
+        None if spread is None else of_all_pairs(spread),
     )
 
 

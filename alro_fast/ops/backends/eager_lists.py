@@ -19,13 +19,13 @@ Divergence = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Te
 
 
 class Listwise(NamedTuple):
-    """Listwise terms of L lists and their gradients; logits [L, R, C]."""
+    """Listwise terms of L lists and their gradients (None: autograd has them); logits [L, R, C]."""
 
     soft_lambda: Tensor  # [L]
     permutation: Tensor  # [L] of list l against twin[l]; 0 where twin[l] < 0
     expected: Tensor  # [L, M] expected rank of candidate i (ranking form) or expected grade (ratings form); 0 on pads
-    d_soft_lambda: Tensor  # [L, R, C] d soft_lambda[l] / d logits[l]
-    d_student: Tensor  # [L, R, C] d permutation[l] / d logits[l]; 0 where twin[l] < 0
+    d_soft_lambda: Tensor | None  # [L, R, C] d soft_lambda[l] / d logits[l]
+    d_student: Tensor | None  # [L, R, C] d permutation[l] / d logits[l]; 0 where twin[l] < 0
     d_teacher: Tensor | None  # [L, R, C] d permutation[l] / d logits[twin[l]], 0 where twin[l] < 0; None: detached
 
 
@@ -69,7 +69,7 @@ def listwise(
     log_p = _masked_log_softmax(logits, cell)
     p = log_p.exp() * cell
 
-    if ranking:
+    if values is None:
         score = log_p if normalise else logits
         over_slots = torch.softmax((gamma * score).masked_fill(~cell, torch.finfo(logits.dtype).min), dim=1) * cell
         position = (slot + 1).to(logits.dtype)[None, :, None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -18,7 +18,7 @@ class GemmWork:
     """Products between rows and vocabulary columns, by kind; 1 unit per row = one product with the whole vocabulary."""
 
     def __init__(self) -> None:
-        self._products: dict[str, list] = {}
+        self._products: dict[str, list[Any]] = {}  # int, or a tensor of one
 
     def products(self) -> dict[str, int]:
         """Row x column products per kind; reads counters from the device."""

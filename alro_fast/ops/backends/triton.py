@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Any
 
 import torch
 import triton
@@ -156,7 +157,8 @@ def gather_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float, rows: Tensor, ids: Tensor
 ) -> Tensor:
     """`eager.gather_logits`."""
-    return gather.gather_logits(hidden, weight, bias, softcap, scale, rows, ids)
+    logits: Tensor = gather.gather_logits(hidden, weight, bias, softcap, scale, rows, ids)
+    return logits
 
 
 def gather_backward(
@@ -204,14 +206,26 @@ def listwise(
 # Engines.
 
 
-def _fused(hidden, weight, bias, softcap, scale, first, second, entropy, want_expected, mass_bound, config):
+def _fused(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    first: Tensor | None,
+    second: Tensor | None,
+    entropy: bool,
+    want_expected: bool,
+    mass_bound: float,
+    config: configs.HeadConfig,
+) -> PairedVocabPass:
     rows = len(hidden)
-    pair_count = 0 if first is None else len(first)
     stats = vocab_stats.vocab_stats(
         hidden, weight, bias, softcap, scale, first, second, entropy=entropy, tile_stats=want_expected,
         single=config.single, paired=config.paired,
     )  # fmt: skip
-    gemm_work.count("logits", rows if pair_count == 0 else (rows, first, second), weight.shape[0])
+    multiplied = rows if first is None or second is None or not len(first) else (rows, first, second)
+    gemm_work.count("logits", multiplied, weight.shape[0])
     embedding = None
     if want_expected:
         embedding, kept = expected.expected(
@@ -223,9 +237,20 @@ def _fused(hidden, weight, bias, softcap, scale, first, second, entropy, want_ex
 
 
 def _tiled(
-    hidden, weight, bias, softcap, scale, first, second, entropy, want_expected, want_mixed, want_spread, mass_bound,
-    config,
-):  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    first: Tensor | None,
+    second: Tensor | None,
+    entropy: bool,
+    want_expected: bool,
+    want_mixed: bool,
+    want_spread: bool,
+    mass_bound: float,
+    config: configs.HeadConfig,
+) -> PairedVocabPass:
     """The tiled engine: one buffer of [N, T] products that every tile of the vocabulary goes through in turn.
 
     A tile takes three steps: its products (GEMM); the row kernel, which turns them into p~ = exp(z - row maximum so
@@ -246,10 +271,14 @@ def _tiled(
     # another program would have overwritten.
     products, p = _tile_buffers(hidden, columns, shared=pairs is None)
     mixed_out, spread_out = (
-        hidden.new_zeros(pair_count, columns) if wanted else None for wanted in (want_mixed, want_spread)
+        hidden.new_zeros(len(first), columns) if wanted and first is not None else None
+        for wanted in (want_mixed, want_spread)
     )
     sub = config.expected.block_v  # skipping drops columns by this many, the width of a tile of `expected`'s kernels
-    probe = floor = tile_lse = selection = None
+    probe: Tensor | None = None
+    floor: Tensor | None = None
+    tile_lse: Any = None
+    selection: Any = None
     if skipping:
         tile_lse = running.row_max.new_empty(rows, triton.cdiv(columns, sub))
         selection = expected.new_selection(rows, tile_lse.shape[1], config.expected.block_m, hidden.device)
@@ -281,7 +310,7 @@ def _tiled(
             _add_product(p[:, :width], w, running.sums)
             gemm_work.count("embedding", rows, width)
         for out, sums in ((mixed_out, running.mixed), (spread_out, running.spread)):
-            if out is not None:
+            if out is not None and pair_count is not None:
                 _add_product(out[:, :width], w, sums)
                 gemm_work.count("pairs", pair_count, width)
 
@@ -289,7 +318,7 @@ def _tiled(
     factor = scale / running.row_sum
     if want_expected:
         running.sums.mul_(factor[:, None])
-    if pairs is not None:
+    if pairs is not None and first is not None:
         row = first.clamp(min=0)  # a pad's sums are zeros, whatever they are divided by
         running.cross.div_(running.row_sum[row])
         for sums in (running.mixed, running.spread):
@@ -301,9 +330,23 @@ def _tiled(
 
 
 def _weight_grad(
-    hidden, weight, bias, softcap, scale, first, second, lse, cross, grad_lse, grad_first, grad_second, entropy,
-    want_weight, want_bias, config,
-):  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    first: Tensor | None,
+    second: Tensor | None,
+    lse: Tensor,
+    cross: Tensor | None,
+    grad_lse: Tensor,
+    grad_first: Tensor | None,
+    grad_second: Tensor | None,
+    entropy: bool,
+    want_weight: bool,
+    want_bias: bool,
+    config: configs.HeadConfig | None,
+) -> tuple[Tensor | None, Tensor | None]:
     rows, size_h = hidden.shape
     size_v = weight.shape[0]
     config = config or _config(hidden)
@@ -313,7 +356,7 @@ def _weight_grad(
         return d_weight, d_bias
     grad_lse = grad_lse.contiguous()
     by_first = by_second = None
-    if first is not None:
+    if first is not None and grad_first is not None and grad_second is not None:
         by_first = row_kernel.pair_table(first, second, rows)
         by_second = row_kernel.pair_table(second, first, rows)
         grad_first, grad_second = grad_first.contiguous(), grad_second.contiguous()
@@ -333,13 +376,22 @@ def _weight_grad(
         if d_bias is not None:
             torch.sum(grad[:, :width], dim=0, dtype=torch.float32, out=d_bias[start:stop])
     undo = scale / factor
-    return tuple(None if total is None else total.mul_(undo) for total in (d_weight, d_bias))
+    return None if d_weight is None else d_weight.mul_(undo), None if d_bias is None else d_bias.mul_(undo)
 
 
-def _floor(hidden, weight, bias, softcap, scale, probe_rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def _floor(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    probe_rows: int,
+    columns: int,
+) -> tuple[Tensor, Tensor]:
     """All products of the first rows [R, V], and a lower bound of every row's log-sum-exp [N] from heavy columns."""
     size_v = weight.shape[0]
-    probe = hidden.new_empty(probe_rows, size_v, dtype=torch.float32)
+    # Rows 64 bytes apart or a multiple: libraries have no aligned kernel for a vocabulary that is odd.
+    probe = hidden.new_empty(probe_rows, triton.cdiv(size_v, 16) * 16, dtype=torch.float32)[:, :size_v]
     for start, stop in _tiles(size_v, columns):
         _product(hidden[:probe_rows], weight[start:stop].T, probe[:, start:stop])
     gemm_work.count("logits", probe_rows, size_v)
@@ -357,12 +409,12 @@ def _to_logits(products: Tensor, bias: Tensor | None, softcap: float | None, sca
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def _gradient_factor(dtype: torch.dtype, scale: float, *grads: Tensor | None) -> Tensor:
+def _gradient_factor(dtype: torch.dtype, scale: float, first: Tensor, *others: Tensor | None) -> Tensor:
     """What to multiply a tile's gradients by before rounding: a power of two that makes the largest upstream one about
     1 in float16, whose range per-token means would leave; the scale of the logits alone in other dtypes."""
     if dtype != torch.float16:
-        return torch.full((), scale, dtype=torch.float32, device=grads[0].device)
-    top = torch.stack([grad.abs().amax() for grad in grads if grad is not None and grad.numel()]).amax()
+        return torch.full((), scale, dtype=torch.float32, device=first.device)
+    top = torch.stack([grad.abs().amax() for grad in (first, *others) if grad is not None and grad.numel()]).amax()
     return torch.exp2(-torch.floor(torch.log2(top.clamp(min=1e-30))))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,13 +39,13 @@ def warmup(
     rows = list(rows)
     width = 2 * row_kernel.MAX_COLUMNS + vocab_size % row_kernel.MAX_COLUMNS
     weight = torch.zeros(min(vocab_size, width), hidden_size, dtype=dtype, device=device)
-    bias = weight.new_zeros(len(weight)) if bias else None
-    with torch.cuda.device_of(weight):
+    row = weight.new_zeros(len(weight)) if bias else None
+    with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
         for done, count in enumerate(rows):
             log.info("warmup %d/%d: kernels for %d rows of %d", done + 1, len(rows), count, hidden_size)
-            _warm_head(weight, bias, softcap, count, trainable)
+            _warm_head(weight, row, softcap, count, trainable)
         for size in candidates:
-            _warm_lists(weight, bias, softcap, size, trainable)
+            _warm_lists(weight, row, softcap, size, trainable)
         if weight.is_cuda:
             torch.cuda.synchronize()
     log.info("warmup: %d shapes in %.1f s", len(rows), time.perf_counter() - began)
@@ -63,7 +64,7 @@ def _warm_head(weight: Tensor, bias: Tensor | None, softcap: float | None, rows:
             *head, first, second, entropy=True, want_expected=want_expected, want_spread=False, mass_bound=mass_bound
         )
     if trainable:
-        wanted = {"want_weight": True, "want_bias": bias is not None}
+        wanted: dict[str, Any] = {"want_weight": True, "want_bias": bias is not None}
         of_pairs = torch.zeros_like(first, dtype=torch.float32)
         triton.weight_grad(*head, zeros, zeros, **wanted)
         triton.paired_weight_grad(

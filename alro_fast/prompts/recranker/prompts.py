@@ -118,10 +118,10 @@ class RecRankerPrompts(SavedPrompts):
         self._encoder = encoder = Encoder(tokenizer)
         self._turns = turns = find_turns(encoder, text["system"])
         self._markers = marker_pattern(turns.markers)
-        self._item_ids = None
+        self._item_ids: list[int] | None = None
         if identifiers == "items":
             labels = item_labels(encoder, None if items is None else len(items))
-            self._item_ids = tokenizer.convert_tokens_to_ids(labels)
+            self._item_ids = self._encoder.ids_of(labels)
         head = turns.before + _lines(text["introduction"])
         self._rated = turns.start + encoder.trusted([head + _lines(text["rated"])])[0]
         self._liked = turns.start + encoder.trusted([head + _lines(text["liked"])])[0]
@@ -176,8 +176,9 @@ class RecRankerPrompts(SavedPrompts):
         """Prompt and answer of every question of an Ask, for people to read."""
         made = self.encode([ask])[0]
         rows = [(made.rated_ids + one.ids, one.answer_ids) for one in made.points]
-        rows += [(made.liked_ids + one.ids, one.answer_ids) for one in chain(made.pairs, made.listings)]
-        decode = self._encoder.tokenizer.decode
+        rows += [(made.liked_ids + one.ids, one.answer_ids) for one in made.pairs]
+        rows += [(made.liked_ids + one.ids, one.answer_ids) for one in made.listings]
+        decode = self._encoder.text_of
         return [(decode(prompt), decode(answer)) for prompt, answer in rows]
 
     def liked(self, source: RankingList) -> list[int]:
@@ -368,7 +369,7 @@ class _ListTask:
         if self._titles:
             self.max_candidates = 1 << 20
             self._line = Sentence(encoder, line, prompts.title)
-            self._quoted = Pieces(
+            self._quoted: Pieces[Item] = Pieces(
                 lambda texts: encoder.plain_after(" ", texts), lambda item: f'"{prompts.title(item)}"'
             )
             between = encoder.trusted_after('"', separator)
@@ -379,8 +380,8 @@ class _ListTask:
             return
         items = kind == "items"
         lead, rest = placeholders(line)[0][0], placeholders(line)[1:]
-        if items:
-            labels = item_labels(encoder, len(prompts._item_ids))
+        if prompts._item_ids is not None:
+            labels: Sequence[str] = item_labels(encoder, len(prompts._item_ids))
             self._line_ids, self._line_lead = prompts._item_ids, encoder.plain_after("\n", [lead])[0] if lead else []
             after = ""
         else:
@@ -390,7 +391,7 @@ class _ListTask:
             self._line_ids, self._line_lead = shown.ids, shown.left[n:]
             after = newline + lead + LETTERS[0]
         body = "".join(literal + ("{title}" if field else "") for literal, field in rest) + "\n"
-        self._bodies = Pieces(
+        self._bodies: Pieces[Item] = Pieces(
             lambda texts: encoder.plain_after(after, texts),
             lambda item: body.replace("{title}", "" if items else prompts.title(item)),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 from ...data.records import Item
 from ..encoding import Encoder, Pieces
@@ -24,8 +25,9 @@ class Sentence:
         self, encoder: Encoder, text: str, title: Callable[[Item], str], item_ids: Sequence[int] | None = None
     ) -> None:
         self._item_ids = item_ids
-        self._parts: list[tuple[list[int], Pieces | None]] = []  # literal, then a value; None: an item's token
-        self._titles: list[Pieces] = []
+        # a literal, then a value (None: an item's token)
+        self._parts: list[tuple[list[int], Pieces[Item | str] | None]] = []
+        self._titles: list[Pieces[Item | str]] = []
         parts = placeholders(text)
         ending = parts.pop()[0] if parts and parts[-1][1] is None else ""
         before = "\n"
@@ -53,7 +55,7 @@ class Sentence:
         for (literal, pieces), value in zip(self._parts, values, strict=True):
             found += literal
             if pieces is None:
-                found.append(self._item_ids[value.index])
+                found.append(cast(Sequence[int], self._item_ids)[cast(Item, value).index])
             else:
                 found += pieces.ids[value] if value in pieces.ids else pieces.prepare([value])[value]
         return found + self._end

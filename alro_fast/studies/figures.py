@@ -1,0 +1,158 @@
+"""What a finished run of a study measured, list by list (or record by record)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..data.records import Item, RankingList
+from ..errors import AlroFastError
+from ..evaluation import metrics
+from ..evaluation.preference_metrics import Scored
+from ..evaluation.preferences import SCORES
+from ..evaluation.results import Results, evaluate_lists
+from ..evaluation.targets import evaluate_targets
+from .plan import PlannedRun, Study
+from .runs import evaluated
+
+AGREEMENT = "order agreement"  # mean Kendall tau between presentations of a list: 1 where their order never matters
+
+
+class Figures(NamedTuple):
+    """One figure per list (or record) of one run: id -> value, id -> user, and what the users are users of."""
+
+    values: dict[str, float]
+    users: dict[str, str]
+    catalogue: str
+
+    @property
+    def mean(self) -> float:
+        """Over lists; NaN without any."""
+        return float(np.mean(list(self.values.values()))) if self.values else float("nan")
+
+
+def figures(study: Study, run: PlannedRun) -> dict[str, Figures]:
+    """Measure -> figures per list of a finished run; checked against the mean that the run itself reported."""
+    manifest = json.loads((run.measured / "data_manifest.json").read_text(encoding="utf-8"))
+    measured = rankings if study.ranks_lists else preferences
+    found = {study.metric: measured(study, run, manifest)}
+    if study.evaluate and evaluated(study, run):
+        found[AGREEMENT] = agreement(study, run, manifest)
+    return found
+
+
+def rankings(study: Study, run: PlannedRun, manifest: Mapping[str, Any]) -> Figures:
+    """The study's metric of every ranked list, from predictions.jsonl."""
+    lists, scores = [], []
+    for line in _lines(run.measured / "predictions.jsonl"):
+        lists.append(_list_of(line))
+        scores.append(_ranking(line, study.ranker, run)["scores"])
+    reported = json.loads((run.measured / "results.json").read_text(encoding="utf-8"))
+    results: Results
+    if "lists_with_their_target" in reported["about"]:
+        results, kept = evaluate_targets(lists, {study.ranker: scores}, bootstrap=0), lists
+    else:
+        results = evaluate_lists(lists, {study.ranker: scores}, bootstrap=0)
+        kept = [one for one in lists if not one.all_equal]
+    values = results.per_list[study.ranker][study.metric]
+    names = [one.list_id for one in kept]
+    found = Figures(
+        dict(zip(names, map(float, values), strict=True)),
+        {one.list_id: one.user_id for one in kept},
+        manifest["files"]["items.parquet"]["sha256"],
+    )
+    _check(found, reported[study.ranker][study.metric], run.measured)
+    return found
+
+
+def preferences(study: Study, run: PlannedRun, manifest: Mapping[str, Any]) -> Figures:
+    """The study's metric of every valid record (of every pair, or user, where it is a mean over those)."""
+    reported = json.loads((run.measured / "preference_results.json").read_text(encoding="utf-8"))
+    data = study.on or next(iter(reported))
+    if data not in reported:
+        raise AlroFastError(f"on: {data!r} was not measured by {run.measured}: it has {', '.join(reported)}")
+    values: dict[str, list[float]] = {}
+    users: dict[str, str] = {}
+    for line in _lines(run.measured / SCORES):
+        if line["data"] != data:
+            continue
+        scores = _ranking(line, study.ranker, run)
+        chosen, rejected = (np.array(scores[side], dtype=np.float64) for side in ("chosen", "rejected"))
+        record = Scored(line["user_id"], chosen, rejected, line["paired"])
+        for name, value in _of_record(study.metric, line["record"], record):
+            values.setdefault(name, []).append(value)
+            users[name] = record.user_id
+    catalogue = manifest["files"].get("items.parquet", {"sha256": data})["sha256"]
+    found = Figures({name: float(np.mean(each)) for name, each in values.items()}, users, catalogue)
+    _check(found, reported[data][study.ranker][study.metric], run.measured)
+    return found
+
+
+def _of_record(metric: str, number: int, record: Scored) -> list[tuple[str, float]]:
+    """What a record adds to a metric: (what the metric is a mean over, value)."""
+    if metric == "valid":
+        return [(str(number), float(record.valid()))]
+    if not record.valid():
+        return []
+    if metric == "hit@1":
+        return [(str(number), record.hit())]
+    wins = record.wins()
+    names = [record.user_id] * len(wins) if metric == "user_auc" else [f"{number}/{at}" for at in range(len(wins))]
+    return list(zip(names, map(float, wins)))
+
+
+def agreement(study: Study, run: PlannedRun, manifest: Mapping[str, Any]) -> Figures:
+    """Mean Kendall tau over all pairs of presentations, of every list that was shown more than once."""
+    folder, values, users = study.evaluation(run), {}, {}
+    for line in _lines(folder / "predictions.jsonl"):
+        shown = [one["scores"] for one in _ranking(line, study.ranker, run).get("presentations", ())]
+        pairs = list(itertools.combinations(shown, 2))
+        if not pairs:
+            continue
+        taus = metrics.kendall_tau(*(np.array([pair[side] for pair in pairs]) for side in (0, 1)))
+        if np.isfinite(taus).all() and len(taus):
+            values[line["list_id"]], users[line["list_id"]] = float(np.mean(taus)), line["user_id"]
+    return Figures(values, users, manifest["files"]["items.parquet"]["sha256"])
+
+
+def by_user(given: Figures) -> Figures:
+    """The mean of every user's lists."""
+    lists: dict[str, list[float]] = {}
+    for name, value in given.values.items():
+        lists.setdefault(given.users[name], []).append(value)
+    return Figures(
+        {user: float(np.mean(values)) for user, values in lists.items()}, {u: u for u in lists}, given.catalogue
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise AlroFastError(f"{path} is gone; remove the run's folder, and it is run again")
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _ranking(line: Mapping[str, Any], ranker: str, run: PlannedRun) -> dict[str, Any]:
+    if ranker not in line["rankings"]:
+        raise AlroFastError(f"ranker: {ranker!r} is none of {run.measured}: it has {', '.join(line['rankings'])}")
+    return line["rankings"][ranker]
+
+
+def _list_of(line: Mapping[str, Any]) -> RankingList:
+    """What metrics need of a list: candidates and ratings."""
+    items = tuple(Item(i, one["id"], one["title"], "") for i, one in enumerate(line["candidates"]))
+    ratings = tuple(np.nan if one["rating"] is None else float(one["rating"]) for one in line["candidates"])
+    return RankingList(line["list_id"], line["user_id"], (), (), items, ratings)
+
+
+def _check(found: Figures, reported: float, folder: Path) -> None:
+    if found.values and not np.isclose(found.mean, reported, rtol=0, atol=1e-9):
+        raise AlroFastError(
+            f"{folder}: predictions.jsonl gives {found.mean:.6f} where results.json reports {reported:.6f}: one "
+            "was changed; remove the run's folder, and it is run again"
+        )

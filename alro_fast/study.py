@@ -1,0 +1,116 @@
+"""A grid of options x seeds over training runs, and one table of paired differences.
+
+`python -m alro_fast.study FILE_OR_NAME [--set option=value ...] [--seeds 0-4]` checks every run before the first one
+begins, runs each in a process and a folder of its own, and writes table.md, table.json, table.csv and differences.png.
+Begun again, it goes on: a finished run is not run again. docs/studies.md says what a file holds.
+"""
+
+from __future__ import annotations
+
+from .cli import OneLineParser, run  # before torch: see there
+
+# isort: split
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from .errors import AlroFastError
+from .studies.figures import figures
+from .studies.plan import PlannedRun, Study, parse_seeds, plan, read_study, study_names
+from .studies.runs import PLAN, check_folder, commands_of, execute
+from .studies.table import table, to_markdown, write
+
+
+def main(argv: Sequence[str]) -> None:
+    """Plan, check, run, compare; exit status 1 where runs failed."""
+    options = parser().parse_args(argv)
+    if options.processes < 1:
+        raise AlroFastError(f"--processes is at least 1; given {options.processes}")
+    study = plan(
+        read_study(options.study),
+        changes=changes(options.set),
+        seeds=None if options.seeds is None else parse_seeds(options.seeds),
+        output_dir=options.output_dir,
+    )
+    check_folder(study)
+    waiting = [each for each in study.runs if commands_of(study, each)]
+    print(f"{study.name}: {len(study.variants)} variants x {len(study.seeds)} seeds in {study.folder}")
+    print(f"{len(study.runs) - len(waiting)} of {len(study.runs)} runs are finished", flush=True)
+    if options.dry_run:
+        for name, each in study.variants.items():
+            print(f"  {name}: {' '.join(f'--{key} {value}' for key, value in each.items()) or 'base'}")
+        return
+    study.folder.mkdir(parents=True, exist_ok=True)
+    (study.folder / PLAN).write_text(yaml.safe_dump(study.described(), sort_keys=False), encoding="utf-8")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as by Ctrl-C: the runs under way end with the study
+    failed = execute(study, options.processes, Progress(study, len(waiting), options.processes))
+    measured = table(study)
+    if measured:
+        paths = write(study, measured)
+        print(f"\n{to_markdown(study, measured)}\nwritten to {study.folder}: {', '.join(path.name for path in paths)}")
+    if failed:
+        print(f"{len(failed)} of {len(study.runs)} runs failed: {'; '.join(each.title for each in failed)}")
+        raise SystemExit(1)
+
+
+class Progress:
+    """A line for every run that ends."""
+
+    def __init__(self, study: Study, waiting: int, processes: int) -> None:
+        self.study, self.waiting, self.processes = study, waiting, processes
+        self.ended, self.spent = 0, 0.0
+
+    def __call__(self, run: PlannedRun, seconds: float, complaint: str | None) -> None:
+        self.ended, self.spent = self.ended + 1, self.spent + seconds
+        left = (self.waiting - self.ended) * self.spent / self.ended / self.processes
+        if complaint is not None:
+            told = f"failed: {complaint} ({run.log})"
+        else:
+            means = (f"{measure} {each.mean:.4f}" for measure, each in figures(self.study, run).items())
+            told = f"{', '.join(means)}, {seconds:.0f} s"
+        print(f"[{self.ended}/{self.waiting}] {run.title}: {told}; about {left / 60:.1f} minutes left", flush=True)
+
+
+def changes(words: Sequence[str]) -> dict[str, Any]:
+    """`--set option=value ...`, values as in YAML."""
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise AlroFastError(f"--set {word!r}; expected option=value, such as learning_rate=1e-3")
+        found[name] = yaml.safe_load(value)
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = OneLineParser(
+        prog="python -m alro_fast.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", metavar="FILE_OR_NAME", help=f"a YAML file, or one of {', '.join(study_names())}")
+    parser.add_argument(
+        "--set", nargs="+", action=_Extend, default=[], metavar="OPTION=VALUE",
+        help="what the study needs, and options of alro_fast.train for all of its runs",
+    )  # fmt: skip
+    parser.add_argument("--seeds", help="in place of the file's: 0-4, or 0,2,5")
+    parser.add_argument("--output_dir", help="where runs and tables go; default: out/NAME")
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time (default 1)")
+    parser.add_argument("--dry_run", action="store_true", help="check every run, print the plan, run nothing")
+    return parser
+
+
+class _Extend(argparse.Action):
+    """Words of every time that an option is given."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        earlier = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, [*(earlier if isinstance(earlier, list) else ()), *values])
+
+
+if __name__ == "__main__":
+    run(main)

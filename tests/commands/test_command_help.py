@@ -1,0 +1,43 @@
+"""Options of report, and the help of every command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from option_rows import options_of, refusal
+
+from alro_fast import client, evaluate, first_stage, prepare, rank, report
+
+COMMANDS = (client, evaluate, first_stage, prepare, rank, report)
+
+
+def test_every_option_of_report_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "write_report", lambda *folders: folders)
+    (tmp_path / "config.yaml").touch()
+    assert options_of(report) == {"run"}
+    for words, said in (([], "('x', None)"), (["--run", str(tmp_path)], f"('x', {str(tmp_path)!r})")):
+        report.main(["x", *words])
+        assert capsys.readouterr().out.strip() == said
+    assert "--run nowhere holds no trainer_state.json or config.yaml" in refusal(report.main, "x --run nowhere", capsys)
+
+
+@pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__)
+def test_help_is_short_and_tells_defaults(module, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    parser = module.parser()
+    assert parser.format_help().count("\n") <= 60
+    for group in parser.format_help().split("\n\n"):
+        assert group.count("\n") <= 24
+    for action in parser._actions:
+        if action.option_strings and action.default not in (None, False, "==SUPPRESS=="):
+            told = parser._get_formatter()._get_help_string(action)
+            assert "default" in told, action.dest
+
+
+def test_help_does_not_wait_for_torch():
+    names = ("rank", "client", "prepare")
+    words = "; ".join(f"import alro_fast.{name} as c; c.parser().format_help()" for name in names)
+    done = subprocess.run([sys.executable, "-c", f"import sys; {words}; sys.exit('torch' in sys.modules)"])
+    assert done.returncode == 0
