@@ -12,6 +12,8 @@ from .cli import OneLineParser, run  # before torch: see there
 # isort: split
 
 import argparse
+import signal
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +47,7 @@ def main(argv: Sequence[str]) -> None:
         return
     study.folder.mkdir(parents=True, exist_ok=True)
     (study.folder / PLAN).write_text(yaml.safe_dump(study.described(), sort_keys=False), encoding="utf-8")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as by Ctrl-C: the runs under way end with the study
     failed = execute(study, options.processes, Progress(study, len(waiting), options.processes))
     measured = table(study)
     if measured:
@@ -91,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("study", metavar="FILE_OR_NAME", help=f"a YAML file, or one of {', '.join(study_names())}")
     parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="OPTION=VALUE",
+        "--set", nargs="+", action=_Extend, default=[], metavar="OPTION=VALUE",
         help="what the study needs, and options of alro_fast.train for all of its runs",
     )  # fmt: skip
     parser.add_argument("--seeds", help="in place of the file's: 0-4, or 0,2,5")
@@ -99,6 +102,14 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--processes", type=int, default=1, help="runs at a time (default 1)")
     parser.add_argument("--dry_run", action="store_true", help="check every run, print the plan, run nothing")
     return parser
+
+
+class _Extend(argparse.Action):
+    """Words of every time that an option is given."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        earlier = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, [*(earlier if isinstance(earlier, list) else ()), *values])
 
 
 if __name__ == "__main__":

@@ -17,10 +17,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from alro_fast.modeling.attention import tree_attention
 from alro_fast.modeling.attention_bodies import dense_attention
 from alro_fast.modeling.packing import Branch, PackedBatch, Tree, collate
+from bench.common import CUDA, DRY, machine
 
-CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 HEADS, KV_HEADS, WIDTH, TREES = (32, 8, 128, 16) if CUDA else (8, 4, 64, 4)
+if DRY:
+    HEADS, KV_HEADS, WIDTH, TREES = 2, 1, 16, 1
 SCALE = WIDTH**-0.5
 
 # name: (tokens of a prefix, branches, tokens a branch adds), ranges inclusive
@@ -30,6 +32,8 @@ SHAPES = {
     "pointwise 20": ((150, 400), 20, (20, 30)),
     "list, not shared": ((280, 530), 1, (1, 1)),
 }
+if DRY:
+    SHAPES = {"ALRO pair": ((15, 20), 2, (5, 5))}
 
 
 def make_batch(shape: str) -> PackedBatch:
@@ -90,7 +94,6 @@ def test_attention(benchmark, shape, way):
         "unique_tokens": batch.unique_tokens,
         "unshared_tokens": batch.unshared_tokens,
         "padded_tokens": batch.padded_tokens,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "machine": machine(),
     }
     benchmark.pedantic(step, rounds=7, warmup_rounds=2)

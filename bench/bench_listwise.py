@@ -15,10 +15,12 @@ from torch import Tensor
 from alro_fast import ops
 from alro_fast.losses import reference
 from alro_fast.ops.backends import eager
-from bench.common import CUDA, DEVICE, Absent, Contestant, interleave, record
+from bench.common import CUDA, DEVICE, DRY, Absent, Contestant, compiled, interleave, record
 
 SIZES = [(64, 10), (64, 25), (512, 10), (64, 100)] if CUDA else [(32, 10), (32, 25)]
 ROUNDS, SECONDS = (50, 3.0) if CUDA else (15, 10.0)
+if DRY:
+    SIZES, ROUNDS = [(2, 4)], 3
 OPTIONS = {"gamma": 1.0, "sigma": 1.0, "normalise": True, "divergence": "kl"}
 
 
@@ -73,10 +75,10 @@ def contestants(tensors: dict[str, Tensor]) -> list[Contestant]:
     made = [
         Contestant("reference", functools.partial(_prepare, reference_loss, tensors)),
         Contestant("torch batched", functools.partial(_prepare, batched_loss, tensors)),
-        Contestant("torch.compile", functools.partial(_prepare, torch.compile(batched_loss), tensors)),
+        Contestant("torch.compile", lambda: _prepare(compiled(batched_loss), tensors)),
     ]
     for backend in ops.BACKENDS:
-        if backend not in available or (backend == "triton" and not CUDA):
+        if backend not in available or (backend == "triton" and not (CUDA or DRY)):
             reason = "needs a GPU" if backend == "triton" else "serves the CPU only" if CUDA else "not built"
             made.append(Contestant(f"alro_fast {backend}", functools.partial(_absent, reason)))
         else:

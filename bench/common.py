@@ -8,6 +8,7 @@ that is not installed, or fails, has an entry as well, with the reason. `python 
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import statistics
 import subprocess
@@ -20,6 +21,7 @@ from torch import Tensor
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+DRY = os.environ.get("BENCH_DRY") == "1"  # tiny shapes and interpreted kernels: the same code, and no measurement
 
 
 class Contestant(NamedTuple):
@@ -27,6 +29,12 @@ class Contestant(NamedTuple):
 
     name: str
     prepare: Callable[[], Callable[[], object]]
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile as it is at its best for one shape: nothing remembered of the shapes before, nothing dynamic."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False, backend="aot_eager" if DRY else "inductor")
 
 
 class Absent(Exception):
@@ -168,6 +176,7 @@ def machine() -> dict[str, str | None]:
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
         "threads": None if CUDA else str(torch.get_num_threads()),
+        "not a measurement": "kernels interpreted, shapes tiny" if DRY else None,
     }
 
 
@@ -183,6 +192,7 @@ def record(benchmark, case: dict, name: str, outcome: Measurement | str, **extra
             "median_s": outcome.median,
             "fastest_s": outcome.fastest,
             "slowest_s": outcome.slowest,
+            "spread": (outcome.slowest - outcome.fastest) / outcome.median,
             "peak_bytes": outcome.peak,
             **extra,
         }

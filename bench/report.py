@@ -15,6 +15,7 @@ from pathlib import Path
 
 COLUMNS = {  # key of a record: heading, format
     "median_s": ("median", lambda value: _seconds(value)),
+    "spread": ("spread", lambda value: f"{100 * value:.0f} %"),
     "times_floor": ("x floor", lambda value: f"{value:.2f}"),
     "times_faster": ("x faster", lambda value: f"{value:.1f}"),
     "error": ("error", lambda value: f"{value:.1e}"),
@@ -27,16 +28,17 @@ class BadResults(ValueError):
     """A file that is no benchmark result."""
 
 
-def load(paths: list[Path]) -> dict[str, list[dict]]:
-    """Records by group, in the order of the files."""
+def load(paths: list[Path], skip: bool = False) -> dict[str, list[dict]]:
+    """Records by group, in the order of the files; with `skip` those that are no results are named and left out."""
     groups: dict[str, list[dict]] = {}
     for path in paths:
         try:
-            entries = json.loads(path.read_text())["benchmarks"]
-        except FileNotFoundError:
-            raise BadResults(f"{path} does not exist; expected the JSON of pytest --benchmark-json") from None
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise BadResults(f"{path} is no benchmark result; expected the JSON of pytest --benchmark-json") from None
+            entries = _entries(path)
+        except BadResults as reason:
+            if not skip:
+                raise
+            print(f"left out: {reason}", file=sys.stderr)
+            continue
         for entry in entries:
             groups.setdefault(entry["group"] or entry["name"], []).append(_record(entry))
     if not groups:
@@ -44,12 +46,24 @@ def load(paths: list[Path]) -> dict[str, list[dict]]:
     return groups
 
 
+def _entries(path: Path) -> list[dict]:
+    try:
+        return json.loads(path.read_text())["benchmarks"]
+    except FileNotFoundError:
+        raise BadResults(f"{path} does not exist; expected the JSON of pytest --benchmark-json") from None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise BadResults(f"{path} is no benchmark result; expected the JSON of pytest --benchmark-json") from None
+
+
 def _record(entry: dict) -> dict:
     """A benchmark's own record or, where it made none, pytest-benchmark's statistics."""
     info = dict(entry.get("extra_info", {}))
     info.setdefault("contestant", entry["name"])
     if "absent" not in info:
-        info.setdefault("median_s", entry["stats"]["median"])
+        stats = entry["stats"]
+        if "median_s" not in info and "min" in stats:
+            info["spread"] = (stats["max"] - stats["min"]) / stats["median"]
+        info.setdefault("median_s", stats["median"])
     return info
 
 
@@ -126,9 +140,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="Benchmark JSON to Markdown and PNG.")
     parser.add_argument("results", nargs="+", type=Path, help="JSON files of pytest --benchmark-json")
     parser.add_argument("--output", type=Path, help="folder for report.md and plots; without it, Markdown is printed")
+    parser.add_argument("--skip-unreadable", action="store_true", help="name files that are no results, go on")
     options = parser.parse_args(arguments)
     try:
-        groups = load(options.results)
+        groups = load(options.results, options.skip_unreadable)
     except BadResults as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

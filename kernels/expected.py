@@ -115,12 +115,12 @@ def accumulate_kernel(
     PACKED: tl.constexpr,
 ):  # fmt: skip
     """sums [N, H] += p~ @ W over the kept tiles; PACKED: p~ of slot s lies in columns s * T, else where its tile is."""
-    block = tl.program_id(0)
+    block = tl.program_id(1)  # units come first: programs side by side read the same p~, and W from L2
     last_slot = tl.minimum(tl.load(kept_count + block), first_slot + slots)
     if last_slot <= first_slot:
         return
     row = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-    unit = tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)
+    unit = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     inside_n, inside_u = row < rows, unit < size_h
     p_ptr = p + row[:, None] * stride_pn + k[None, :]
@@ -204,7 +204,7 @@ def accumulate(
         raise ValueError("sums must be contiguous, p contiguous along its columns")
     if p.dtype != weight.dtype:
         raise ValueError(f"p is {p.dtype} and weight {weight.dtype}; expected one dtype")
-    accumulate_kernel[(triton.cdiv(rows, config.block_m), triton.cdiv(size_h, config.block_u))](
+    accumulate_kernel[(triton.cdiv(size_h, config.block_u), triton.cdiv(rows, config.block_m))](
         p, weight, selection.kept, selection.kept_count, sums, rows, weight.shape[0], size_h,
         first_slot, selection.kept.shape[1] if slots is None else slots,
         p.stride(0), selection.kept.stride(0), weight.stride(0), weight.stride(1),

@@ -23,9 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import AlroFastError
 from .packing import Segments, TreeSpan, Varlen
 
 logger = logging.getLogger("alro_fast.modeling.attention")
+
+
+MOST_MASKED = 1 << 31  # entries of the masks of one batch: 8 GB in float32, more while they are made
 
 
 # --- dense: the definition -------------------------------------------------------------------------------------------
@@ -70,20 +74,31 @@ def _masks(layout: Segments, window: int | None, like: Tensor, answers: bool) ->
     """Per tree an additive mask [queries, rows]: 0 where the query may see the row's key, else -inf."""
     where = (window, like.dtype, like.device, answers)
     if where not in layout.cache:
+        counts = layout.answer_counts if answers else [span.end - span.start for span in layout.spans]
+        cells = sum(count * (span.end - span.start) for count, span in zip(counts, layout.spans))
+        if cells > MOST_MASKED:
+            longest = max(span.end - span.start for span in layout.spans)
+            raise AlroFastError(
+                f"a batch with masks of {cells:,} entries ({longest:,} rows in its longest tree) is over "
+                f"the {MOST_MASKED:,} that attention by masks serves (float32 on CUDA, soft-capped scores, windows "
+                "on the CPU): lower --max_length or --tokens_per_batch, or use --bf16 true on a GPU"
+            )
         masks = []
         rows = layout.answer_rows.cpu().split(layout.answer_counts) if answers else [None] * len(layout.spans)
         for span, own in zip(layout.spans, rows):
-            visible = _visible(span, window, slice(None) if own is None else own - span.start)
-            mask = torch.zeros(visible.shape, dtype=like.dtype).masked_fill_(~visible, -torch.inf)
-            masks.append(mask.to(like.device))
+            visible = _visible(span, window, slice(None) if own is None else own - span.start, like.device)
+            masks.append(like.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf))
         layout.cache[where] = masks
     return layout.cache[where]
 
 
-def _visible(span: TreeSpan, window: int | None, rows: Tensor | slice) -> Tensor:
+def _visible(span: TreeSpan, window: int | None, rows: Tensor | slice, device: torch.device) -> Tensor:
+    """[rows, rows of the tree] bool, made on `device`; int32 positions, the wide intermediate of the three."""
     branches = torch.arange(len(span.lengths)).repeat_interleave(torch.tensor(span.lengths))
     owner = torch.cat([torch.full((span.prefix,), -1), branches])
     position = torch.cat([torch.arange(span.prefix), *(span.prefix + torch.arange(length) for length in span.lengths)])
+    owner, position = (tensor.to(device, torch.int32) for tensor in (owner, position))
+    rows = rows if isinstance(rows, slice) else rows.to(device)
     distance = position[rows, None] - position[None, :]
     visible = ((owner[None, :] == -1) | (owner[rows, None] == owner[None, :])) & (distance >= 0)
     return visible if window is None else visible & (distance < window)
@@ -266,7 +281,11 @@ def varlen_attention(
 
 
 class _Gather(torch.autograd.Function):
-    """rows.index_select(0, index) whose backward adds in float32: a prefix row's gradient is a sum over branches."""
+    """rows.index_select(0, index) whose backward adds in float32: a prefix row's gradient is a sum over branches.
+
+    On CUDA the sum is by atomic additions, in an order of the device's choice: two runs may differ in the last bits of
+    float32, before rounding to the dtype of `rows`. `torch.use_deterministic_algorithms(True)` makes them equal.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
@@ -358,7 +377,8 @@ def _activate_newest_flash(device: torch.device) -> str:
     """Let torch's FlashAttention dispatch to FA3 (Hopper) or FA4 (Blackwell) where its package is installed."""
     from torch.nn import attention
 
-    if current := attention.current_flash_attention_impl():
+    current = getattr(attention, "current_flash_attention_impl", lambda: None)()  # not every torch from 2.11 on has it
+    if current:
         return current
     major, _ = torch.cuda.get_device_capability(device)
     name, package = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute")}.get(major, (None, ""))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -130,7 +130,7 @@ def order_embeddings(model: PreTrainedModel, scales: Sequence[Sequence[int]], se
     K_ij = exp(-((z_i - z_j) / LENGTH)^2) with z in even steps from -1 to 1: a smooth curve in place of n points without
     order, which a few thousand lists cannot put in order. Our choice.
     """
-    rows = model.get_input_embeddings().weight.data
+    rows = cast(Tensor, model.get_input_embeddings().weight).data
     draw = torch.Generator().manual_seed(seed)
     for ids in scales:
         z = torch.linspace(-1, 1, len(ids))

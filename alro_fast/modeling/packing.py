@@ -180,6 +180,10 @@ class PackedBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         return _mapped(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def pin_memory(self) -> PackedBatch:
+        """The same batch with its tensors in page-locked memory."""
+        return _mapped(self, Tensor.pin_memory)
+
 
 def pack(trees: Sequence[Tree], token_budget: int, seed: int | None = None) -> list[PackedBatch]:
     """Plan and collate all `trees`: every tree once, whole, in batches of at most `token_budget` rows."""

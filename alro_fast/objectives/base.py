@@ -185,6 +185,12 @@ class Batch:
             self.counts, self.lists, self.sources,
         )  # fmt: skip
 
+    def pin_memory(self) -> Batch:
+        """The same batch with its tensors in page-locked memory, which a device copies while the host goes on."""
+        return Batch(
+            self.packed.pin_memory(), mapped(self.targets, Tensor.pin_memory), self.counts, self.lists, self.sources
+        )
+
 
 class Objective(Protocol):
     """The interface of the files beside this one.
@@ -218,9 +224,14 @@ def build_objective(
 
 def move(value: Any, device: torch.device, non_blocking: bool = False) -> Any:
     """A tensor, or a (named) tuple of tensors and other things, with its tensors on `device`."""
+    return mapped(value, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+
+def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A tensor, or a (named) tuple of tensors and other things, with `function` applied to every tensor."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=non_blocking)
+        return function(value)
     if isinstance(value, tuple):
-        moved = [move(entry, device, non_blocking) for entry in value]
+        moved = [mapped(entry, function) for entry in value]
         return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
     return value

@@ -81,6 +81,7 @@ class PreferenceTargets(NamedTuple):
     chosen: Tensor  # [U, k] branch of the chosen answer beside each rejected one; mult: [U, P], the chosen ones
     rejected: Tensor  # [U, k]; -1 pads here and above
     chosen_once: Tensor  # every chosen branch, once
+    pairs: int  # rejected answers, pads left out
     reference: Tensor | None  # [branches] summed log-probabilities under the reference; None: not known yet
 
 
@@ -134,11 +135,11 @@ class DMPOObjective(ChosenObjective):
         reference = None
         if self.references is not None:
             reference = torch.cat([self.references.of(example) for example in examples])
+        pairs = sum(map(len, rejected))
         targets = PreferenceTargets(
             torch.repeat_interleave(torch.arange(first), lengths), lengths, _padded(chosen), _padded(rejected),
-            torch.tensor(once), reference,
+            torch.tensor(once), pairs, reference,
         )  # fmt: skip
-        pairs = int((targets.rejected >= 0).sum())
         counts = {"preference": len(examples), "reward_accuracy": pairs, "reward_margin": pairs}
         return targets, counts | ({"ftx": len(once)} if self.arguments.ftx else {})
 
@@ -172,11 +173,12 @@ class DMPOObjective(ChosenObjective):
         best = out.rewards_chosen
         if options.dmpo_variant == "mult":  # several positives: a rejected answer must be below the least of them
             best = best.masked_fill(targets.chosen < 0, torch.inf).amin(dim=1, keepdim=True)
-        margins = (best - out.rewards_rejected)[mask]
+        # Sums over the mask: an index of the pairs would wait for the device to count them.
+        margins = (best - out.rewards_rejected).masked_fill(~mask, 0.0)
         terms = [
             LossTerm("preference", out.loss, 1.0, len(mask)),
-            LossTerm("reward_accuracy", (margins > 0).float().mean(), 0.0, len(margins)),
-            LossTerm("reward_margin", margins.mean(), 0.0, len(margins)),
+            LossTerm("reward_accuracy", (margins > 0).sum() / targets.pairs, 0.0, targets.pairs),
+            LossTerm("reward_margin", margins.sum() / targets.pairs, 0.0, targets.pairs),
         ]
         if options.ftx:
             once = targets.chosen_once

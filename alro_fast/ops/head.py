@@ -349,7 +349,7 @@ def _head_backward(
         if want_hidden:
             d_hidden = grad_lse[:, None] * expected
             if pairs:
-                a, b = first.clamp(min=0), second.clamp(min=0)
+                a, b = (_pads_spread(index, len(hidden)) for index in (first, second))
                 if spread.numel():
                     own = spread + expected[a] * (float(entropy) - cross)[:, None]
                     eager.add_rows(d_hidden, a, own * grad_first[:, None])
@@ -414,3 +414,8 @@ def _gather(
 def _target_groups(targets: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Targets as groups of one row each."""
     return torch.arange(len(targets), device=hidden.device)[:, None], targets
+
+
+def _pads_spread(index: Tensor, rows: int) -> Tensor:
+    """index [P] with a row of its own for every pad (negative): the zeros of all pads would queue up at one row."""
+    return torch.where(index < 0, torch.arange(len(index), device=index.device) % max(rows, 1), index)

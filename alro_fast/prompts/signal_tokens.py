@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 from tokenizers import AddedToken
@@ -94,7 +94,7 @@ def add_signal_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: SignalVoca
     The model's embeddings must then have `len(tokenizer)` rows.
     """
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in vocabulary.tokens])
-    return [tokenizer.convert_tokens_to_ids(scale) for scale in vocabulary.scales]
+    return [cast(list[int], tokenizer.convert_tokens_to_ids(scale)) for scale in vocabulary.scales]
 
 
 class SignalPrompts:

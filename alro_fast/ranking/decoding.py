@@ -189,9 +189,7 @@ def _score(logits: Tensor, hidden: Tensor, head: Head, score: str, score_space: 
         logprobs = logits.log_softmax(-1)
     else:
         nothing = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
-        _, lse = linear_logprobs(
-            hidden, head.weight, nothing, bias=head.bias, softcap=head.softcap, scale=head.scale
-        )  # fmt: skip
+        _, lse = linear_logprobs(hidden, head.weight, nothing, **head.terms)
         logprobs = logits - lse.double().view(*logits.shape[:2], 1)
     return logprobs if score == "logprob" else logprobs.exp()
 

@@ -20,6 +20,7 @@ from .decoding import left_padded, ordinary_attention
 if TYPE_CHECKING:
     from ..data.records import RankingList
     from ..prompts import PromptBuilder
+    from ..prompts.recranker import RecRankerPrompts
     from .ranker import Ranker
 
 
@@ -77,7 +78,7 @@ def mentions(text: str, names: Sequence[str]) -> tuple[list[int], str]:
 def write_answers(ranker: Ranker, prompts: Sequence[tuple[list[int], int]], batch_size: int = 8) -> list[str]:
     """Greedy text after every (prompt ids, tokens to write at most), in left-padded batches."""
     model, tokenizer = ranker.model, ranker.tokenizer
-    end = ranker.prompts.end
+    end = cast("PromptBuilder | RecRankerPrompts", ranker.prompts).end  # models of signals write no text
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
     texts = []
     with ordinary_attention(trunk_of(model)):

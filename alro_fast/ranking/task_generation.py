@@ -75,14 +75,15 @@ def generate_tasks(
 
 def _grade(ranker: Ranker, text: str) -> float | None:
     """The rating that the first grade in a text stands for."""
-    grades = ranker.prompts.template.grades
+    grades = cast("RecRankerPrompts", ranker.prompts).template.grades
     found, _ = mentions(text, list(grades))
     return list(grades.values())[found[0]] if found else None
 
 
 def _first_wins(ranker: Ranker, text: str) -> float | None:
     """1 where a text begins by saying that the first of two is preferred, 0 the second; None: neither."""
-    words = [ranker.prompts.template[key] for key in ("pair.first", "pair.second")]
+    template = cast("RecRankerPrompts", ranker.prompts).template
+    words = [template[key] for key in ("pair.first", "pair.second")]
     for value, word in zip((1.0, 0.0), words, strict=True):
         if re.match(rf"\s*{re.escape(word)}(?!\w)", text):
             return value

@@ -112,7 +112,9 @@ def agreement(study: Study, run: PlannedRun, manifest: Mapping[str, Any]) -> Fig
     for line in _lines(folder / "predictions.jsonl"):
         shown = [one["scores"] for one in _ranking(line, study.ranker, run).get("presentations", ())]
         pairs = list(itertools.combinations(shown, 2))
-        taus = metrics.kendall_tau(*(np.array([pair[side] for pair in pairs]) for side in (0, 1))) if pairs else []
+        if not pairs:
+            continue
+        taus = metrics.kendall_tau(*(np.array([pair[side] for pair in pairs]) for side in (0, 1)))
         if np.isfinite(taus).all() and len(taus):
             values[line["list_id"]], users[line["list_id"]] = float(np.mean(taus)), line["user_id"]
     return Figures(values, users, manifest["files"]["items.parquet"]["sha256"])

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -178,7 +178,7 @@ def _planned(variant: str, seed: int, options: Mapping[str, Any], folder: Path) 
             if config.training.stages is None:
                 kind_of(stage).settle(stage)
                 kind_of(stage).given(stage)
-            recorded[Path(stage.training.output_dir)] = told_apart(stage.to_dict())
+            recorded[Path(cast(str, stage.training.output_dir))] = told_apart(stage.to_dict())
     except AlroFastError as error:
         raise AlroFastError(f"variant {variant}: {error}") from error
     return PlannedRun(variant, seed, place, tuple(words), recorded), stage.description.ranks_lists

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ class Job:
 
     run: PlannedRun
     commands: list[list[str]]
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] = field(init=False)  # once it runs
     started: float = field(default_factory=time.monotonic)
 
 
@@ -99,7 +98,7 @@ def commands_of(study: Study, run: PlannedRun) -> list[list[str]]:
         again = ["--resume_from_checkpoint", "auto"] if begun else ["--overwrite_output_dir", "true"]
         commands += [[*_module("train"), *run.words, "--output_dir", str(run.folder), *again]]
     if not evaluated(study, run):
-        options = {"output_dir": study.evaluation(run), "bootstrap": 0} | study.evaluate
+        options = {"output_dir": study.evaluation(run), "bootstrap": 0, "baselines": "none"} | study.evaluate
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         lists = run.stages[run.measured].get("data_dir") or run.measured / "data"
         commands += [[*_module("evaluate"), "--adapter", str(run.measured), "--lists", str(lists), *words]]
@@ -136,10 +135,10 @@ def _complaint(study: Study, job: Job) -> str | None:
 
 
 def _stop(running: list[Job]) -> None:
-    """End the processes that are left: asked first, as by Ctrl-C, then killed."""
+    """End the processes that are left: asked first, then killed."""
     for job in running:
         if job.process.poll() is None:
-            job.process.send_signal(signal.SIGINT)
+            job.process.terminate()
     ends = time.monotonic() + PATIENCE
     for job in running:
         try:

@@ -11,7 +11,7 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -197,7 +197,7 @@ def draw(path: Path, study: Study, measured: Mapping[str, Sequence[Row]]) -> Pat
     for axes, (measure, rows) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items()):
         axes.axvline(0.0, color="#9aa0a6", linewidth=1)
         for at, one in enumerate(reversed(rows)):
-            change = one.difference
+            change = cast(metrics.Comparison, one.difference)
             axes.plot(list(one.differences.values()), [at] * len(one.differences), ".", color="#5b8fd0", alpha=0.5)
             axes.plot([change.low, change.high], [at, at], color="#333333", linewidth=1.5)
             axes.plot([change.difference], [at], "o", color="#1a9850")

@@ -114,6 +114,8 @@ def parse(argv: Sequence[str]) -> Config:
         raise AlroFastError(str(error).strip().splitlines()[0]) from error
     model, data, objective, training = parts[:4]
     config = Config(model, data, objective, training, Path(name).stem if name else "run")
+    if config.objective.psl not in DIVERGENCES:  # which the ops know, and options.py lies below them
+        parser.error(f"--psl {config.objective.psl!r}: expected one of {', '.join(DIVERGENCES)}")
     chosen, stages = config.objective.objective, config.training.stages
     trained = {named: one.name for one in objectives for named in (one.name, one.stands_for)}
     if stages is not None and "objective" in flags and chosen not in trained:
@@ -169,7 +171,6 @@ def _kinds() -> tuple[type, ...]:
 def _parser(kinds: tuple[type, ...]) -> _Parser:
     parser = _Parser(cast(Any, kinds), allow_abbrev=False, prog="python -m alro_fast.train", add_help=False)
     parser.add_argument("--config")
-    parser._option_string_actions["--psl"].choices = list(DIVERGENCES)  # what the ops know
     return parser
 
 

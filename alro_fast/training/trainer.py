@@ -231,6 +231,7 @@ class RankerTrainer(Trainer):
             PlannedBatches(dataset.sizes, token_budget, seed, args.process_index, args.world_size, start),
             num_workers=workers,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            pin_memory=args.device.type == "cuda",  # `_prepare_inputs` copies without waiting
         )
 
     def get_batch_samples(  # type: ignore[override]

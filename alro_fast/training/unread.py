@@ -24,7 +24,7 @@ WITHOUT_MEANING = {  # options of transformers.TrainingArguments that packed bat
     "train_sampling_strategy": f"{_TOKENS} and packed by length, in an order drawn by --seed; leave it out",
     "length_column_name": f"{_TOKENS} and packed by length; leave it out",
     "dataloader_drop_last": "no batch is left over; leave it out",
-    "dataloader_pin_memory": f"{_LOADER}; leave it out",
+    "dataloader_pin_memory": "batches are pinned wherever a CUDA device trains; leave it out",
     "dataloader_persistent_workers": f"{_LOADER}; leave it out",
     "dataloader_multiprocessing_context": f"{_LOADER}; leave it out",
     "dataloader_in_order": f"{_LOADER}; leave it out",

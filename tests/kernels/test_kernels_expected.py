@@ -100,3 +100,20 @@ def test_bad_arguments_are_named() -> None:
         expected.accumulate(
             case.hidden.half(), case.weight, chosen, torch.zeros(4, 16, device=DEVICE), config, packed=True
         )
+
+
+def test_programs_side_by_side_read_the_same_probabilities(monkeypatch) -> None:
+    """Blocks of H are the grid's fast axis: p~ [N, T] then goes through memory once, not once per block of H."""
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    monkeypatch.setattr(expected, "accumulate_kernel", Kernel())
+    config = expected.ExpectedConfig(16, 32, 32, 32, 32, 1, 1)
+    selection = expected.new_selection(160, 2, 16, torch.device("cpu"))
+    p, weight, sums = torch.zeros(160, 64), torch.zeros(64, 96), torch.zeros(160, 96)
+    expected.accumulate(p, weight, selection, sums, config, packed=False)
+    assert grids == [(3, 10)]

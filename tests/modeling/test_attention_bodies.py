@@ -22,6 +22,7 @@ from tree_models import (
     make_trees,
 )
 
+from alro_fast.errors import AlroFastError
 from alro_fast.modeling import attention, attention_bodies
 from alro_fast.modeling.attention import tree_attention, tree_hidden_states, use_tree_attention
 from alro_fast.modeling.attention_bodies import (
@@ -312,3 +313,30 @@ def test_cuda_agrees_with_the_cpu(family, dtype):
     assert (found_hidden.cpu().float() - hidden).norm() <= tolerance * hidden.norm()
     for name, gradient in found.items():
         assert (gradient.cpu().float() - expected[name]).norm() <= 2 * tolerance * expected[name].norm() + 1e-4, name
+
+
+def test_masks_are_made_where_the_queries_are_and_refused_above_a_size(monkeypatch):
+    """On the meta device: no mask goes through the CPU, and the widest intermediate holds four bytes an entry."""
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            if isinstance(out, torch.Tensor) and out.dim() == 2:
+                made.append((out.device.type, out.element_size()))
+            return out
+
+    layout = collate(make_trees(), range(5)).segments
+    with Watch():
+        attention_bodies._masks(layout, 3, torch.empty(1, device="meta"), answers=False)
+    assert {device for device, _ in made} == {"meta"}
+    assert max(size for _, size in made) == 4
+    monkeypatch.setattr(attention_bodies, "MOST_MASKED", 10)
+    with pytest.raises(AlroFastError, match="lower --max_length"):
+        attention_bodies._masks(layout, None, torch.empty(1), answers=False)
+
+
+def test_a_torch_that_names_no_current_kernel_is_served(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    monkeypatch.delattr(torch.nn.attention, "current_flash_attention_impl")
+    assert attention_bodies._activate_newest_flash(torch.device("cuda")) == "FlashAttention-2"

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import CHAT, byte_tokenizer, catalogue, chat_tokenizer, random_lists, tiny_llama
 from tokenizers.normalizers import Lowercase
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alro_fast.data.negatives import Negatives
 from alro_fast.data.preferences import Preference, Turn, read_preferences
@@ -447,3 +448,34 @@ def test_overfitting_the_authors_users(tmp_path, shared_data):
     trainer = make_trainer(tmp_path, make_objective(dpo_beta=0.5), people, lora_model(start=True), **options)
     trainer.train()
     assert trainer.evaluate()["eval_reward_accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("variant", ["dmpo", "mult"])
+def test_the_loss_never_waits_for_the_device_to_count(variant):
+    """No index by a mask and no nonzero, whose sizes only the device knows, between forward and backward."""
+    objective = make_objective(dmpo_variant=variant, reference_free=True)
+    examples = objective.examples(preferences(), range(4), 0)
+    batch, model = build_batch(examples, objective), lora_model()
+    hidden = tree_hidden_states(model, batch.packed)
+    with Sizes() as sizes:
+        terms = {term.name: term for term in objective.loss(hidden, head_of(model), batch.packed, batch.targets)}
+    assert sizes.unknown == []
+    mask = batch.targets.rejected >= 0
+    assert terms["reward_margin"].count == terms["reward_accuracy"].count == int(mask.sum()) == 10
+
+
+class Sizes(TorchDispatchMode):
+    """Operations whose result has as many entries as a tensor says."""
+
+    def __init__(self):
+        super().__init__()
+        self.unknown = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = function.overloadpacket
+        masks = (
+            [i for i in arguments[1] if i is not None and i.dtype == torch.bool] if name is torch.ops.aten.index else []
+        )
+        if masks or name in (torch.ops.aten.nonzero, torch.ops.aten.masked_select):
+            self.unknown.append(str(function))
+        return function(*arguments, **(keywords or {}))

@@ -279,3 +279,11 @@ def test_cross_entropy_pairs_share_rows_and_skip_pads(backend):
     got = run(ours, (hidden, weight), (upstream,))
     assert_agree(got, run(plain, wide((hidden, weight)), (upstream,)))
     assert got[0][0][1] == 0
+
+
+def test_pads_of_pairs_are_spread_over_rows() -> None:
+    """A pad adds zeros; all to one row, an accelerator would take them one after the other."""
+    from alro_fast.ops.head import _pads_spread
+
+    index = torch.tensor([-1, 2, -1, -1, 0, -1])
+    assert _pads_spread(index, 4).tolist() == [0, 2, 2, 3, 0, 1]

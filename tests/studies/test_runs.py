@@ -106,11 +106,15 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, pretend):
 
 def test_interrupted_processes_end_and_the_rest_is_left_to_go_on_with(tmp_path, pretend):
     study = planned(tmp_path / "s", variants={"slow": {"max_grad_norm": 60}, "quick": {}}, seeds=[0])
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
     main = threading.main_thread().ident
     threading.Thread(target=lambda: (_wait(study.runs[0].log), signal.pthread_kill(main, signal.SIGINT))).start()
     begun = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        executed(study, processes=2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            executed(study, processes=2)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
     assert time.monotonic() - begun < 40
     assert not runs.finished(study, study.runs[0])
     assert runs.commands_of(study, study.runs[0])

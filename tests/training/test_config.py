@@ -42,6 +42,7 @@ def test_the_demo_is_what_no_arguments_mean(tmp_path):
         ("learning_rat: 1", "did you mean learning_rate"),
         ("- a\n- b", "is not a configuration"),
         ("alpha: [", "is not a configuration"),
+        ("psl: js", "--psl 'js': expected one of kl, ce, symmetric"),
         ("alpha: much", "invalid float value"),
     ],
 )

@@ -77,6 +77,7 @@ READ = {  # what each of them reads of our own options but those of the training
 PARTS = (ModelArguments, DataArguments, ObjectiveArguments)
 OURS = [entry.name for part in PARTS for entry in dataclasses.fields(part)]
 VALUES = {  # other values than the default, where a type does not tell one
+    "psl": "ce",
     "objective": "sft", "lora_dropout": "0.5", "scratch_hidden_size": "64", "task_weights": "1,2,3", "dtype": "float32",
     "stages": "sft,alro", "stage_epochs": "1,2", "stage_learning_rates": "0.1,0.2", "lr_scheduler_type": "linear",
     "optim": "sgd", "eval_strategy": "epoch", "save_strategy": "no", "logging_strategy": "no", "report_to": "none",

@@ -390,7 +390,8 @@ def _floor(
 ) -> tuple[Tensor, Tensor]:
     """All products of the first rows [R, V], and a lower bound of every row's log-sum-exp [N] from heavy columns."""
     size_v = weight.shape[0]
-    probe = hidden.new_empty(probe_rows, size_v, dtype=torch.float32)
+    # Rows 64 bytes apart or a multiple: libraries have no aligned kernel for a vocabulary that is odd.
+    probe = hidden.new_empty(probe_rows, triton.cdiv(size_v, 16) * 16, dtype=torch.float32)[:, :size_v]
     for start, stop in _tiles(size_v, columns):
         _product(hidden[:probe_rows], weight[start:stop].T, probe[:, start:stop])
     gemm_work.count("logits", probe_rows, size_v)
