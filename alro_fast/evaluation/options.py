@@ -12,21 +12,10 @@ from ..cli import Reader, refuse_unread
 from ..errors import AlroFastError
 from ..objectives.base import TEXTS, learned_answers
 from ..ranking.options import READERS, RankingOptions, check_model_options, settled_options
-from ..run_folder import check_writable, run_options
+from ..run_folder import LEFT_BY_AN_EVALUATION, check_writable, run_options
 from . import metrics
 from .baselines import check_which
 from .zero_shot import check_zero_shot
-
-WRITTEN = {  # what an evaluation leaves, and a later one may replace
-    "results.json",
-    "predictions.jsonl",
-    "run.trec",
-    "qrels.trec",
-    "report.html",
-    "plots",
-    "preference_results.json",
-    "preference_predictions.jsonl",
-}
 
 
 class Measured(NamedTuple):
@@ -111,7 +100,7 @@ def check_output(folder: Path) -> None:
     """AlroFastError unless `folder` can be written to and holds nothing but an earlier evaluation."""
     check_writable(folder)
     found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    foreign = [name for name in found if name not in WRITTEN and not name.startswith(".")]
+    foreign = [name for name in found if name not in LEFT_BY_AN_EVALUATION and not name.startswith(".")]
     if foreign:
         raise AlroFastError(
             f"--output_dir {folder} holds {foreign[0]}, which no evaluation wrote; give another folder: files there "

@@ -72,18 +72,24 @@ def parse(argv: Sequence[str]) -> Config:
     """Flags and an optional `--config` (a YAML file, or the name of a ready recipe) -> Config.
 
     Raises AlroFastError for an unknown flag or key, a value of the wrong type, a file that is no configuration, or an
-    option that the run does not read. One of a file is left out where the command line decided that it is not read.
+    option that the run does not read. One of a file is left out where the command line decided that it is not read, or
+    a run recorded it.
     """
     argv = list(argv)
-    if {"-h", "--help"} & set(argv):
+    if any(word in ("-h", "--help") or word.startswith("--help=") for word in argv):
         print_help(argv)
     parser = _parser(_kinds())
     name = _config_name(argv)
     known = {entry.name: entry for part in _kinds() for entry in dataclasses.fields(part) if entry.init}
+    for word, value in itertools.pairwise(argv):
+        if value == "" and word.startswith("--") and "=" not in word and word != "--config":
+            raise AlroFastError(f"{word} is given an empty value; give another, or leave it out")
     flags = {_flag(word, known) for word in argv}
     if name is None and not flags & {"model_name_or_path", "data_dir", "dataset", "preferences"}:
         name = "demo"
-    values = read_recipe(name) if name else {}
+    values = read_recipe(name) if name is not None else {}
+    of_a_run = not values.keys().isdisjoint(RECORDED)  # the version before recorded what a run did not read, too
+    values = {key: value for key, value in values.items() if key not in RECORDED}
     for key in values:
         if key not in known:
             parser.error(f"{name}: unknown option {key!r}{_hint(key, known)}")
@@ -97,7 +103,7 @@ def parse(argv: Sequence[str]) -> Config:
         why = unread(key, options)
         if why is None or (key in WITHOUT_MEANING and not without_meaning(key, getattr(options, key))):
             continue
-        if key in flags or not why.decided_by & flags:
+        if key in flags or not (of_a_run or why.decided_by & flags):
             found[key] = why
         else:
             del words[key]
@@ -131,6 +137,7 @@ def defaults() -> dict[str, Any]:
 
 def print_help(argv: Sequence[str]) -> NoReturn:
     """What `--help`, or `--help GROUP`, asks for; ends the command."""
+    argv = list(itertools.chain(*(word.split("=", 1) if word.startswith("--help=") else [word] for word in argv)))
     at = next(place for place, word in enumerate(argv) if word in ("-h", "--help"))
     group = argv[at + 1] if at + 1 < len(argv) and not argv[at + 1].startswith("-") else None
     if group is not None and group not in (*groups(), "all"):
@@ -146,6 +153,8 @@ def recipe_names() -> list[str]:
 
 def read_recipe(name: str) -> dict[str, Any]:
     """Keys and values of a recipe file; AlroFastError when it is missing or not a flat YAML mapping."""
+    if not name:
+        raise AlroFastError(f"--config is empty; expected a YAML file, or one of {', '.join(recipe_names())}")
     ready = RECIPES / f"{name}.yaml"
     path = ready if ready.is_file() else Path(name)
     if not path.is_file():
@@ -160,7 +169,7 @@ def read_recipe(name: str) -> dict[str, Any]:
         raise problem from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise problem
-    return {key: value for key, value in values.items() if key not in RECORDED}
+    return values
 
 
 def _kinds() -> tuple[type, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
+from ..errors import AlroFastError
 from .checkpoints import check_same_data, check_same_options, newest_checkpoint
 from .config import Config, parse
 from .run import Run, next_folder
@@ -26,6 +27,11 @@ def stages(config: Config, argv: Sequence[str]) -> Iterator[Config]:
     if config.training.stages is None:
         yield config
         return
+    wanted = config.training.resume_from_checkpoint
+    if wanted not in (None, True, "auto"):
+        raise AlroFastError(
+            f"--resume_from_checkpoint {wanted} with --stages: each stage has checkpoints of its own; give true or auto"
+        )
     root = Path(config.training.output_dir or next_folder(config))
     for words in stage_arguments(config, root):
         stage = parse([*argv, *words])

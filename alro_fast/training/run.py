@@ -41,20 +41,12 @@ from ..objectives.base import Objective, build_objective, learned_answers
 from ..prompts import SignalPrompts, add_item_tokens, add_signal_tokens
 from ..ranking.orders import Ranking
 from ..ranking.ranker import Ranker
-from ..run_folder import check_writable
+from ..run_folder import BEFORE_THE_FIRST_STEP, LEFT_BY_A_RUN, check_writable
 from .checkpoints import check_same_data, find_checkpoint, settle_auto
 from .config import Config
 from .signals import signal_vocabulary, signals_shown
 from .stages import merge_adapter, stack_adapters, write_merged_base
 from .trainer import NonFiniteLoss, RankerTrainer, TreeDataset
-
-LEFT_BY_A_RUN = (  # what --overwrite_output_dir may remove
-    "checkpoint-*", "runs", "data", "plots", "evaluation", "[1-9]-*", "merged_base", "base", "references*",
-    "config.yaml", "*.json", "*.jsonl", "*.safetensors", "*.trec", "README.md", "report.html", "prompt_template.yaml",
-    "training_args.bin", "tokenizer*", "chat_template.jinja", "merges.txt", "vocab.*",
-)  # fmt: skip
-
-BEFORE_THE_FIRST_STEP = {"config.yaml", "data", "reference.safetensors"}
 
 
 class Run:

@@ -132,7 +132,25 @@ def _belongs_to_others(name: str, mine: list[Description], readers: list[Descrip
     return Unread(message, frozenset(("objective", "stages", "preferences")))
 
 
-_WHERE = {
+_BEST = Where(
+    "with --load_best_model_at_end true or --save_strategy best",
+    lambda o: o.load_best_model_at_end or o.save_strategy == "best",
+    ("load_best_model_at_end", "save_strategy"),
+)
+_PUSHED = Where("with --push_to_hub true", lambda o: o.push_to_hub, ("push_to_hub",))
+_THEIRS = {  # options of transformers that others of theirs switch on
+    "eval_steps": Where("with --eval_strategy steps", lambda o: o.eval_strategy == "steps", ("eval_strategy",)),
+    "eval_delay": Where("with an --eval_strategy", lambda o: o.eval_strategy != "no", ("eval_strategy",)),
+    "save_steps": Where("with --save_strategy steps", lambda o: o.save_strategy == "steps", ("save_strategy",)),
+    "metric_for_best_model": _BEST,
+    "greater_is_better": _BEST,
+    "hub_model_id": _PUSHED,
+    "hub_strategy": _PUSHED,
+    "hub_private_repo": _PUSHED,
+    "hub_always_push": _PUSHED,
+    "hub_revision": _PUSHED,
+}
+_WHERE = _THEIRS | {
     entry.name: entry.metadata["read"]
     for part in (ModelArguments, DataArguments, RankerTrainingArguments)
     for entry in dataclasses.fields(part)

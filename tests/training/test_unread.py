@@ -16,6 +16,7 @@ from alro_fast.data.lists import write_prepared
 from alro_fast.errors import AlroFastError
 from alro_fast.objectives.base import descriptions
 from alro_fast.options import DataArguments, ModelArguments, ObjectiveArguments, RankerTrainingArguments
+from alro_fast.training import kinds
 from alro_fast.training.config import Config, parse, recipe_names
 from alro_fast.training.unread import WITHOUT_MEANING, unread
 
@@ -152,6 +153,15 @@ def test_every_option_of_ours_changes_the_run_or_is_refused_by_name(run):
 
 BESIDE = {  # what an option needs beside it
     "load_best_model_at_end": ["--eval_strategy", "steps"],
+    "eval_steps": ["--eval_strategy", "steps"],
+    "eval_delay": ["--eval_strategy", "steps"],
+    "metric_for_best_model": ["--eval_strategy", "steps", "--load_best_model_at_end", "true"],
+    "greater_is_better": ["--eval_strategy", "steps", "--load_best_model_at_end", "true"],
+    "hub_model_id": ["--push_to_hub", "true"],
+    "hub_strategy": ["--push_to_hub", "true"],
+    "hub_private_repo": ["--push_to_hub", "true"],
+    "hub_always_push": ["--push_to_hub", "true"],
+    "hub_revision": ["--push_to_hub", "true"],
     "dataloader_prefetch_factor": ["--dataloader_num_workers", "1"],
 }
 MACHINE = ("tf32", "ddp_backend", "fsdp", "deepspeed", "parallelism_config")  # refused where there is nothing for it
@@ -203,6 +213,36 @@ def test_what_the_command_line_decides_about_a_file_is_left_out(tmp_path):
     assert config.data.dataset == "demo"
     more = "--model_name_or_path NAME --use_peft true --template movies --identifiers letters --data_dir lists"
     assert parse(["--config", "recranker", *more.split()]).model.scratch_hidden_size == 128
+
+
+@pytest.mark.parametrize("name", ["eval_steps", "eval_delay", "metric_for_best_model", "hub_model_id"])
+def test_what_another_option_would_switch_on_is_refused_without_it(name):
+    with pytest.raises(AlroFastError, match=f"--{name} is read with "):
+        parse(words("alro", f"--{name}", another(known()[name])))
+
+
+def test_a_file_of_the_version_before_leaves_out_what_its_run_did_not_read(tmp_path):
+    """It recorded every option; written by hand, the same file is refused."""
+    for version, refused in (("alro_fast_version: 0.1.0\n", False), ("", True)):
+        file = tmp_path / "config.yaml"
+        file.write_text(version + "objective: alro\nstage_adapter: stacked\nscratch_hidden_size: 128\n")
+        if refused:
+            with pytest.raises(AlroFastError, match=r"--\w+ is read with"):
+                parse(["--config", str(file), "--output_dir", "out"])
+        else:
+            assert parse(["--config", str(file), "--output_dir", "out"]).objective.objective == "alro"
+
+
+@pytest.mark.parametrize("argv", [["--config", ""], ["--data_dir", ""], ["--output_dir", ""], ["--init_adapter", ""]])
+def test_empty_values_are_refused_by_name(argv):
+    with pytest.raises(AlroFastError, match=f"^{argv[0]} is (given an empty value|empty); "):
+        parse(argv)
+
+
+def test_stages_resume_by_their_own_checkpoints(tmp_path):
+    config = parse(words("stages", "--resume_from_checkpoint", "nope", "--output_dir", str(tmp_path / "none")))
+    with pytest.raises(AlroFastError, match=r"--resume_from_checkpoint nope with --stages: .* give true or auto"):
+        list(kinds.stages(config, []))
 
 
 def test_stages_take_what_one_of_them_reads():
