@@ -90,7 +90,7 @@ def signal_rules(options: SignalOptions, seed: int) -> dict[str, Any]:
 def add_signals(
     built: Built, interactions: Interactions, options: SignalOptions, of_lists: ListOptions
 ) -> dict[str, pl.DataFrame]:
-    """Split -> its frame with SIGNAL_COLUMNS of lists.py for `options.names`."""
+    """Split -> its frame with SIGNAL_COLUMNS of lists.py, for the signals that the options name."""
     from threadpoolctl import threadpool_limits
 
     timeline = built.timeline

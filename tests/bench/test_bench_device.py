@@ -17,7 +17,8 @@ KILLED_AFTER = 10  # seconds that a part may take to end, past its limit
 def device(*arguments: object) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     command = ["bash", ROOT / "bench" / "device.sh", *map(str, arguments)]
-    environment = {**os.environ, "PATH": path}
+    others = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # this run's workers
+    environment = {**others, "PATH": path}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
