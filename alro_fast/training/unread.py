@@ -141,7 +141,6 @@ _PUSHED = Where("with --push_to_hub true", lambda o: o.push_to_hub, ("push_to_hu
 _THEIRS = {  # options of transformers that others of theirs switch on
     "eval_steps": Where("with --eval_strategy steps", lambda o: o.eval_strategy == "steps", ("eval_strategy",)),
     "eval_delay": Where("with an --eval_strategy", lambda o: o.eval_strategy != "no", ("eval_strategy",)),
-    "save_steps": Where("with --save_strategy steps", lambda o: o.save_strategy == "steps", ("save_strategy",)),
     "metric_for_best_model": _BEST,
     "greater_is_better": _BEST,
     "hub_model_id": _PUSHED,

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from tiny import byte_tokenizer, catalogue, random_lists, tiny_llama
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from alro_fast import train
 from alro_fast.data.lists import write_prepared
@@ -120,6 +121,7 @@ def another(entry: dataclasses.Field) -> str:
 @pytest.fixture(autouse=True)
 def somewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    logging.set_verbosity_warning()  # runs of other tests turn it down, and with it the default of --disable_tqdm
 
 
 def words(run: str, *more: str) -> list[str]:
