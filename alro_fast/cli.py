@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from . import __version__
 from .errors import AlroFastError
 
 # Torch's threads read this once, when torch is imported. Beside other work, threads that spin while they wait slow the
@@ -112,7 +114,12 @@ def main() -> None:
         for name, purpose in COMMANDS.items():
             print(f"  {name:<11} {purpose}")
         raise SystemExit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(f"alro_fast {__version__}")
+        return
     if arguments[0] not in COMMANDS:
-        print(f"error: unknown command {arguments[0]!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"
+        print(f"error: unknown command {arguments[0]!r}; {hint}", file=sys.stderr)
         raise SystemExit(2)
     run(importlib.import_module(f"alro_fast.{arguments[0]}").main, arguments[1:])

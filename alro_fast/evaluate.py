@@ -19,6 +19,7 @@ from .evaluation.preferences import evaluate_preferences
 from .evaluation.rankings import evaluate_rankings
 from .evaluation.results import evaluate_lists
 from .evaluation.zero_shot import add_zero_shot_options
+from .modeling.quiet import quiet_libraries
 from .ranking.options import add_model_options, add_ranking_options
 from .ranking.ranker import check_device
 
@@ -30,6 +31,7 @@ def main(argv: Sequence[str]) -> None:
     options = parser().parse_args(argv)
     how = check_evaluation(options)
     check_device(options.device)
+    quiet_libraries()
     if how is None:
         evaluate_preferences(options)
     else:

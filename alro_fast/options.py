@@ -266,6 +266,7 @@ class RankerTrainingArguments(TrainingArguments):
     )
     dry_run: bool = option(False, "Check everything, print the plan (lists, tokens, steps, memory), train nothing.")
     overwrite_output_dir: bool = option(False, "Replace an earlier run of alro_fast in output_dir.")
+    log_json: bool = option(False, "Print objects of JSON, one a line, in place of plan, progress bar and table.")
     learning_rate: float = option(2e-4, "Peak learning rate of AdamW.")
     lr_scheduler_type: str = option("cosine", "Learning-rate schedule, as in transformers.")
     warmup_steps: float = option(0.05, "Warm-up steps; below 1: a share of all steps.")
@@ -280,6 +281,8 @@ class RankerTrainingArguments(TrainingArguments):
             self.use_cpu = True  # without it transformers would start as many runs of one process
         if self.deepspeed and not is_deepspeed_available():
             raise AlroFastError("--deepspeed needs the package deepspeed, which is not here: pip install deepspeed")
+        if self.disable_tqdm is None:  # else transformers' verbosity would decide, differently at every stage
+            self.disable_tqdm = self.log_json
         super().__post_init__()
         if processes != self.world_size:
             raise AlroFastError(

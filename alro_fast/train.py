@@ -9,12 +9,10 @@ from .cli import run  # before torch: see there
 
 # isort: split
 
-import logging
 from collections.abc import Sequence
 
-from transformers.utils import logging as transformers_logging
-
 from .modeling.memory import keep_freed_memory
+from .modeling.quiet import quiet_libraries
 from .training.config import parse
 from .training.kinds import run_for, stages
 
@@ -22,10 +20,7 @@ from .training.kinds import run_for, stages
 def main(argv: Sequence[str]) -> None:
     """Parse, check, build, train, compare."""
     config = parse(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in ("httpx", "torch", "accelerate"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    transformers_logging.set_verbosity_error()
+    quiet_libraries()
     keep_freed_memory()
     for stage in list(stages(config, argv)):
         session = run_for(stage)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import textwrap
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -75,38 +76,68 @@ class Results:
         """The same with more conventions."""
         return replace(self, conventions=self.conventions | conventions)
 
+    @property
+    def judged_by(self) -> str:
+        """The metric that rankers are compared by: NDCG@3, or the deepest cutoff."""
+        return f"ndcg@{3 if 3 in self.cutoffs else self.cutoffs[-1]}"
+
     def table(self) -> str:
-        """What a command prints: a row per ranker with NDCG, intervals and lists per second, then the conventions."""
-        ranked = self.lists - self.all_equal
-        users = len(np.unique(self.users))
+        """What a command prints, in 80 columns: a row per ranker, and in a sentence what the rows say. Conventions, and
+        the intervals of every metric, are in results.json and in the report."""
+        ranked, users, mine = self.lists - self.all_equal, len(np.unique(self.users)), judged(self.per_list)
         lines = [f"{self.split}: {ranked} lists of {users} users, each ranker on the same lists", ""]
-        header = "".join(f"NDCG@{k}".center(23) for k in self.cutoffs)
-        timed = any(name in self.seconds for name in self.per_list)
-        lines.append(f"{'':<16}{header}{'lists/s':>9}" if timed else f"{'':<16}{header}")
+        header = f"{'':<15}"
+        for k in self.cutoffs:
+            header += f"{f'NDCG@{k}':>{8 if k < 10 else 9}}"
+            header += f"{'95 %':^14}" if f"ndcg@{k}" == self.judged_by and self.bootstrap else ""
+        lines.append(f"{header}{'difference':>11}{'p':>7}")
         for ranker in self.per_list:
-            row = f"{LABELS.get(ranker, ranker):<16}"
+            row = name_cell(ranker)
             for k in self.cutoffs:
-                mean, low, high = self.interval(ranker, f"ndcg@{k}")
-                row += (f"{mean:.4f} [{low:.3f}, {high:.3f}]" if self.bootstrap else f"{mean:.4f}").center(23)
-            if ranker in self.seconds:
-                row += f"{self.lists / max(self.seconds[ranker], 1e-9):>9.1f}"
-            lines.append(row.rstrip())
-        lines.append("")
-        metric = f"ndcg@{3 if 3 in self.cutoffs else self.cutoffs[-1]}"
-        mine = judged(self.per_list)
-        for other in ("untuned", *BASELINES):
-            if {mine, other} <= self.per_list.keys() and other != mine and ranked:
-                change = self.compare(mine, other, metric)
-                lines.append(
-                    f"{mine} - {LABELS.get(other, other)}, {metric.upper()}: {change.difference:+.4f} "
-                    f"[{change.low:+.4f}, {change.high:+.4f}], p = {change.p_value:.2g} (paired over users, sign flips)"
-                )
+                row += f"{self.mean(ranker, f'ndcg@{k}'):>{8 if k < 10 else 9}.4f}"
+                row += self.interval_cell(ranker, self.judged_by) if f"ndcg@{k}" == self.judged_by else ""
+            lines.append((row + self.difference_cells(mine, ranker, self.judged_by)).rstrip())
+        lines += ["", *self.verdict(self.judged_by)]
         lines += [
             f"order sensitivity of {name}: mean Kendall tau {tau:.3f} between presentations (1: order never matters)"
             for name, tau in self.sensitivity.items()
         ]
-        lines += [f"{name}: {convention}" for name, convention in self.conventions.items()]
+        lines += self.speed()
         return "\n".join(lines)
+
+    def interval_cell(self, ranker: str, metric: str) -> str:
+        """The 95 % interval of a row; nothing without resamples."""
+        if not self.bootstrap:
+            return ""
+        _, low, high = self.interval(ranker, metric)
+        return f"[{_short(low)}, {_short(high)}]".center(14)
+
+    def difference_cells(self, mine: str, other: str, metric: str) -> str:
+        """`mine` minus `other` on the same lists, and its p."""
+        if other in (mine, "oracle") or mine not in self.per_list or self.lists == self.all_equal:
+            return ""
+        change = self.compare(mine, other, metric)
+        return f"{change.difference:>+11.4f}{change.p_value:>7.1g}"
+
+    def verdict(self, metric: str) -> list[str]:
+        """What the rows say of the ranker they are about, in a sentence; none where there is nothing beside it."""
+        mine = judged(self.per_list)
+        others = [name for name in ("untuned", "random", *BASELINES) if name in self.per_list and name != mine]
+        if mine not in self.per_list or not others or self.lists == self.all_equal:
+            return []
+        sides: dict[str, list[str]] = {"above": [], "not told apart from": [], "below": []}
+        for other in others:
+            change = self.compare(mine, other, metric)
+            side = "not told apart from" if change.p_value >= 0.05 else "above" if change.difference > 0 else "below"
+            sides[side].append(LABELS.get(other, other))
+        told = "; ".join(f"{side} {', '.join(names)}" for side, names in sides.items() if names)
+        sentence = f"{metric.upper()}, {mine} - row, paired over users: {mine} is {told} (p < .05)"
+        return textwrap.wrap(sentence, 80, break_on_hyphens=False)
+
+    def speed(self) -> list[str]:
+        """Lists per second of what was timed, in a line."""
+        each = [f"{LABELS.get(name, name)} {self.lists / max(t, 1e-9):.1f}" for name, t in self.seconds.items()]
+        return textwrap.wrap(f"lists/s: {', '.join(each)}", 80) if each else []
 
     def to_json(self) -> dict[str, Any]:
         """{"tuned": {"ndcg@3": mean, "ndcg@3_interval": [low, high], ...}, ..., "about": counts and conventions}."""
@@ -292,6 +323,15 @@ def row_of(name: str) -> tuple[int, str]:
     if name == "oracle":
         return len(_ROWS) + 1, name
     return (_ROWS.index(name) if name in _ROWS else len(_ROWS)), name
+
+
+def name_cell(ranker: str) -> str:
+    """The first cell of a ranker's row."""
+    return f"{LABELS.get(ranker, ranker):<15}"
+
+
+def _short(value: float) -> str:
+    return "1.00" if value >= 0.9995 else f"{value:.3f}".removeprefix("0")
 
 
 def plain(value: float) -> float | None:

@@ -18,12 +18,11 @@ import numpy as np
 from . import metrics
 from .baselines import first_stage_scores
 from .results import (
-    BASELINES,
-    LABELS,
     Results,
     Scores,
     evaluate_lists,
     judged,
+    name_cell,
     plain,
     row_of,
     write_predictions,
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from ..data.records import RankingList
     from ..ranking.orders import Ranking
 
-SHOWN = tuple(f"{name}@{k}" for k in (3, 5) for name in ("hr", "ndcg"))
 CUTOFFS = (1, 3, 5, 10)
 
 
@@ -59,38 +57,29 @@ class TargetResults(Results):
         """Mean over the lists that hold their target; NaN when none does."""
         return float(self.per_list[ranker][metric][self.found].mean()) if self.found.any() else math.nan
 
+    @property
+    def judged_by(self) -> str:
+        """NDCG@5 over all users."""
+        return "ndcg@5"
+
     def table(self) -> str:
-        """A row per ranker: HR and NDCG over all users with intervals, then within the lists that hold the target."""
-        held = int(self.found.sum())
+        """As Results: HR@5 and NDCG@5 over all users, then within the lists that hold the target."""
+        held, mine = int(self.found.sum()), judged(self.per_list)
         lines = [
             f"{self.split}: {self.lists} users, of whom {held} have their target among the candidates",
             "",
-            f"{'':<16}{'all users':^{22 * len(SHOWN)}}{'lists with their target':^{9 * len(SHOWN)}}",
-            f"{'':<16}"
-            + "".join(name.upper().center(22) for name in SHOWN)
-            + "".join(name.upper().rjust(9) for name in SHOWN),
+            f"{'':<15}{'all users':^29}{'lists with it':^18}",
+            f"{'':<15}{'HR@5':>7}{'NDCG@5':>8}{'95 %' if self.bootstrap else '':^14}{'HR@5':>9}{'NDCG@5':>9}"
+            f"{'difference':>11}{'p':>7}",
         ]
         for ranker in self.per_list:
-            row = f"{LABELS.get(ranker, ranker):<16}"
-            for name in SHOWN:
-                mean, low, high = self.interval(ranker, name)
-                row += (f"{mean:.4f} [{low:.3f}, {high:.3f}]" if self.bootstrap else f"{mean:.4f}").center(22)
-            lines.append(row + "".join(_cell(self.within(ranker, name)) for name in SHOWN))
-        lines += [
-            f"{'ceiling':<16}"
-            + "".join(f"{self.ceiling:.4f}".center(22) for _ in SHOWN)
-            + _cell(1.0 if held else math.nan) * len(SHOWN)
-        ]
-        lines.append("")
-        mine = judged(self.per_list)
-        for other in ("untuned", *BASELINES):
-            if {mine, other} <= self.per_list.keys() and other != mine:
-                change = self.compare(mine, other, "ndcg@5")
-                lines.append(
-                    f"{mine} - {LABELS.get(other, other)}, NDCG@5 over all users: {change.difference:+.4f} "
-                    f"[{change.low:+.4f}, {change.high:+.4f}], p = {change.p_value:.2g} (paired over users, sign flips)"
-                )
-        lines += [f"{name}: {convention}" for name, convention in self.conventions.items()]
+            row = f"{name_cell(ranker)}{self.mean(ranker, 'hr@5'):>7.4f}{self.mean(ranker, 'ndcg@5'):>8.4f}"
+            row += self.interval_cell(ranker, "ndcg@5") or f"{'':14}"
+            row += "".join(_cell(self.within(ranker, name)) for name in ("hr@5", "ndcg@5"))
+            lines.append((row + self.difference_cells(mine, ranker, "ndcg@5")).rstrip())
+        best = _cell(1.0 if held else math.nan)
+        lines.append(f"{'ceiling':<15}{self.ceiling:>7.4f}{self.ceiling:>8.4f}{'':14}{best}{best}")
+        lines += ["", *self.verdict("ndcg@5"), *self.speed()]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def fuse_layers(model: nn.Module) -> int:
         elif type(module) is nn.Linear and prefers_onednn():
             module.__class__ = FusedLinear
             linears += 1
-    logger.info("fused layers: %d norms, %d gated MLPs, %d attentions, %d linears", norms, mlps, attentions, linears)
+    logger.debug("fused layers: %d norms, %d gated MLPs, %d attentions, %d linears", norms, mlps, attentions, linears)
     return norms + mlps + attentions + linears
 
 

@@ -137,6 +137,21 @@ def numbered(entry: RankingList, document: Any, items: dict[str, Item]) -> Ranki
     return dataclasses.replace(entry, history=tuple(found["history"]), candidates=tuple(found["candidates"]))
 
 
+def document_of(entry: RankingList) -> dict[str, Any]:
+    """The JSON document of a list: what `parse_list` reads, its candidates' ratings left out."""
+    sides = {"history": (entry.history, "history"), "candidates": (entry.candidates, "candidates")}
+    document: dict[str, Any] = {"list_id": entry.list_id}
+    for key, (items, side) in sides.items():
+        document[key] = [{"id": item.item_id, "title": item.title, "category": item.category} for item in items]
+        columns = {signal.name: getattr(signal, side) for signal in entry.signals}
+        columns |= {"rating": entry.history_ratings} if side == "history" else {"hint": entry.hints}
+        for name, values in columns.items():
+            for shown, value in zip(document[key], values):
+                if not math.isnan(value):
+                    shown[name] = value
+    return document
+
+
 def answer(document: Any, ranking: Ranking, top_k: int | None) -> dict[str, Any]:
     """The output line of one list."""
     ordered = []

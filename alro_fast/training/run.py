@@ -44,9 +44,10 @@ from ..ranking.ranker import Ranker
 from ..run_folder import BEFORE_THE_FIRST_STEP, LEFT_BY_A_RUN, check_writable
 from .checkpoints import check_same_data, find_checkpoint, settle_auto
 from .config import Config
+from .console import NonFiniteLoss, show_end, show_plan, show_results
 from .signals import signal_vocabulary, signals_shown
 from .stages import merge_adapter, stack_adapters, write_merged_base
-from .trainer import NonFiniteLoss, RankerTrainer, TreeDataset
+from .trainer import RankerTrainer, TreeDataset
 
 
 class Run:
@@ -250,8 +251,8 @@ class Run:
             rows["signals"] = shown
         if data.dropped_history:
             rows["histories"] = f"{data.dropped_history:,} oldest items dropped to fit --max_length"
-        for name, text in rows.items():
-            print(f"{name:<10} {text}", flush=True)
+        if self.training.process_index == 0:
+            show_plan(rows, self.training.log_json)
 
     def estimate_memory(self) -> int:
         """Bytes, roughly: weights, gradients, Adam's moments and the activations of one packed batch."""
@@ -280,9 +281,14 @@ class Run:
             results = evaluate_rankers(test, scores, targets=targets, prepared=self.prepared)
             results = results.noting(rankings=self.ranker.described())
             results = save_measurement(self.folder, results, test, rankings, targets=targets)
-            print(f"\n{results.table()}\n")
-            print(report_line(self.folder))
-        print(f"{time.perf_counter() - started:.0f} s; everything is in {self.folder}")
+            show_results(results.table(), results.to_json(), self.training.log_json)
+        report = report_line(self.folder) if test else ""
+        following = f"python -m alro_fast.rank --adapter {self.folder} --lists {self.prepared.path} --limit 3"
+        self.end(started, following, report)
+
+    def end(self, started: float, following: str, report: str = "") -> None:
+        """The last lines; `started` of perf_counter, `following` the command to go on with."""
+        show_end(str(self.folder), time.perf_counter() - started, following, self.training.log_json, report)
 
     def rank_tuned(self, lists: Sequence[RankingList]) -> dict[str, list[Ranking]]:
         """Rankings of the tuned model for the closing table, by their rows; `tuned` is what it is judged by."""

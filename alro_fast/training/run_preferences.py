@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -25,6 +26,7 @@ from ..objectives.dmpo import DMPOObjective, ReferenceTable, check_answers
 from ..prompts.preference import PreferencePrompts
 from ..run_folder import check_writable
 from .config import Config
+from .console import show_results
 from .reference_logprobs import reference_table
 from .run import Run, prepare
 
@@ -240,6 +242,7 @@ class PreferenceRun(Run):
     def train(self) -> None:
         """Measure, train, measure again; then the table and the files of the run."""
         self.take_over()
+        started = time.perf_counter()
         if self.precomputes and self.objective.references is None:
             if self.checkpoint is None and self.training.process_index == 0:
                 self.own_references.unlink(missing_ok=True)
@@ -256,8 +259,9 @@ class PreferenceRun(Run):
         if scored:
             results = {name: measure(rows) for name, rows in scored.items()}
             save(self.folder, results, scored)
-            print(f"\n{table(results)}\n")
-        print(f"everything is in {self.folder}")
+            show_results(table(results), results, self.training.log_json)
+        following = f"python -m alro_fast.evaluate --adapter {self.folder} --preferences FILE"
+        self.end(started, following)
 
 
 def read_files(config: Config) -> PreferenceFiles:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..data.records import RankingList
@@ -32,6 +31,7 @@ from ..modeling.packing import PackedBatch, collate
 from ..objectives.base import Batch, Example, LossTerm, Objective
 from ..options import RankerTrainingArguments
 from .batches import CURSOR, Cursor, PlannedBatches
+from .console import reporter
 
 logger = logging.getLogger(__name__)
 SIZING_CHUNK = 512
@@ -142,9 +142,8 @@ class RankerTrainer(Trainer):
         _accept_trees(model)
         self.add_callback(_MeterStart(self))
         self.add_callback(_Progress(self))
-        if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(ProgressLine())
+        self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+        self.add_callback(reporter(args))
 
     # ---- epochs and batches
 
@@ -406,38 +405,6 @@ class _MeterStart(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer._noted_step, self.trainer._since = state.global_step, time.perf_counter()
-
-
-class ProgressLine(ProgressCallback):
-    """One bar with the loss and the speed in it; validation results on lines of their own."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if not state.is_world_process_zero or self.training_bar is None or logs is None:
-            return
-        if "lists_per_second" in logs:
-            tokens = logs["unique_tokens_per_second"]
-            speed = f"{logs['lists_per_second']:.1f} lists/s, {tokens:,.0f} tokens/s"
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}, {speed}")
-        elif "eval_loss" in logs:
-            shown = {name.removeprefix("eval_"): value for name, value in logs.items() if name != "epoch"}
-            text = ", ".join(f"{name} {shown[name]:.4f}" for name in ("loss", "ndcg@3", "ndcg@10") if name in shown)
-            self.training_bar.write(f"validation at step {state.global_step}: {text}")
-
-
-class NonFiniteLoss(TrainerCallback):
-    """Stops a run whose loss is no longer a number, instead of training on.
-
-    The Trainer's own `loss` may leave such steps out (logging_nan_inf_filter), the loss's parts do not.
-    """
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        logs = logs or {}
-        if "loss" not in logs:
-            return
-        skipped = {"grad_norm"} if args.fp16 else set()  # its loss scaling begins with steps that overflow
-        for name, value in logs.items():
-            if name not in skipped and isinstance(value, float) and not math.isfinite(value):
-                raise AlroFastError(f"{name} became {value} at step {state.global_step}; lower --learning_rate")
 
 
 def _only(batches: list[Batch]) -> Batch:

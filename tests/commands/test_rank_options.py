@@ -18,11 +18,17 @@ def test_every_option_of_rank_is_read(folder, loads, monkeypatch, capsys):
 
     def outcome(words):
         loads.clear()
-        rank.main([*words.split(), "lists.json"])
+        rank.main([*words.split(), *(["lists.json"] if "--lists" not in words else [])])
         return loads.copy(), capsys.readouterr().out
 
     assert outcome("--adapter run") == outcome("--adapter run")  # else the rows would prove nothing
-    rows = [*RANK_READ, Read("top_k", "--adapter run", "--top_k 2")]
+    rows = [
+        *RANK_READ,
+        Read("top_k", "--adapter run", "--top_k 2"),
+        Read("lists", "--adapter run", "--lists data"),
+        Read("split", "--adapter run --lists data", "--split valid"),
+        Read("limit", "--adapter run --lists data", "--limit 1"),
+    ]
     assert {row.option for row in rows} == options_of(rank)
     for row in rows:
         assert outcome(row.stage) != outcome(f"{row.stage} {row.words}"), row
@@ -47,6 +53,19 @@ def test_methods_that_the_model_does_not_answer_cost_no_loading(folder, loads, m
             assert said in refusal(main, f"{words} {rest}", capsys)
     said = refusal(rank.main, "--adapter titles lists.json", capsys)
     assert "was tuned on answers that are titles" in said
+    assert loads == []
+
+
+def test_a_file_and_a_folder_of_lists_do_not_go_together(folder, loads, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    for words, said in (
+        ("--lists data lists.json", "both a file, lists.json, and --lists data are given; leave one out"),
+        ("--limit 2 lists.json", "--limit is no option of a file of lists (it is read with --lists)"),
+        ("--split valid lists.json", "--split is no option of a file of lists (it is read with --lists)"),
+        ("--lists data --split all", "--split 'all': expected train, valid or test"),
+        ("--lists data --limit 0", "--limit is at least 1; given 0"),
+    ):
+        assert said in refusal(rank.main, f"--adapter run {words}", capsys)
     assert loads == []
 
 

@@ -21,7 +21,7 @@ from alro_fast.errors import AlroFastError
 from alro_fast.evaluation import metrics
 from alro_fast.evaluation.baselines import baseline_scores
 from alro_fast.evaluation.rankings import order_sensitivity
-from alro_fast.evaluation.results import evaluate_lists, write_trec
+from alro_fast.evaluation.results import LABELS, evaluate_lists, write_trec
 from alro_fast.prompts import PromptBuilder, add_item_tokens
 from alro_fast.ranking.orders import Ranking
 from alro_fast.ranking.ranker import Ranker
@@ -82,17 +82,27 @@ def test_means_leave_out_what_cannot_be_ranked(lists):
     assert found.means("worst")["ndcg@3"] == interval.mean
 
 
-def test_the_table_names_every_convention(lists, prepared):
+def test_the_table_fits_a_terminal_and_says_who_is_ahead(lists, prepared):
     scorers = baseline_scores(prepared, lists) | {"tuned": lambda given: [np.arange(len(e.ratings)) for e in given]}
     scorers["untuned"] = [np.zeros(len(entry.ratings)) for entry in lists]
     found = evaluate_lists(lists, scorers, prepared=prepared)
     assert list(found.per_list) == [*CHEAP, "untuned", "tuned"]
     table = found.table()
-    for words in (
-        "test: 23 lists of 22 users", "NDCG@1", "NDCG@10", "lists/s", "mean rating", "2^rating - 1", "averaged",
-        "1 of 24, set apart", "seeded hash", "bootstrap over users", "tuned - untuned, NDCG@3", "p = ",
-    ):  # fmt: skip
+    assert max(map(len, table.splitlines())) <= 80
+    for words in ("test: 23 lists of 22 users", "NDCG@1", "NDCG@10", "lists/s: tuned ", "mean rating"):
         assert words in table, words
+    sides = {"above": [], "not told apart from": [], "below": []}
+    for other in ("untuned", *CHEAP):
+        change = found.compare("tuned", other, "ndcg@3")
+        row = next(line for line in table.splitlines() if line.startswith(f"{LABELS.get(other, other):<15}"))
+        assert row.split()[-2:] == [f"{change.difference:+.4f}", f"{change.p_value:.1g}"]
+        side = "not told apart from" if change.p_value >= 0.05 else "above" if change.difference > 0 else "below"
+        sides[side].append(LABELS.get(other, other))
+    said = "; ".join(f"{side} {', '.join(names)}" for side, names in sides.items() if names)
+    assert f"NDCG@3, tuned - row, paired over users: tuned is {said} (p < .05)" in " ".join(table.split())
+    conventions = " ".join(found.to_json()["about"]["conventions"].values())
+    for words in ("2^rating - 1", "averaged", "1 of 24, set apart", "seeded hash", "bootstrap over users"):
+        assert words in conventions, words
     # a constant scorer is worth exactly a random order
     assert found.per_list["untuned"]["ndcg@5"] == pytest.approx(found.per_list["random"]["ndcg@5"])
 
@@ -357,7 +367,7 @@ def test_a_base_alone_is_measured_zero_shot(adapter, prepared, tmp_path, capsys)
     out, base = tmp_path / "out", adapter.parent / "base"
     evaluate.main(f"--model_name_or_path {base} --lists {prepared.path} --output_dir {out} --device cpu".split())
     printed = capsys.readouterr().out
-    assert "untuned - biased MF, NDCG@3: " in printed
+    assert "NDCG@3, untuned - row, paired over users: untuned is " in " ".join(printed.split())
     document = json.loads((out / "results.json").read_text())
     assert list(document) == [*CHEAP, "untuned", "about"]
     assert {change["first"] for change in document["about"]["comparisons"]} == {"untuned"}

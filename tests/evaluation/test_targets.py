@@ -69,8 +69,11 @@ def test_the_table_and_the_file_say_who_was_counted(tmp_path):
     assert "test: 4 users, of whom 2 have their target among the candidates" in text
     for row in ("retriever", "hints", "untuned", "tuned", "ceiling"):
         assert f"\n{row}" in text
-    assert "tuned - retriever, NDCG@5 over all users: +0.0000" in text
-    assert "tuned - untuned, NDCG@5 over all users: " in text
+    shown = {line[:15].strip(): line.split() for line in text.splitlines()}
+    assert shown["retriever"][-2:] == ["+0.0000", "1"]
+    assert shown["untuned"][-2] == f"{found.compare('tuned', 'untuned', 'ndcg@5').difference:+.4f}"
+    assert "NDCG@5, tuned - row, paired over users: tuned is not told apart from" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 80
     document = json.loads(found.save(tmp_path).read_text())
     assert document["about"]["ceiling"] == 0.5
     assert document["about"]["lists_with_their_target"] == 2

@@ -15,7 +15,8 @@ from alro_fast.modeling.lm_head import head_of
 from alro_fast.objectives.base import LossTerm, build_objective
 from alro_fast.options import ObjectiveArguments, RankerTrainingArguments
 from alro_fast.prompts import PromptBuilder
-from alro_fast.training.trainer import NonFiniteLoss, RankerTrainer, TreeDataset, build_batch
+from alro_fast.training.console import NonFiniteLoss
+from alro_fast.training.trainer import RankerTrainer, TreeDataset, build_batch
 
 TOKENIZER = byte_tokenizer()
 PROMPTS = PromptBuilder(TOKENIZER, "movies")

@@ -1,0 +1,118 @@
+"""What a training run says while it runs: for people a plan, one progress line and a table; for machines lines of JSON.
+
+`python -m alro_fast.train --log_json true` prints nothing but objects of one line each, told apart by "event": plan,
+step, validation, results, done; the keys of a step are those of the Trainer's log.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from ..errors import AlroFastError
+
+WATCHED = ("loss", "ndcg@3", "ndcg@10", "pair_accuracy", "user_auc")
+
+
+def show_plan(rows: Mapping[str, str], as_json: bool) -> None:
+    """What will be trained, on what, and how long it takes."""
+    if as_json:
+        print_json("plan", rows)
+        return
+    for name, text in rows.items():
+        print(f"{name:<10} {text}", flush=True)
+
+
+def show_results(text: str, document: Mapping[str, Any], as_json: bool) -> None:
+    """The closing table; for machines, what the results file holds."""
+    print_json("results", document) if as_json else print(f"\n{text}\n", flush=True)
+
+
+def show_end(folder: str, seconds: float, following: str, as_json: bool, report: str = "") -> None:
+    """Where everything is, and the command that comes next."""
+    if as_json:
+        print_json("done", {"output_dir": folder, "seconds": round(seconds, 1), "next": following})
+        return
+    print(*([report] if report else []), f"{seconds:.0f} s; everything is in {folder}", sep="\n")
+    print(f"next: {following}", flush=True)
+
+
+def print_json(event: str, values: Mapping[str, Any]) -> None:
+    """An object on a line of its own; NaN and infinities, which JSON does not have, are null."""
+    print(json.dumps({"event": event, **_finite(values)}, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def described(logs: Mapping[str, float]) -> str:
+    """A log in words: loss and speed of a training step, loss and NDCG of a validation; nothing for others."""
+    if "lists_per_second" in logs:
+        tokens = logs["unique_tokens_per_second"]
+        return f"loss {logs['loss']:.4f}, {logs['lists_per_second']:.1f} lists/s, {tokens:,.0f} tokens/s"
+    if "eval_loss" in logs:
+        means = (f"{name} {logs[f'eval_{name}']:.4f}" for name in WATCHED if f"eval_{name}" in logs)
+        return f"validation {', '.join(means)}"
+    return ""
+
+
+def reporter(args: Any) -> TrainerCallback:
+    """What tells of the steps of a run, by its options."""
+    return JsonLines() if args.log_json else PlainLines() if args.disable_tqdm else ProgressLine()
+
+
+class ProgressLine(ProgressCallback):
+    """One bar with the loss and the speed in it; validation results on lines of their own."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or logs is None:
+            return
+        if "lists_per_second" in logs:
+            self.training_bar.set_postfix_str(described(logs))
+        elif "eval_loss" in logs:
+            self.training_bar.write(f"step {state.global_step}: {described(logs)}")
+
+
+class PlainLines(TrainerCallback):
+    """A line for every log, where a bar would not show: in files, and with --disable_tqdm."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if state.is_world_process_zero and logs and (shown := described(logs)):
+            print(f"step {state.global_step}/{state.max_steps}: {shown}", flush=True)
+
+
+class JsonLines(TrainerCallback):
+    """Every log of the Trainer as a line of JSON."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if state.is_world_process_zero and logs:
+            event = "validation" if "eval_loss" in logs else "step" if "loss" in logs else "trained"
+            print_json(event, {"step": state.global_step, **logs})
+
+
+class NonFiniteLoss(TrainerCallback):
+    """Stops a run whose loss is no longer a number, instead of training on.
+
+    The Trainer's own `loss` may leave such steps out (logging_nan_inf_filter), the loss's parts do not.
+    """
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        if "loss" not in logs:
+            return
+        skipped = {"grad_norm"} if args.fp16 else set()  # its loss scaling begins with steps that overflow
+        for name, value in logs.items():
+            if name not in skipped and isinstance(value, float) and not math.isfinite(value):
+                raise AlroFastError(f"{name} became {value} at step {state.global_step}; lower --learning_rate")

@@ -1,0 +1,67 @@
+"""What a run says: a plan, one line of progress, a table; or lines of JSON. The same in every stage."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from alro_fast import train
+from alro_fast.training.console import described, print_json
+
+SMALL = "--max_train_lists 40 --max_test_lists 20 --max_eval_lists 10 --logging_steps 1 --report_to none"
+
+
+def run(words, tmp_path, capfd):
+    train.main([*f"{words} --output_dir {tmp_path / 'run'}".split()])
+    return capfd.readouterr()
+
+
+def test_machines_get_json_alone(tmp_path, capfd):
+    said = run(f"{SMALL} --log_json true", tmp_path, capfd)
+    events = [json.loads(line) for line in said.out.splitlines()]
+    names = [event["event"] for event in events]
+    assert names[0] == "plan"
+    assert names[-2:] == ["results", "done"]
+    steps = [event for event in events if event["event"] == "step"]
+    planned = int(events[0]["steps"].split()[0])
+    assert [event["step"] for event in steps] == list(range(1, planned + 1))
+    assert all(math.isfinite(event["loss"]) for event in steps)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {name: events[-2][name] for name in results} == results
+    assert events[-1]["output_dir"] == str(tmp_path / "run")
+    assert "it/s" not in said.err
+
+
+def test_every_stage_keeps_its_progress_line(tmp_path, capfd):
+    words = f"--stages sft,alro --stage_epochs 1,1 {SMALL}"
+    said = run(words, tmp_path, capfd)
+    assert "{'" not in said.out  # the Trainer's own dictionaries
+    bars = [line for line in said.err.replace("\r", "\n").splitlines() if "lists/s" in line and "it" in line]
+    assert len({line.split("|")[-1].split()[0] for line in bars}) >= 2
+    assert said.out.count("tuned is ") == 2
+    assert said.out.count("next: python -m alro_fast.rank --adapter ") == 2
+    for noise in ("is_gradient_checkpointing", "fused layers", "Loading weights"):
+        assert noise not in said.err + said.out
+
+
+def test_without_a_bar_every_log_is_a_line(tmp_path, capfd):
+    said = run(f"{SMALL} --disable_tqdm true", tmp_path, capfd)
+    lines = [line for line in said.out.splitlines() if line.startswith("step ")]
+    assert lines[0].startswith("step 1/")
+    assert " loss " in lines[0]
+    assert any("validation loss" in line and "ndcg@3" in line for line in lines)
+    assert "it/s" not in said.err
+
+
+def test_numbers_that_json_does_not_have_are_null(capsys):
+    print_json("step", {"loss": math.nan, "each": [math.inf, 1.5], "more": {"a": -math.inf}})
+    assert json.loads(capsys.readouterr().out) == {
+        "event": "step", "loss": None, "each": [None, 1.5], "more": {"a": None},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("logs", [{"train_runtime": 1.0}, {"epoch": 1.0}])
+def test_other_logs_are_not_shown(logs):
+    assert described(logs) == ""
