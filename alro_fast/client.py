@@ -8,6 +8,7 @@ method `first`. Prompts travel as token ids, so that nobody re-tokenises them. I
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,6 +17,8 @@ from .errors import AlroFastError
 from .ranking.documents import answer, check_top_k, parse_list, read_documents
 from .ranking.options import READERS, RankingOptions, add_presentation_options
 from .ranking.served import RankingClient
+
+API_KEY = "ALRO_FAST_API_KEY"  # of the environment: what stands in a command line, others can read
 
 
 def main(argv: Sequence[str]) -> None:
@@ -27,8 +30,9 @@ def main(argv: Sequence[str]) -> None:
     documents = read_documents(options.file)
     lists = [parse_list(document, number) for number, document in enumerate(documents, start=1)]
     client = RankingClient.load(
-        options.adapter, options.url, options.model, api_key=options.api_key, parallel=options.parallel
-    )
+        options.adapter, options.url, options.model, api_key=options.api_key or os.environ.get(API_KEY),
+        parallel=options.parallel, timeout=options.timeout,
+    )  # fmt: skip
     if client.prompts.identifiers != "letters":
         raise AlroFastError(f"{options.adapter} names items by tokens added to the model, which servers do not hold")
     rankings = client.stream(lists, shuffles=how.shuffles, merge_by=how.merge_by, seed=how.seed)
@@ -47,7 +51,8 @@ def parser() -> OneLineParser:
     parser.add_argument("--top_k", type=int, metavar="K", help="print only the best K")
     server = parser.add_argument_group("server")
     server.add_argument("--url", default="http://localhost:8000", help="where it listens")
-    server.add_argument("--api_key", metavar="KEY", help="sent as a bearer token")
+    server.add_argument("--api_key", metavar="KEY", help=f"sent as a bearer token (default: ${API_KEY}, if set)")
+    server.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds for a whole answer of the server")
     server.add_argument("--parallel", type=int, default=16, metavar="N", help="requests in flight at once")
     add_presentation_options(parser.add_argument_group("rankings"))
     return parser

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,14 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise AlroFastError(f"output folder {folder} cannot be written ({error.strerror}); choose another") from None
+
+
+def share(folder: Path) -> None:
+    """Give weights the mode that other files get, by the umask: safetensors writes them for their owner alone, and a
+    server under another account would not read them."""
+    os.umask(mask := os.umask(0o022))
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
 
 
 def run_options(folder: str | Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import math
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ..data.records import RankingList
     from ..prompts import PromptBuilder
 
+LONGEST = 16 << 20  # bytes of an answer to one request: a token and its log-probabilities
 CHUNK = 64  # lists asked for before the first of them is returned
 
 
@@ -34,7 +36,7 @@ class RankingClient:
     """Rankings from the completions endpoint `<url>/v1/completions` of a server that holds the adapter as `model`.
 
     prompts: the run's prompt format, the same the adapter was trained with. parallel: requests in flight at once (the
-    server batches them). timeout: seconds until a request is given up.
+    server batches them). timeout: seconds until a request is given up, from the first byte sent to the last received.
     """
 
     def __init__(
@@ -78,7 +80,8 @@ class RankingClient:
             raise AlroFastError(
                 f"{folder} was tuned to answer with grades, and the client reads identifiers; rank with alro_fast.rank"
             )
-        return cls(url, model, PromptBuilder.load(folder, AutoTokenizer.from_pretrained(folder)), **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # never a folder's code, nor an offer
+        return cls(url, model, PromptBuilder.load(folder, tokenizer), **options)
 
     def stream(
         self, lists: Sequence[RankingList], *, shuffles: int = 1, merge_by: str = "mean", seed: int = 0
@@ -146,10 +149,11 @@ class RankingClient:
         headers = {"Content-Type": "application/json"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
+        until = time.monotonic() + self.timeout
         request = urllib.request.Request(f"{self.url}/v1/completions", json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                return json.load(response)
+                return json.loads(_whole(response, until))
         except urllib.error.HTTPError as error:
             raise AlroFastError(
                 f"{self.url} answered {error.code}: {_reason(error.read().decode(errors='replace'))}"
@@ -178,6 +182,20 @@ def read_logprobs(response: Any) -> dict[int, float]:
             "the server names tokens by text, which cannot tell identifiers apart from look-alikes; it must know "
             "return_tokens_as_token_ids (vLLM does)"
         ) from None
+
+
+def _whole(response: http.client.HTTPResponse, until: float) -> bytes:
+    """The body; TimeoutError when it has not come by then, however steadily it drips, AlroFastError past LONGEST."""
+    parts: list[bytes] = []
+    while part := response.read1(1 << 16):
+        parts.append(part)
+        if time.monotonic() > until:
+            raise TimeoutError("its answer did not end in time")
+        if sum(map(len, parts)) > LONGEST:
+            raise AlroFastError(f"the server's answer is longer than {LONGEST >> 20} MiB; is it a completions endpoint?")
+    if response.length:  # what was announced and did not come
+        raise http.client.IncompleteRead(b"".join(parts), response.length)
+    return b"".join(parts)
 
 
 def _reason(text: str) -> str:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import AlroFastError
 from ..modeling.loading import LOAD_ERRORS, recorded_base, same_base
-from ..run_folder import ADAPTER, ADAPTER_CONFIG, MERGED_BASE, adapter_config
+from ..run_folder import ADAPTER, ADAPTER_CONFIG, MERGED_BASE, adapter_config, share
 from .unread import stage_names
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ def stack_adapters(first: str | Path, second: str | Path) -> None:
         "base_model_name_or_path": configs[0]["base_model_name_or_path"],
     }  # fmt: skip
     save_file(stacked, folders[1] / ADAPTER, metadata={"format": "pt"})
+    share(folders[1])
     (folders[1] / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -129,6 +130,7 @@ def write_merged_base(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     folder = Path(folder)
     base.save_pretrained(folder / MERGED_BASE)
     tokenizer.save_pretrained(folder / MERGED_BASE)
+    share(folder / MERGED_BASE)
     config = read_adapter_config(folder) | {"base_model_name_or_path": str((folder / MERGED_BASE).resolve())}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -30,6 +31,7 @@ from ..modeling.lm_head import head_of
 from ..modeling.packing import PackedBatch, collate
 from ..objectives.base import Batch, Example, LossTerm, Objective
 from ..options import RankerTrainingArguments
+from ..run_folder import share
 from .batches import CURSOR, Cursor, PlannedBatches
 from .console import reporter
 
@@ -359,8 +361,11 @@ class RankerTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
+        folder = Path(cast(str, output_dir or self.args.output_dir))
+        share(folder)
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nothing reads; config.yaml has the options
         if self.save_extras is not None and self.args.should_save:
-            self.save_extras(Path(cast(str, output_dir or self.args.output_dir)))
+            self.save_extras(folder)
 
 
 def _accept_trees(model: torch.nn.Module) -> None:

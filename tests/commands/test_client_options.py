@@ -21,6 +21,7 @@ CLIENT_READ = [
     Read("url", "", "--url http://other"),
     Read("api_key", "", "--api_key k"),
     Read("parallel", "", "--parallel 2"),
+    Read("timeout", "", "--timeout 2"),
     Read("top_k", "", "--top_k 2"),
     Read("shuffles", "", "--shuffles 2"),
     Read("merge", "--shuffles 2", "--merge borda"),
@@ -49,6 +50,17 @@ def served(monkeypatch):
 
     monkeypatch.setattr(client.RankingClient, "load", load)
     return asked
+
+
+def test_the_key_may_stand_in_the_environment(folder, served, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("ALRO_FAST_API_KEY", "secret")
+    for words, key in (("", "secret"), ("--api_key other", "other")):
+        served.clear()
+        client.main(f"--adapter run --model tuned {words} lists.json".split())
+        assert served[0][1]["api_key"] == key
+        said = capsys.readouterr()
+        assert "secret" not in said.out + said.err
 
 
 def test_every_option_of_client_is_read(folder, served, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -74,6 +75,17 @@ def test_a_server_that_does_not_serve(server, style, message):
     server.style = style
     with pytest.raises(AlroFastError, match=message):
         list(RankingClient(server.url, "tuned", PROMPTS).stream(random_lists(2, 6)))
+
+
+def test_a_server_that_drips_or_never_ends(server):
+    server.style = "drips"
+    start = time.monotonic()
+    with pytest.raises(AlroFastError, match="cannot be reached: its answer did not end in time"):
+        list(RankingClient(server.url, "tuned", PROMPTS, timeout=0.5).stream(random_lists(1, 3)))
+    assert time.monotonic() - start < 5
+    server.style = "never ends"
+    with pytest.raises(AlroFastError, match="answer is longer than 16 MiB"):
+        list(RankingClient(server.url, "tuned", PROMPTS).stream(random_lists(1, 3)))
 
 
 def test_no_server_and_bad_options():

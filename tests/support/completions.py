@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
@@ -45,6 +46,14 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "1000")
             self.end_headers()
             return self.wfile.write(b'{"choices"')
+        if style in ("drips", "never ends"):
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):  # until the client hangs up
+                for _ in range(600 if style == "drips" else 10**6):
+                    self.wfile.write(b" " if style == "drips" else b" " * 2**20)
+                    time.sleep(0.05 if style == "drips" else 0)
+            return None
         if style == "no HTTP":
             return self.wfile.write(b"220 mail ready\r\n")
         if style == "NaN":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from alro_fast import train
 from alro_fast.errors import AlroFastError
 from alro_fast.training.batches import CURSOR, Cursor
 from alro_fast.training.checkpoints import damage, find_checkpoint, newest_checkpoint, settle_auto
@@ -189,3 +191,17 @@ def test_what_a_checkpoint_does_not_record_was_at_its_default(run):
     edit(run / "checkpoint-12" / "config.yaml", weight_decay=0.3)
     with pytest.raises(AlroFastError, match=r"was trained with weight_decay=0\.3, this run has 0\.0;"):
         find_checkpoint(config(run), run)
+
+
+def test_weights_have_the_mode_of_other_files_and_no_pickle_of_options_is_left(tmp_path):
+    """Another account serves what this one trained; the umask decides, not safetensors."""
+    before = os.umask(0o027)
+    try:
+        words = f"--max_train_lists 20 --max_test_lists 4 --max_eval_lists 4 --output_dir {tmp_path / 'run'}"
+        train.main(words.split())
+    finally:
+        os.umask(before)
+    weights = sorted((tmp_path / "run").rglob("*.safetensors"))
+    assert len(weights) == 2  # the adapter's, and its checkpoint's
+    assert {path.stat().st_mode & 0o777 for path in weights} == {0o640}
+    assert not list((tmp_path / "run").rglob("training_args.bin"))
