@@ -97,6 +97,9 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     except AlroFastError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:  # who reads has read enough: no more is written, not even at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         print(f"error: {' '.join(reason.split())}", file=sys.stderr)

@@ -9,35 +9,36 @@ Reads one JSON list, an array of them, or JSON lines, from FILE or standard inpu
 may have its `average` rating and the `count` of its ratings, a candidate its predicted rating as `hint`, and `near`. A
 candidate's `rating`, and the list's `user` or `user_id`, are not read.
 Other keys are an error. `--lists DIR` ranks the lists of a prepared folder instead. Prints a JSON line per list, best
-candidate first: {"list_id": ..., "ranking": [{"rank": 1, "id": 7, "title": "Casino", "score": -0.4}, ...]}.
+candidate first, while later lists are still coming:
+{"list_id": ..., "ranking": [{"rank": 1, "id": 7, "title": "Casino", "score": -0.4}, ...]}.
+A list that cannot be ranked ends the command, of a file before anything is printed; with `--on_error skip` it costs a
+line on stderr, and exit status 1 in the end.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from .cli import OneLineParser, Reader, refuse_unread, run
 from .errors import AlroFastError
-from .ranking.documents import answer, catalogue, check_top_k, document_of, numbered, parse_list, read_documents
+from .ranking.documents import catalogue, check_top_k, document_of, parse_list
 from .ranking.options import add_model_options, add_ranking_options, check_model_options, settled_options
+from .ranking.streams import Asked, Complaints, announced, answers, begun, in_catalogue, read_lists
 
 _WITH_LISTS = Reader("with --lists", "a file of lists", lambda options: options.lists is not None)
 PREPARED = {"split": _WITH_LISTS, "limit": _WITH_LISTS}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Read and check everything, load the model, print rankings as they come."""
+    """Check, load the model, and print rankings as lists come."""
     options = parser().parse_args(argv)
     check_top_k(options.top_k)
-    documents = documents_of(options)
-    lists = [parse_list(document, number) for number, document in enumerate(documents, start=1)]
+    complaints = Complaints(options.on_error)
+    source = begun(asked_of(options, complaints))
     check_model_options(options)
-    how = settled_options(options)
+    how = asdict(settled_options(options))
     from .modeling.quiet import quiet_libraries  # torch takes seconds to import: not before the input is good
     from .ranking.ranker import Ranker, check_device
 
@@ -51,21 +52,19 @@ def main(argv: Sequence[str]) -> None:
         token_budget=options.token_budget,
     )
     if ranker.prompts.identifiers == "items":
-        items = catalogue(options.adapter)
-        lists = [numbered(*pair, items) for pair in zip(lists, documents, strict=True)]
-    most = ranker.prompts.max_candidates
-    long = sum(len(entry.candidates) > most for entry in lists)
-    if long and how.method not in ("pointwise", "pairwise"):
-        print(f"{long} lists have more than {most} candidates: ranked by sliding windows of {most}", file=sys.stderr)
-    for document, ranking in zip(documents, ranker.stream(lists, **asdict(how)), strict=True):
-        print(json.dumps(answer(document, ranking, options.top_k), ensure_ascii=False), flush=True)
+        source = in_catalogue(source, catalogue(options.adapter), complaints)
+    if how["method"] not in ("pointwise", "pairwise"):
+        source = announced(source, ranker.prompts.max_candidates)
+    for line in answers(source, lambda lists: ranker.stream(lists, **how), complaints, options.top_k):
+        print(line, flush=True)
+    complaints.settle()
 
 
-def documents_of(options: argparse.Namespace) -> list[Any]:
-    """What is to be ranked: a file's documents, or the lists of a prepared folder as such."""
+def asked_of(options: argparse.Namespace, complaints: Complaints) -> Iterator[Asked]:
+    """What is to be ranked: a file's lists, or those of a prepared folder."""
     refuse_unread(options.given, PREPARED, options)
     if options.lists is None:
-        return read_documents(options.file)
+        return read_lists(options.file, complaints)
     if options.file != "-":
         raise AlroFastError(f"both a file, {options.file}, and --lists {options.lists} are given; leave one out")
     if options.limit is not None and options.limit < 1:
@@ -77,7 +76,8 @@ def documents_of(options: argparse.Namespace) -> list[Any]:
     lists = open_prepared(options.lists).lists(options.split)
     if not len(lists):
         raise AlroFastError(f"{options.lists} holds no {options.split} lists; choose another --split")
-    return [document_of(lists[i]) for i in range(min(options.limit or len(lists), len(lists)))]
+    wanted = (lists[i] for i in range(min(options.limit or len(lists), len(lists))))
+    return (Asked(document, parse_list(document, n)) for n, document in enumerate(map(document_of, wanted), start=1))
 
 
 def parser() -> OneLineParser:
@@ -87,6 +87,9 @@ def parser() -> OneLineParser:
     parser.add_argument("--lists", metavar="DIR", help="rank the lists of a prepared folder in place of a file")
     parser.add_argument("--split", default="test", metavar="NAME", help="with --lists: train, valid or test")
     parser.add_argument("--limit", type=int, metavar="N", help="with --lists: the first N")
+    parser.add_argument(
+        "--on_error", default="stop", metavar="HOW", help="stop at a list that cannot be ranked, or skip it with a line"
+    )
     parser.add_argument("--top_k", type=int, metavar="K", help="print only the best K")
     add_model_options(parser)
     add_ranking_options(parser)

@@ -24,7 +24,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
-class _AboveTheBar(logging.StreamHandler):  # type: ignore[type-arg]  # generic in typeshed alone
+class _AboveTheBar(logging.StreamHandler):
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode(file=self.stream):
             super().emit(record)

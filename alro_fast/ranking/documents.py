@@ -9,10 +9,11 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,38 +30,64 @@ LIST_KEYS = ("list_id", "user", "user_id", "history", "candidates")
 ITEM_KEYS = ("id", "title", "category", "rating", *SIGNALS)
 
 
-def read_documents(file: str) -> list[Any]:
-    """The JSON values in a file or on standard input: one, an array of them, or one per line."""
-    if file == "-":
-        text, name = sys.stdin.read().removeprefix("\ufeff"), "standard input"
-    else:
-        path = Path(file)
-        if not path.is_file():
-            raise AlroFastError(f"{file}: no such file; expected JSON lists to rank")
+def documents(file: str) -> Iterator[Any]:
+    """The JSON values in a file or on standard input (`-`): one, an array of them, or one per line, as they come.
+
+    A line that is not JSON is an AlroFastError in its place. Raises AlroFastError for a file that cannot be read, or
+    holds nothing. Lines are read one at a time unless the first alone is no JSON text.
+    """
+    name = "standard input" if file == "-" else file
+    if file != "-" and not Path(file).exists():  # a pipe of the shell's is no regular file
+        raise AlroFastError(f"{file}: no such file; expected JSON lists to rank")
+    if Path(file).is_dir():
+        raise AlroFastError(f"{file} is a folder; expected a file of JSON lists (of a prepared folder: --lists {file})")
+    with contextlib.nullcontext(sys.stdin) if file == "-" else Path(file).open(encoding="utf-8", newline="\n") as text:
+        full = ((n, line) for n, line in enumerate(text, start=1) if line.strip("\ufeff \t\r\n"))
         try:
-            text, name = path.read_text(encoding="utf-8-sig"), file
+            yield from _values(full, name)
         except UnicodeDecodeError:
-            raise AlroFastError(f"{file} is not UTF-8 text; expected JSON lists to rank") from None
-    if not text.strip():
+            raise AlroFastError(
+                f"{name} is not UTF-8 text; expected JSON lists to rank (UTF-16, as Windows writes it: save as UTF-8)"
+            ) from None
+
+
+def _values(lines: Iterator[tuple[int, str]], name: str) -> Iterator[Any]:
+    """Of numbered lines that are not empty."""
+    number, first = next(lines, (0, ""))
+    if not number:
         raise AlroFastError(f"{name} is empty; expected a JSON list to rank")
+    first = first.removeprefix("\ufeff")
+    value = _of_line(first, number, name)
+    if isinstance(value, AlroFastError):  # a text over several lines, or a line with a mistake
+        rest = list(lines)
+        try:
+            value = _json("".join([first, *(line for _, line in rest)]), name)
+        except json.JSONDecodeError as error:
+            if not rest:
+                yield AlroFastError(f"{name} is not JSON: {error}")
+                return
+            yield value
+            yield from (_of_line(line, at, name) for at, line in rest)
+            return
+        lines = iter(())
+    if isinstance(value, list):
+        if (following := next(lines, None)) is None:
+            if not value:
+                raise AlroFastError(f"{name} holds an empty array; expected at least one list to rank")
+            yield from value
+            return
+        lines = itertools.chain([following], lines)
+    yield value
+    yield from (_of_line(line, at, name) for at, line in lines)
+
+
+def _of_line(line: str, number: int, name: str) -> Any:
     try:
-        whole = _json(text, name)
-        documents = whole if isinstance(whole, list) else [whole]
+        return _json(line, f"{name}, line {number}")
     except json.JSONDecodeError as error:
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        if len(lines) == 1:
-            raise AlroFastError(f"{name} is not JSON: {error}") from None
-        documents = []
-        for number, line in lines:
-            try:
-                documents.append(_json(line, f"{name}, line {number}"))
-            except json.JSONDecodeError as broken:
-                raise AlroFastError(
-                    f"{name}, line {number} is not JSON: {broken.msg} at column {broken.colno}"
-                ) from None
-    if not documents:
-        raise AlroFastError(f"{name} holds an empty array; expected at least one list to rank")
-    return documents
+        return AlroFastError(f"{name}, line {number} is not JSON: {error.msg} at column {error.colno}")
+    except AlroFastError as error:
+        return error
 
 
 def _json(text: str, place: str) -> Any:

@@ -80,7 +80,9 @@ class RankingClient:
             raise AlroFastError(
                 f"{folder} was tuned to answer with grades, and the client reads identifiers; rank with alro_fast.rank"
             )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # never a folder's code, nor an offer
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        )  # never a folder's code, nor an offer
         return cls(url, model, PromptBuilder.load(folder, tokenizer), **options)
 
     def stream(
@@ -192,7 +194,9 @@ def _whole(response: http.client.HTTPResponse, until: float) -> bytes:
         if time.monotonic() > until:
             raise TimeoutError("its answer did not end in time")
         if sum(map(len, parts)) > LONGEST:
-            raise AlroFastError(f"the server's answer is longer than {LONGEST >> 20} MiB; is it a completions endpoint?")
+            raise AlroFastError(
+                f"the server's answer is longer than {LONGEST >> 20} MiB; is it a completions endpoint?"
+            )
     if response.length:  # what was announced and did not come
         raise http.client.IncompleteRead(b"".join(parts), response.length)
     return b"".join(parts)

@@ -363,7 +363,9 @@ class RankerTrainer(Trainer):
         super()._save(output_dir, state_dict)
         folder = Path(cast(str, output_dir or self.args.output_dir))
         share(folder)
-        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nothing reads; config.yaml has the options
+        (folder / TRAINING_ARGS_NAME).unlink(
+            missing_ok=True
+        )  # a pickle that nothing reads; config.yaml has the options
         if self.save_extras is not None and self.args.should_save:
             self.save_extras(folder)
 

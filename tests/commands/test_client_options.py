@@ -6,11 +6,12 @@ option of a command that has no row fails, and so does one with a `Reader` that 
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from option_rows import Read, Refused, check_refusal, options_of
+from option_rows import Read, Refused, check_refusal, options_of, refusal
 
 from alro_fast import client
 from alro_fast.ranking.orders import Ranking
@@ -71,7 +72,7 @@ def test_every_option_of_client_is_read(folder, served, monkeypatch, capsys):
         client.main(f"--adapter run --model tuned {words} lists.json".split())
         return served.copy(), capsys.readouterr().out
 
-    assert {row.option for row in CLIENT_READ} == options_of(client)
+    assert {row.option for row in CLIENT_READ} == options_of(client) - {"on_error"}  # below
     for row in CLIENT_READ:
         assert outcome(row.stage) != outcome(f"{row.stage} {row.words}"), row
 
@@ -81,3 +82,15 @@ def test_what_client_does_not_read_is_refused(folder, served, monkeypatch, capsy
     monkeypatch.chdir(folder)
     check_refusal(client.main, row, f"--adapter run --model tuned {row.stage} {row.words} lists.json", capsys)
     assert served == []
+
+
+def test_a_list_that_cannot_be_ranked_costs_a_line(folder, served, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    good = json.dumps({"candidates": [{"title": "A"}, {"title": "B"}]})
+    (folder / "halved.jsonl").write_text(f"{good}\n{good[:20]}\n{good}\n")
+    words = ["--adapter", "run", "--model", "tuned", "halved.jsonl"]
+    assert "halved.jsonl, line 2 is not JSON" in refusal(client.main, " ".join(words), capsys)
+    with pytest.raises(SystemExit) as ended:
+        client.main([*words, "--on_error", "skip"])
+    assert ended.value.code == 1
+    assert len(capsys.readouterr().out.splitlines()) == 2

@@ -6,6 +6,8 @@ option of a command that has no row fails, and so does one with a `Reader` that 
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from option_rows import RANK_READ, RANK_REFUSED, Read, check_refusal, options_of, refusal
 
@@ -29,7 +31,8 @@ def test_every_option_of_rank_is_read(folder, loads, monkeypatch, capsys):
         Read("split", "--adapter run --lists data", "--split valid"),
         Read("limit", "--adapter run --lists data", "--limit 1"),
     ]
-    assert {row.option for row in rows} == options_of(rank)
+    on_error = {"on_error"}  # test_a_list_that_cannot_be_ranked_ends_the_command_or_costs_a_line
+    assert {row.option for row in rows} == options_of(rank) - on_error
     for row in rows:
         assert outcome(row.stage) != outcome(f"{row.stage} {row.words}"), row
 
@@ -67,6 +70,24 @@ def test_a_file_and_a_folder_of_lists_do_not_go_together(folder, loads, monkeypa
     ):
         assert said in refusal(rank.main, f"--adapter run {words}", capsys)
     assert loads == []
+
+
+def test_a_list_that_cannot_be_ranked_ends_the_command_or_costs_a_line(folder, loads, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    good = [json.dumps({"list_id": n, "candidates": [{"title": "A"}, {"title": "B"}]}) for n in range(3)]
+    (folder / "broken.jsonl").write_text("\n".join([good[0], "{", '{"candidates": []}', *good[1:]]) + "\n")
+    assert "broken.jsonl, line 2 is not JSON" in refusal(rank.main, "--adapter run broken.jsonl", capsys)
+    assert loads == []
+    with pytest.raises(SystemExit) as ended:
+        rank.main(["--adapter", "run", "--on_error", "skip", "broken.jsonl"])
+    said = capsys.readouterr()
+    assert ended.value.code == 1
+    assert [json.loads(line)["list_id"] for line in said.out.splitlines()] == [0, 1, 2]
+    assert said.err.count("; skipped\n") == 2
+    assert "line 2 is not JSON" in said.err
+    assert "list 3: no candidates" in said.err
+    assert "2 lists were skipped" in said.err
+    assert "--on_error 'go': expected one of stop, skip" in refusal(rank.main, "--adapter run --on_error go x", capsys)
 
 
 def test_every_rank_reader_has_refused():

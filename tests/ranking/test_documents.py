@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from alro_fast.errors import AlroFastError
-from alro_fast.ranking.documents import parse_list, read_documents
+from alro_fast.ranking.documents import parse_list
+from alro_fast.ranking.streams import Complaints, read_lists
 
 HEAT = {
     "history": [{"title": "Heat", "category": "Crime", "rating": 4.5}, {"title": "Ran", "rating": 3}],
@@ -100,7 +101,10 @@ MANY = [{"id": "a", "title": "One"}, {"title": "Two"}, {"id": "a", "title": "Thr
         ('{"candidates": [{"title": "A", "rating": true}], "history": 0}', 'list 1: a number as "history"'),
         ('{"candidates": [{"title": "A", "hint": true}]}', "found true or false"),
         ('{"candidates": [{"title": "A", "hint": %s}]}' % ("9" * 5000), "holds a number of thousands of digits"),
-        ('{"candidates": []}\n{"candidates": %s}' % ("9" * 5000), "line 2 holds a number of thousands of digits"),
+        (
+            '{"candidates": [{"title": "A"}]}\n{"candidates": %s}' % ("9" * 5000),
+            "line 2 holds a number of thousands of digits",
+        ),
         ("[" * 100_000, "standard input is nested too deeply"),
         (json.dumps({"candidates": MANY}), "list 1: candidates 1 and 3 have the same id 'a'"),
     ],
@@ -108,6 +112,6 @@ MANY = [{"id": "a", "title": "One"}, {"title": "Two"}, {"id": "a", "title": "Thr
 def test_bad_input_is_one_clear_line(monkeypatch, text, message):
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
     with pytest.raises(AlroFastError) as raised:
-        [parse_list(document, number) for number, document in enumerate(read_documents("-"), start=1)]
+        list(read_lists("-", Complaints("stop")))
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)

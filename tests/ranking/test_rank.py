@@ -122,7 +122,7 @@ def test_long_lists_are_announced_and_ranked(capsys, adapter):
     finally:
         sys.stdin = former
     printed = capsys.readouterr()
-    assert "sliding windows of 52" in printed.err
+    assert "has more than 52 candidates: such lists are ranked by windows" in printed.err
     assert sorted(entry["title"] for entry in json.loads(printed.out)["ranking"]) == sorted(f"T{i}" for i in range(60))
 
 
