@@ -71,6 +71,11 @@ LICENCES = {
             "amazon-2023": "https://amazon-reviews-2023.github.io/",
         }.items()
     },
+    "book-crossing": Licence(
+        "none found (the site of its publisher, Cai-Nicolas Ziegler, is gone)",
+        "https://doi.org/10.1145/1060745.1060754",
+        "cite the paper (Ziegler et al. 2005)",
+    ),
 }
 
 
