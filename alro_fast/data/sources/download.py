@@ -137,7 +137,7 @@ def download(
     or what it sends is not the published archive.
     """
     if dataset not in archives:
-        where = f"; get the files from {LICENCES[dataset].url}" if dataset in LICENCES else ""
+        where = f"; get the files yourself (see {LICENCES[dataset].url})" if dataset in LICENCES else ""
         raise AlroFastError(f"{dataset} has no published checksum, so it is not downloaded{where} and pass --raw_dir")
     archive, licence = archives[dataset], LICENCES[dataset]
     if all((folder / Path(member).name).is_file() for member in archive.members):
