@@ -58,7 +58,7 @@ def parser() -> OneLineParser:
     )
     for option in fields(RetrieverOptions):
         has = ", ".join(f"{name} {known[option.name]:g}" for name, known in DEFAULTS.items() if option.name in known)
-        kind = int if option.name in ("factors", "iterations", "neighbours") else float
+        kind = int if option.name in ("factors", "iterations", "neighbours", "layers") else float
         fit.add_argument(f"--{option.name}", type=kind, metavar="N", help=f"default: {has}")
     return parser
 

@@ -15,9 +15,11 @@ from ..cli import Reader, refuse_unread
 from ..errors import AlroFastError
 from .lists import check_output_folder, read_manifest, seen_frame, write_prepared
 from .signals import SignalOptions, add_signals, signal_rules
+from .sources.amazon import AMAZON_COLUMNS
+from .sources.columns import NO_TIME, Columns
 from .sources.download import LICENCES, cache_folder, download
 from .sources.interactions import DATASETS, MOVIELENS, TABLES, Interactions, read_interactions
-from .sources.readers import NO_TIME, Columns
+from .sources.k_core import CORE_RULE, k_core
 from .windows import ORDER_RULE, TIE_RULE, ListOptions, build_lists
 
 
@@ -37,6 +39,11 @@ class FileOptions:
     columns: Columns = field(default_factory=Columns)
     duplicates: str = "error"
     untitled: str = "keep"
+    k_core: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.k_core is not None and self.k_core < 2:
+            raise AlroFastError(f"--k_core {self.k_core} is too small; at least 2 is needed")
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Self:
@@ -47,13 +54,14 @@ class FileOptions:
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """Those that decide what is read, for the manifest."""
-        return {
+        """Those that decide what is read, for the manifest; `k_core` where it is given: older ones do not have it."""
+        known: dict[str, Any] = {
             "columns": {name: column for name, column in asdict(self.columns).items() if column},
             "separator": self.separator,
             "duplicates": self.duplicates,
             "untitled": self.untitled,
         }
+        return known if self.k_core is None else known | {"k_core": self.k_core}
 
 
 def prepare_lists(files: FileOptions, options: ListOptions, signals: SignalOptions | None = None) -> None:
@@ -89,25 +97,31 @@ def downloads(options: Any) -> bool:
 
 
 NAMED_COLUMNS = Reader(
-    "for csv, parquet, Amazon data and MovieLens from ml-latest-small on",
+    "for csv, parquet, Amazon data, Book-Crossing and MovieLens from ml-latest-small on",
     "dataset {0.dataset}, whose columns have no names",
     lambda options: options.dataset not in ("ml-100k", "ml-1m"),
 )
+TIME_COLUMN = Reader(
+    "for csv, parquet, Amazon data and MovieLens from ml-latest-small on",
+    "dataset {0.dataset}, which has no column of times with a name",
+    lambda options: options.dataset not in ("ml-100k", "ml-1m", "book-crossing"),
+)
 ITEM_COLUMNS = Reader(
-    "for csv, parquet and MovieLens from ml-latest-small on",
+    "for csv, parquet, Book-Crossing and MovieLens from ml-latest-small on",
     "dataset {0.dataset}",
-    lambda options: options.dataset in TABLES or (options.dataset in MOVIELENS and NAMED_COLUMNS.reads(options)),
+    lambda options: options.dataset not in AMAZON_COLUMNS and NAMED_COLUMNS.reads(options),
 )
 READERS = {  # options that not every data set reads; settings are namespaces of `add_file_options`
     "raw_dir": Reader(
-        "for MovieLens and Amazon data",
+        "for MovieLens, Amazon and Book-Crossing data",
         "dataset {0.dataset} with files of its own",
         lambda options: options.dataset not in TABLES and not (options.ratings_file and options.items_file),
     ),
     "accept_licence": Reader("where MovieLens is fetched, without --raw_dir", "data that are here", downloads),
     "allow_altered": Reader("for MovieLens data", "dataset {0.dataset}", lambda options: options.dataset in MOVIELENS),
     "separator": Reader("for csv", "dataset {0.dataset}", lambda options: options.dataset == "csv"),
-    **dict.fromkeys(("user_column", "item_column", "rating_column", "time_column"), NAMED_COLUMNS),
+    **dict.fromkeys(("user_column", "item_column", "rating_column"), NAMED_COLUMNS),
+    "time_column": TIME_COLUMN,
     **dict.fromkeys(("title_column", "category_column"), ITEM_COLUMNS),
 }
 
@@ -123,10 +137,16 @@ def add_file_options(parser: argparse.ArgumentParser) -> None:
         "--duplicates", choices=("error", "drop"), default="error", help="rows equal in user, item and time"
     )
     parser.add_argument("--untitled", choices=("keep", "drop"), default="keep", help="items without a title")
+    parser.add_argument(
+        "--k_core",
+        type=int,
+        metavar="K",
+        help="only users and items that have K ratings of each other (default: all)",
+    )
     files = parser.add_argument_group("files")
     files.add_argument("--ratings_file", type=Path, metavar="FILE", help="the ratings (csv, parquet), or the reviews")
     files.add_argument("--items_file", type=Path, metavar="FILE", help="titles and categories; csv, parquet: optional")
-    folders = parser.add_argument_group("MovieLens and Amazon data")
+    folders = parser.add_argument_group("MovieLens, Amazon and Book-Crossing data")
     folders.add_argument(
         "--raw_dir", type=Path, metavar="DIR", help="folder of the files (default: MovieLens is fetched)"
     )
@@ -146,7 +166,7 @@ def add_file_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_files(files: FileOptions, stage: Stages) -> Interactions:
-    """Download if need be, read and check."""
+    """Download if need be, read and check; the k-core where asked for."""
     raw_dir = files.raw_dir
     if downloads(files):
         folder = cache_folder(files.dataset)
@@ -166,7 +186,12 @@ def read_files(files: FileOptions, stage: Stages) -> Interactions:
     )
     counts = interactions.counts
     stage.done(f"read {counts['ratings']:,} ratings, {counts['users']:,} users, {counts['items']:,} items")
-    return interactions
+    if files.k_core is None:
+        return interactions
+    core = k_core(interactions, files.k_core)
+    left = [f"{count:,} {name}" for name, count in core.counts["k_core"]["after"].items()]
+    stage.done(f"took the {files.k_core}-core: {', '.join(left)}")
+    return core
 
 
 def check_output(files: FileOptions, recorded: Mapping[str, Any]) -> None:
@@ -199,6 +224,7 @@ def manifest_of(
         "options": dict(recorded),
         "seed": seed,
         **rules,
+        **({} if files.k_core is None else {"core_rule": CORE_RULE}),
         "time_unit": interactions.time_unit,
         "rating_values": rating_values(interactions.rating),
         "counts": interactions.counts | dict(counts),

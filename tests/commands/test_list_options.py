@@ -18,6 +18,7 @@ from alro_fast.data.first_stage.retrieval import DEFAULTS
 from alro_fast.errors import AlroFastError
 
 CSV, ML = "--dataset csv --ratings_file r.csv", "--dataset ml-latest-small --raw_dir ml --allow_altered"
+BOOKS = "--dataset book-crossing --raw_dir books"
 FILES_READ = [
     Read("dataset", "--dataset csv --ratings_file r.csv", "--dataset parquet"),
     Read("ratings_file", CSV, "--ratings_file doubled.csv"),
@@ -36,9 +37,12 @@ FILES_READ = [
     Read("time_column", CSV, "--time_column none"),
     Read("title_column", CSV, "--title_column name"),
     Read("title_column", ML, "--title_column name"),
+    Read("title_column", BOOKS, "--title_column Book-Author"),
+    Read("rating_column", BOOKS, "--rating_column Other"),
     Read("category_column", f"{CSV} --title_column name", "--category_column kind"),
     Read("duplicates", "--dataset csv --ratings_file doubled.csv", "--duplicates drop"),
     Read("untitled", f"{CSV} --items_file items.csv", "--untitled drop"),
+    Read("k_core", CSV, "--k_core 2"),
 ]
 PREPARE_READ = [
     *FILES_READ,
@@ -57,9 +61,9 @@ PREPARE_READ = [
     Read("seed", CSV, "--seed 1"),
 ]
 FILES_REFUSED = [
-    Refused("raw_dir", CSV, "--raw_dir ml", "for MovieLens and Amazon data"),
-    Refused("raw_dir", "--dataset parquet --ratings_file r.parquet", "--raw_dir ml", "for MovieLens and Amazon data"),
-    Refused("raw_dir", "--dataset ml-1m --ratings_file r --items_file i", "--raw_dir ml", "for MovieLens and Amazon"),
+    Refused("raw_dir", CSV, "--raw_dir ml", "for MovieLens, Amazon and Book-Crossing data"),
+    Refused("raw_dir", "--dataset parquet --ratings_file r.parquet", "--raw_dir ml", "for MovieLens, Amazon"),
+    Refused("raw_dir", "--dataset ml-1m --ratings_file r --items_file i", "--raw_dir ml", "for MovieLens, Amazon"),
     Refused("accept_licence", CSV, "--accept_licence", "where MovieLens is fetched"),
     Refused("accept_licence", "--dataset ml-1m --raw_dir ml", "--accept_licence", "where MovieLens is fetched"),
     Refused("allow_altered", CSV, "--allow_altered", "for MovieLens data"),
@@ -69,7 +73,8 @@ FILES_REFUSED = [
     *(
         Refused(f"{name}_column", f"--dataset {data} --raw_dir ml", f"--{name}_column x", "for csv, parquet")
         for name, datasets in (
-            *((name, ("ml-100k", "ml-1m")) for name in ("user", "item", "rating", "time")),
+            *((name, ("ml-100k", "ml-1m")) for name in ("user", "item", "rating")),
+            ("time", ("ml-100k", "ml-1m", "book-crossing")),
             *((name, ("ml-100k", "ml-1m", "amazon-2014", "amazon-2023")) for name in ("title", "category")),
         )
         for data in datasets
@@ -104,6 +109,11 @@ def ratings(tmp_path, monkeypatch):
         films = (f"{i},Title {i + shift},Name {i},Drama" for i in range(60))
         (tmp_path / name / "movies.csv").write_text("\n".join(["movieId,title,name,genres", *films]))
         (tmp_path / name / "ratings.csv").write_text("\n".join([f"userId,movieId,rating,timestamp,{rest}", *lines]))
+    (tmp_path / "books").mkdir()
+    graded = (f"{u},{i + 15 * u},{i % 10 + 1},{10 - i % 10}" for u, i in rows)
+    (tmp_path / "books" / "Ratings.csv").write_text("\n".join(["User-ID,ISBN,Book-Rating,Other", *graded]))
+    books = (f"{i},Book {i},Writer {i % 7}" for i in range(80))
+    (tmp_path / "books" / "Books.csv").write_text("\n".join(["ISBN,Book-Title,Book-Author", *books]))
     fewer = "\n".join([f"userId,movieId,rating,timestamp,{rest}", *lines[1:]])
     (tmp_path / "ml" / "other.csv").write_text(fewer)
 

@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 from places import SHARED
 
+from alro_fast.data.sources.columns import Columns
 from alro_fast.data.sources.interactions import read_interactions, sorted_ids
-from alro_fast.data.sources.readers import Columns
 from alro_fast.errors import AlroFastError
 
 HEADER = "user_id,item_id,rating,timestamp\n"

@@ -10,9 +10,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from alro_fast.data.sources import readers
+from alro_fast.data.sources import files
+from alro_fast.data.sources.columns import Columns
 from alro_fast.data.sources.interactions import locate, read_interactions
-from alro_fast.data.sources.readers import ML100K_GENRES, Columns
+from alro_fast.data.sources.readers import ML100K_GENRES
 from alro_fast.errors import AlroFastError
 
 
@@ -117,7 +118,7 @@ def amazon_folder(tmp_path, edition: str, reviews: list[dict], metadata: list[st
 
 @pytest.mark.parametrize("edition", REVIEWS)
 def test_amazon(tmp_path, edition, monkeypatch):
-    monkeypatch.setattr(readers, "BLOCK_BYTES", 50)  # lines and blocks do not end together
+    monkeypatch.setattr(files, "BLOCK_BYTES", 50)  # lines and blocks do not end together
     user, item, rating, time = {
         "amazon-2023": ("user_id", "parent_asin", "rating", "timestamp"),
     }.get(edition, ("reviewerID", "asin", "overall", "unixReviewTime"))
@@ -185,7 +186,9 @@ def test_amazon_needs_one_review_and_one_metadata_file(tmp_path):
         locate("amazon-2018", tmp_path)
     for name in ("Music.json.gz", "Books.json.gz", "meta_Music.json.gz"):
         (tmp_path / name).touch()
-    with pytest.raises(AlroFastError, match=r"holds 2 review files of JSON lines \(Books.json.gz, Music.json.gz\)"):
+    with pytest.raises(
+        AlroFastError, match=r"holds 2 review files of JSON lines or CSV \(Books.json.gz, Music.json.gz\)"
+    ):
         locate("amazon-2018", tmp_path)
     found = locate("amazon-2018", tmp_path, ratings_file=tmp_path / "Books.json.gz")
     assert [path.name for path in found] == ["Books.json.gz", "meta_Music.json.gz"]

@@ -229,7 +229,7 @@ def test_few_items_left_and_more_candidates_than_there_are():
         assert len(items) == len(set(items)) <= 20
 
 
-@pytest.mark.parametrize("retriever", ["als", "bpr", "item-bm25", "popularity", "sasrec"])
+@pytest.mark.parametrize("retriever", ["als", "bpr", "item-bm25", "popularity", "sasrec", "lightgcn"])
 def test_tiny_data_make_sound_lists_or_say_what_is_missing(retriever):
     generator = np.random.default_rng(0)
     fine = 0
@@ -241,7 +241,7 @@ def test_tiny_data_make_sound_lists_or_say_what_is_missing(retriever):
             for i in range(items)
             if i == 0 or generator.random() < share
         ]
-        small = {"iterations": 2, "factors": 4} if retriever in ("als", "bpr", "sasrec") else {}
+        small = {"iterations": 2, "factors": 4} if retriever in ("als", "bpr", "sasrec", "lightgcn") else {}
         options = HintOptions(
             retriever=retriever, num_candidates=int(generator.integers(2, 12)), num_samples=5, folds=2,
             min_likes=int(generator.integers(2, 4)), seed=seed, of_retriever=RetrieverOptions(**small),

@@ -166,7 +166,7 @@ def test_metrics_by_hand():
         (
             "popularity",
             {"factors": 5},
-            "--factors is no option of retriever popularity .it is read by als, bpr, sasrec.",
+            "--factors is no option of retriever popularity .it is read by als, bpr, sasrec, lightgcn.",
         ),
         ("bpr", {"factors": 0}, "--factors 0; expected a number above 0"),
         ("als", {"regularization": -1.0}, "--regularization -1; expected a number above 0"),

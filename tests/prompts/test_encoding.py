@@ -35,7 +35,7 @@ def encode(kind, identifiers, text):
     return tokenizer(text, add_special_tokens=tokenizer.chat_template is None).input_ids
 
 
-@pytest.mark.parametrize("template", ["movies", "music", "products"])
+@pytest.mark.parametrize("template", ["books", "movies", "music", "products"])
 @pytest.mark.parametrize("identifiers", ["letters", "items"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_the_tokenizers_ids_of_the_whole_text(kind, identifiers, template):

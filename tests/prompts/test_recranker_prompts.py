@@ -231,7 +231,7 @@ def test_mistakes_in_a_template_are_named(old, new, said):
 
 
 def test_a_template_that_is_none(tmp_path):
-    with pytest.raises(AlroFastError, match="expected one of compact, movies, products"):
+    with pytest.raises(AlroFastError, match="expected one of books, compact, movies, products"):
         RecRankerPrompts(TOKENIZER, "film")
     for text, said in (("[1, 2]", "not a prompt template of the three tasks"), ("a: [", "not valid YAML")):
         (tmp_path / "some.yaml").write_text(text)

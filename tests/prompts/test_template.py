@@ -14,7 +14,7 @@ from alro_fast.prompts.template import TEMPLATES
 
 
 def test_ready_templates_are_named_where_one_is_missing():
-    assert set(ready_templates()) >= {"movies", "music", "products"}
+    assert set(ready_templates()) >= {"books", "movies", "music", "products"}
     with pytest.raises(
         AlroFastError, match=r"no prompt template 'films': expected one of .*movies, music, products, or"
     ):

@@ -7,7 +7,6 @@ lists are functions of the training ratings of likes.py alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -61,7 +60,7 @@ class Hinted(NamedTuple):
 def prepare_hinted(files: FileOptions, options: HintOptions) -> tuple[Hinted, Stages]:
     """Download if need be, read, `build_hinted`, write; a line for every stage. Returns the stages' printer too."""
     need_libraries()
-    recorded = asdict(options) | files.recorded
+    recorded = options.recorded | files.recorded
     check_output(files, recorded)
     stage = Stages()
     interactions = read_files(files, stage)

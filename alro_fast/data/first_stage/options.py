@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from ...errors import AlroFastError
 from .likes import MIN_LIKES
@@ -33,3 +34,11 @@ class HintOptions:
         if not self.dislike < self.like:
             raise AlroFastError(f"--dislike {self.dislike:g} is not below --like {self.like:g}")
         resolve(self.retriever, self.of_retriever)
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What the manifest says of these options; a retriever's `layers` where given: older ones do not have it."""
+        known = asdict(self)
+        if self.of_retriever.layers is None:
+            del known["of_retriever"]["layers"]
+        return known

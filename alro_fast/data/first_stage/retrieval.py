@@ -1,8 +1,9 @@
 """The first stage: retrievers fitted on training likes, candidates in their order, and how good that order is.
 
 Kept implementations do the work: implicit (Hu, Koren and Volinsky 2008: als; Rendle et al. 2009: bpr; item-item
-neighbours by cosine and BM25); the sequential one is sasrec.py. A retriever scores the items somebody likes in training
-("known" items); the others can never be retrieved. A user without a training like gets the known items by popularity.
+neighbours by cosine and BM25); the sequential one is sasrec.py, the one on the graph of likes lightgcn.py. A retriever
+scores the items somebody likes in training ("known" items); the others can never be retrieved. A user without a
+training like gets the known items by popularity.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ EXTRA = "pip install 'alro-fast[recranker]'"
 class RetrieverOptions:
     """Sizes and rates of a retriever; None: its own default (DEFAULTS). Options it does not have must stay None."""
 
-    factors: int | None = None  # als, bpr, sasrec: size of the embeddings
-    iterations: int | None = None  # als, bpr, sasrec: passes over the likes
-    regularization: float | None = None  # als, bpr: weight of the squared norm
+    factors: int | None = None  # als, bpr, sasrec, lightgcn: size of the embeddings
+    iterations: int | None = None  # als, bpr, sasrec, lightgcn: passes over the likes
+    regularization: float | None = None  # als, bpr, lightgcn: weight of the squared norm
     alpha: float | None = None  # als: confidence of a like, 1 for everything else
-    learning_rate: float | None = None  # bpr, sasrec
+    learning_rate: float | None = None  # bpr, sasrec, lightgcn
     neighbours: int | None = None  # item-knn, item-bm25: kept per item
+    layers: int | None = None  # lightgcn: neighbourhoods of neighbourhoods
 
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -46,6 +48,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "item-bm25": {"neighbours": 50},
     "popularity": {},
     "sasrec": {"factors": 64, "iterations": 25, "learning_rate": 0.002},
+    "lightgcn": {"factors": 64, "iterations": 120, "regularization": 1e-4, "learning_rate": 0.02, "layers": 2},
 }
 RETRIEVERS = tuple(DEFAULTS)
 
@@ -194,6 +197,11 @@ def _factors(
         from .sasrec import train_sasrec
 
         users, items = train_sasrec(np.split(column, likes.indptr[1:-1]), likes.shape[1], **options, seed=seed)
+    elif name == "lightgcn":
+        from .lightgcn import train_lightgcn
+
+        user, item = (part.astype(np.int64) for part in likes.nonzero())
+        users, items = train_lightgcn(user, item, likes.shape, **options, seed=seed)
     else:
         from implicit.cpu.als import AlternatingLeastSquares
         from implicit.cpu.bpr import BayesianPersonalizedRanking

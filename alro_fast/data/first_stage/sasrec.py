@@ -8,13 +8,14 @@ validation targets of ml-latest-small.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from .seeded import seeded
 
 LENGTH, BLOCKS, HEADS, DROPOUT = 50, 1, 2, 0.4
 BATCH, NEGATIVES = 16, 512
@@ -49,8 +50,7 @@ def train_sasrec(
 
     sequences: per user, item numbers 0 .. items - 1 in time order; iterations: passes over the sequences.
     """
-    with torch.random.fork_rng(devices=[]), _one_thread():
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = SelfAttentiveRecommender(items, factors)
         windows = torch.from_numpy(_windows(sequences))
         optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
@@ -79,17 +79,6 @@ def _loss(model: SelfAttentiveRecommender, window: Tensor, items: int) -> Tensor
     positive = (hidden * model.item(wanted)).sum(1, keepdim=True)
     others = (hidden @ model.item(negatives).T).masked_fill(wanted[:, None] == negatives, -torch.inf)
     return functional.cross_entropy(torch.cat([positive, others], 1), torch.zeros(len(wanted), dtype=torch.long))
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """The same seed gives the same numbers: sums do not depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _windows(sequences: Sequence[np.ndarray]) -> np.ndarray:

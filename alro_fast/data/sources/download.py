@@ -71,6 +71,11 @@ LICENCES = {
             "amazon-2023": "https://amazon-reviews-2023.github.io/",
         }.items()
     },
+    "book-crossing": Licence(
+        "none found (the site of its publisher, Cai-Nicolas Ziegler, is gone)",
+        "https://doi.org/10.1145/1060745.1060754",
+        "cite the paper (Ziegler et al. 2005)",
+    ),
 }
 
 
@@ -132,7 +137,7 @@ def download(
     or what it sends is not the published archive.
     """
     if dataset not in archives:
-        where = f"; get the files from {LICENCES[dataset].url}" if dataset in LICENCES else ""
+        where = f"; get the files yourself (see {LICENCES[dataset].url})" if dataset in LICENCES else ""
         raise AlroFastError(f"{dataset} has no published checksum, so it is not downloaded{where} and pass --raw_dir")
     archive, licence = archives[dataset], LICENCES[dataset]
     if all((folder / Path(member).name).is_file() for member in archive.members):

@@ -7,21 +7,16 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
 
 from ...errors import AlroFastError
-from .readers import (
-    AMAZON_COLUMNS,
-    FOLDERS,
-    Columns,
-    RawData,
-    polars_errors,
-    read_amazon,
-    read_table,
-)
+from .amazon import AMAZON_COLUMNS, read_amazon
+from .columns import Columns, RawData
+from .files import polars_errors
+from .readers import FOLDERS, read_table
 
 MOVIELENS = {  # official counts of ratings, users and movies
     "ml-100k": (100_000, 943, 1_682),
@@ -32,6 +27,7 @@ MOVIELENS = {  # official counts of ratings, users and movies
     "ml-32m": (32_000_204, 200_948, 87_585),
 }
 TABLES = ("csv", "parquet")
+AMAZON_FILES = (".json", ".jsonl", ".csv")  # and each with .gz
 DATASETS = (*FOLDERS, *AMAZON_COLUMNS, *TABLES)
 
 
@@ -51,7 +47,7 @@ class Interactions:
     items: pl.DataFrame
     sources: tuple[dict, ...]  # name, bytes, sha256 of every file read
     time_unit: str
-    counts: dict[str, int]  # what reading found and dropped
+    counts: dict[str, Any]  # what reading found and dropped; k_core.py puts its own beside them
 
 
 def read_interactions(
@@ -88,6 +84,10 @@ def read_interactions(
         raw = _read(dataset, ratings, items, columns, separator, Path(work))
         table, user_ids, item_ids, counts = _encode(raw, ratings)
     counts["items"] = raw.items.height
+    for name, number, why in raw.left_out:
+        counts[name] = number
+        if number:
+            notice(f"{number:,} {why}")
     if dataset in MOVIELENS:
         _check_counts(dataset, (counts["ratings"], counts["users"], counts["items"]), allow_altered, notice)
     table = _one_rating_per_item(table, ratings, user_ids, item_ids, duplicates, counts, notice)
@@ -140,20 +140,22 @@ def locate(
     folder = Path(raw_dir)
     _need(folder.is_dir(), f"--raw_dir {folder} is not a folder")
     if dataset in AMAZON_COLUMNS:
-        names = sorted(
-            p.name for p in folder.iterdir() if p.name.endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz"))
-        )
+        names = sorted(p.name for p in folder.iterdir() if p.name.removesuffix(".gz").endswith(AMAZON_FILES))
         found = [[n for n in names if n.startswith("meta_") == is_meta] for is_meta in (False, True)]
-        for what, flag, some, path in zip(("review", "metadata (meta_*)"), ("ratings", "items"), found, given):
+        whats = ("review files of JSON lines or CSV", "metadata (meta_*) files of JSON lines")
+        for what, flag, some, path in zip(whats, ("ratings", "items"), found, given):
             _need(
                 path or len(some) == 1,
-                f"--raw_dir {folder} holds {len(some)} {what} files of JSON lines "
+                f"--raw_dir {folder} holds {len(some)} {what} "
                 f"({', '.join(some) or 'none'}); one is expected: choose with --{flag}_file PATH",
             )
         return ratings or folder / found[0][0], items or folder / found[1][0]
-    wanted = FOLDERS[dataset][:2]
+    known = FOLDERS[dataset]
+    wanted = known.ratings, known.items
     if not (folder / wanted[0]).is_file() and (folder / dataset / wanted[0]).is_file():
         folder = folder / dataset
+    if known.renamed and not any((folder / name).is_file() for name in wanted):
+        wanted = known.renamed if any((folder / name).is_file() for name in known.renamed) else wanted
     missing = [n for n, path in zip(wanted, given) if not path and not (folder / n).is_file()]
     held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
     _need(not missing, f"--raw_dir {folder} lacks {' and '.join(missing)} of {dataset} (it holds: {held})")
