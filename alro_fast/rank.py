@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from .cli import OneLineParser, run
-from .ranking.documents import answer, catalogue, check_top_k, numbered, parse_list, read_documents
+from .ranking.documents import answer, catalogue, check_top_k, keys_of, numbered, parse_list, read_documents
+from .ranking.fusion import Fusion, check_signals
 from .ranking.options import add_model_options, add_ranking_options, check_model_options, settled_options
 
 
@@ -32,6 +33,10 @@ def main(argv: Sequence[str]) -> None:
     lists = [parse_list(document, number) for number, document in enumerate(documents, start=1)]
     check_model_options(options)
     how = settled_options(options)
+    fusion = Fusion.load(options.adapter) if options.fuse else None
+    if fusion is not None:
+        for number, document in enumerate(documents, start=1):
+            check_signals(fusion, keys_of(document), f"list {number}")
     from .ranking.ranker import Ranker, check_device  # torch takes seconds to import: not before the input is good
 
     check_device(options.device)
@@ -49,7 +54,9 @@ def main(argv: Sequence[str]) -> None:
     long = sum(len(entry.candidates) > most for entry in lists)
     if long and how.method not in ("pointwise", "pairwise"):
         print(f"{long} lists have more than {most} candidates: ranked by sliding windows of {most}", file=sys.stderr)
-    for document, ranking in zip(documents, ranker.stream(lists, **asdict(how)), strict=True):
+    for document, entry, ranking in zip(documents, lists, ranker.stream(lists, **asdict(how)), strict=True):
+        if fusion is not None:
+            ranking = fusion.rank(entry, ranking)
         print(json.dumps(answer(document, ranking, options.top_k), ensure_ascii=False), flush=True)
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -71,6 +71,14 @@ class Results:
         one, two = self.per_list[first][metric], self.per_list[second][metric]
         return metrics.compare(one, two, self.users, resamples=self.bootstrap or 1000)
 
+    def told(self, first: str, second: str, metric: str, over: str = "") -> str:
+        """The paired difference in words; over: what the metric is a mean over, where it must be said."""
+        change = self.compare(first, second, metric)
+        return (
+            f"{first} - {LABELS.get(second, second)}, {metric.upper()}{over}: {change.difference:+.4f} "
+            f"[{change.low:+.4f}, {change.high:+.4f}], p = {change.p_value:.2g} (paired over users, sign flips)"
+        )
+
     def noting(self, **conventions: str) -> Self:
         """The same with more conventions."""
         return replace(self, conventions=self.conventions | conventions)
@@ -93,14 +101,9 @@ class Results:
             lines.append(row.rstrip())
         lines.append("")
         metric = f"ndcg@{3 if 3 in self.cutoffs else self.cutoffs[-1]}"
-        mine = judged(self.per_list)
-        for other in ("untuned", *BASELINES):
-            if {mine, other} <= self.per_list.keys() and other != mine and ranked:
-                change = self.compare(mine, other, metric)
-                lines.append(
-                    f"{mine} - {LABELS.get(other, other)}, {metric.upper()}: {change.difference:+.4f} "
-                    f"[{change.low:+.4f}, {change.high:+.4f}], p = {change.p_value:.2g} (paired over users, sign flips)"
-                )
+        for first, second in contests(self.per_list) if ranked else ():
+            if second in ("untuned", "tuned", *BASELINES):
+                lines.append(self.told(first, second, metric))
         lines += [
             f"order sensitivity of {name}: mean Kendall tau {tau:.3f} between presentations (1: order never matters)"
             for name, tau in self.sensitivity.items()
@@ -135,15 +138,12 @@ class Results:
         return document
 
     def _comparisons(self) -> list[dict[str, Any]]:
-        """The tuned ranker (a base alone: the untuned one) against every other, paired on the same lists."""
-        mine = judged(self.per_list)
-        if mine not in self.per_list or self.lists == self.all_equal:
-            return []
+        """Of all contests, paired on the same lists."""
         made = []
-        for other in self.per_list:
-            for metric in (f"ndcg@{k}" for k in self.cutoffs if other != mine):
-                change = {name: plain(value) for name, value in self.compare(mine, other, metric)._asdict().items()}
-                made.append({"first": mine, "second": other, "metric": metric, **change})
+        for first, second in contests(self.per_list) if self.lists > self.all_equal else ():
+            for metric in (f"ndcg@{k}" for k in self.cutoffs):
+                change = {name: plain(value) for name, value in self.compare(first, second, metric)._asdict().items()}
+                made.append({"first": first, "second": second, "metric": metric, **change})
         return made
 
     def save(self, folder: str | Path) -> Path:
@@ -279,12 +279,20 @@ def _check_shape(name: str, scores: Scores, lists: Sequence[RankingList]) -> Non
             )
 
 
-_ROWS = ("random", *BASELINES, "untuned", "generate", "pointwise", "pairwise", "listwise", "tuned")
+_ROWS = ("random", *BASELINES, "untuned", "generate", "pointwise", "pairwise", "listwise", "tuned", "fused")
 
 
 def judged(rankers: Container[str]) -> str:
     """The ranker that a measurement is about: the tuned model, or a base alone."""
     return "tuned" if "tuned" in rankers else "untuned"
+
+
+def contests(rankers: Collection[str]) -> list[tuple[str, str]]:
+    """Which rankers are compared: the judged one with every other, then `fused`, where there is one."""
+    mine = judged(rankers)
+    rows = sorted(rankers, key=row_of) if mine in rankers else []
+    pairs = [(mine, other) for other in rows if other not in (mine, "fused")]
+    return pairs + [("fused", other) for other in rows if other != "fused" and "fused" in rows]
 
 
 def row_of(name: str) -> tuple[int, str]:

@@ -22,6 +22,7 @@ from .results import (
     LABELS,
     Results,
     Scores,
+    contests,
     evaluate_lists,
     judged,
     plain,
@@ -82,14 +83,9 @@ class TargetResults(Results):
             + _cell(1.0 if held else math.nan) * len(SHOWN)
         ]
         lines.append("")
-        mine = judged(self.per_list)
-        for other in ("untuned", *BASELINES):
-            if {mine, other} <= self.per_list.keys() and other != mine:
-                change = self.compare(mine, other, "ndcg@5")
-                lines.append(
-                    f"{mine} - {LABELS.get(other, other)}, NDCG@5 over all users: {change.difference:+.4f} "
-                    f"[{change.low:+.4f}, {change.high:+.4f}], p = {change.p_value:.2g} (paired over users, sign flips)"
-                )
+        for first, second in contests(self.per_list):
+            if second in ("untuned", "tuned", *BASELINES):
+                lines.append(self.told(first, second, "ndcg@5", " over all users"))
         lines += [f"{name}: {convention}" for name, convention in self.conventions.items()]
         return "\n".join(lines)
 
