@@ -22,6 +22,7 @@ import yaml
 from .errors import AlroFastError
 from .studies.figures import figures
 from .studies.plan import PlannedRun, Study, parse_seeds, plan, read_study, study_names
+from .studies.report import write_study_report
 from .studies.runs import PLAN, check_folder, commands_of, execute
 from .studies.table import table, to_markdown, write
 
@@ -53,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
     if measured:
         paths = write(study, measured)
         print(f"\n{to_markdown(study, measured)}\nwritten to {study.folder}: {', '.join(path.name for path in paths)}")
+        print(f"report: {write_study_report(study.folder)}")
     if failed:
         print(f"{len(failed)} of {len(study.runs)} runs failed: {'; '.join(each.title for each in failed)}")
         raise SystemExit(1)

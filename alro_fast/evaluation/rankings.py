@@ -99,7 +99,7 @@ def evaluate_rankings(options: argparse.Namespace, how: RankingOptions) -> None:
         sensitivity={name: order_sensitivity(each) for name, each in rankings.items()} if options.shuffles > 1 else {},
         about=notes,
     ).noting(rankings=how.described(), **({} if fusion is None else {"fused": fusion.described()}))
-    results = save_measurement(folder, results, lists, rankings, targets=targets)
+    results = save_measurement(folder, results, lists, rankings, targets=targets, prepared=prepared)
     print(results.table())
     if options.generate:
         wrong = "were no permutation of their candidates" if ranker.answer == "ranking" else "could not be read in full"

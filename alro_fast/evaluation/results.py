@@ -50,6 +50,12 @@ class Results:
     bootstrap: int = 1000  # resamples behind an interval; 0: none
     about: dict[str, Any] = field(default_factory=dict)  # what else results.json should say of the measurement
     sensitivity: dict[str, float] = field(default_factory=dict)  # ranker -> mean Kendall tau between presentations
+    repeated: dict[str, float] = field(default_factory=dict)  # ranker -> mean Kendall tau with the order shown
+
+    @property
+    def headline(self) -> str:
+        """The metric that a comparison in one number is made by: NDCG@3, where 3 is a cutoff."""
+        return f"ndcg@{3 if 3 in self.cutoffs else self.cutoffs[-1]}"
 
     def mean(self, ranker: str, metric: str) -> float:
         """Mean over the ranked lists; NaN when there are none."""
@@ -100,16 +106,24 @@ class Results:
                 row += f"{self.lists / max(self.seconds[ranker], 1e-9):>9.1f}"
             lines.append(row.rstrip())
         lines.append("")
-        metric = f"ndcg@{3 if 3 in self.cutoffs else self.cutoffs[-1]}"
         for first, second in contests(self.per_list) if ranked else ():
             if second in ("untuned", "tuned", *BASELINES):
-                lines.append(self.told(first, second, metric))
+                lines.append(self.told(first, second, self.headline))
         lines += [
             f"order sensitivity of {name}: mean Kendall tau {tau:.3f} between presentations (1: order never matters)"
             for name, tau in self.sensitivity.items()
         ]
+        lines += self.repeating()
         lines += [f"{name}: {convention}" for name, convention in self.conventions.items()]
         return "\n".join(lines)
+
+    def repeating(self) -> list[str]:
+        """Lines that say how far each ranker repeats the order shown."""
+        return [
+            f"order shown and order of {name}: mean Kendall tau {tau:+.3f} (1: it repeats what it is shown)"
+            for name, tau in self.repeated.items()
+            if name in ("untuned", "tuned", "fused")
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """{"tuned": {"ndcg@3": mean, "ndcg@3_interval": [low, high], ...}, ..., "about": counts and conventions}."""
@@ -124,6 +138,8 @@ class Results:
                 entry["lists_per_second"] = plain(self.lists / max(self.seconds[ranker], 1e-9))
             if ranker in self.sensitivity:
                 entry["order_kendall_tau"] = plain(self.sensitivity[ranker])
+            if ranker in self.repeated:
+                entry["shown_kendall_tau"] = plain(self.repeated[ranker])
             document[ranker] = entry
         document["about"] = {
             "split": self.split,

@@ -17,6 +17,7 @@ import numpy as np
 
 from . import metrics
 from .baselines import first_stage_scores
+from .breakdown import breakdown, repeated_order
 from .results import (
     BASELINES,
     LABELS,
@@ -86,6 +87,7 @@ class TargetResults(Results):
         for first, second in contests(self.per_list):
             if second in ("untuned", "tuned", *BASELINES):
                 lines.append(self.told(first, second, "ndcg@5", " over all users"))
+        lines += self.repeating()
         lines += [f"{name}: {convention}" for name, convention in self.conventions.items()]
         return "\n".join(lines)
 
@@ -122,9 +124,10 @@ def save_measurement(
     rankings: Mapping[str, Sequence[Ranking]],
     *,
     targets: bool,
+    prepared: PreparedData | None = None,
 ) -> Results:
     """Write results.json, predictions.jsonl and the TREC files of `tuned` (of a base alone: `untuned`); the results,
-    which say what the latter hold.
+    with what breakdown.py finds, and what the TREC files hold.
 
     TREC files of lists with targets: 1 for the target and 0 for the others; a list without its target has no lines.
     """
@@ -138,7 +141,11 @@ def save_measurement(
     else:
         scale = "ratings" if factor == 1 else f"ratings x {factor}, as qrels.trec holds whole numbers,"
         held = f"{scale} of the rated candidates of lists that have something to rank"
-    results = results.noting(trec=held)
+    results = replace(
+        results.noting(trec=held),
+        repeated={name: repeated_order(each) for name, each in rankings.items()},
+        about=results.about | {"breakdown": breakdown(results, lists, prepared, targets)},
+    )
     results.save(folder)
     return results
 

@@ -287,7 +287,7 @@ class Run:
             results = evaluate_rankers(test, scores, targets=targets, prepared=self.prepared)
             results = results.noting(rankings=self.ranker.described())
             results = results if fusion is None else results.noting(fused=fusion.described())
-            results = save_measurement(self.folder, results, test, rankings, targets=targets)
+            results = save_measurement(self.folder, results, test, rankings, targets=targets, prepared=self.prepared)
             print(f"\n{results.table()}\n")
             print(report_line(self.folder))
         print(f"{time.perf_counter() - started:.0f} s; everything is in {self.folder}")
