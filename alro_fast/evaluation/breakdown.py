@@ -71,8 +71,8 @@ def breakdown(
 def shown_rankers(means: Mapping[str, float]) -> list[str]:
     """Of rankers and their means: the judged one, fused, untuned and the best without a model."""
     plainer = [name for name in BASELINES if name in means]
-    best = max(plainer, key=lambda name: means[name], default=None)
-    wanted = (judged(means), "fused", "untuned", best)
+    best = sorted(plainer, key=lambda name: means[name])[-1:]
+    wanted = [judged(means), "fused", "untuned", *best]
     return [name for name in dict.fromkeys(wanted) if name in means]
 
 

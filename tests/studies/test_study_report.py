@@ -49,8 +49,8 @@ def test_the_page_has_every_row_and_nothing_runs_in_it(folder, capsys):
 
 
 def test_what_is_no_study_or_a_damaged_one_is_said(folder, tmp_path_factory):
+    (folder / "config.yaml").touch()
     with pytest.raises(AlroFastError, match="--run is no option of a study"):
-        (folder / "config.yaml").touch()
         report.main([str(folder), "--run", str(folder)])
     (folder / "table.json").write_text("{}")
     with pytest.raises(AlroFastError, match=r"table.json is damaged"):
