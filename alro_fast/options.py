@@ -183,6 +183,11 @@ class DataArguments:
         "LambdaMART, or SASRec for lists with one target; none: random alone.",
         ["cheap", "all", "none"],
     )
+    fuse: bool = option(
+        False,
+        "A row more in the closing table, `fused`: the model's scores and the lists' own signals in a weighted sum, "
+        "fitted on the validation lists; needs lists with signals.",
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_train_lists", "max_eval_lists", "max_test_lists"):

@@ -18,14 +18,20 @@ line on stderr, and exit status 1 in the end.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from .cli import OneLineParser, Reader, refuse_unread, run
 from .errors import AlroFastError
 from .ranking.documents import catalogue, check_top_k, document_of, parse_list
+from .ranking.fusion import Fusion
 from .ranking.options import add_model_options, add_ranking_options, check_model_options, settled_options
-from .ranking.streams import Asked, Complaints, announced, answers, begun, in_catalogue, read_lists
+from .ranking.streams import Asked, Complaints, Parse, announced, answers, begun, in_catalogue, read_lists
+
+if TYPE_CHECKING:
+    from .data.records import RankingList
+    from .ranking.orders import Ranking
 
 _WITH_LISTS = Reader("with --lists", "a file of lists", lambda options: options.lists is not None)
 PREPARED = {"split": _WITH_LISTS, "limit": _WITH_LISTS}
@@ -36,9 +42,10 @@ def main(argv: Sequence[str]) -> None:
     options = parser().parse_args(argv)
     check_top_k(options.top_k)
     complaints = Complaints(options.on_error)
-    source = begun(asked_of(options, complaints))
     check_model_options(options)
     how = asdict(settled_options(options))
+    fusion = Fusion.load(options.adapter) if options.fuse else None
+    source = begun(asked_of(options, complaints, parse_list if fusion is None else fusion.parse_list))
     from .modeling.quiet import quiet_libraries  # torch takes seconds to import: not before the input is good
     from .ranking.ranker import Ranker, check_device
 
@@ -55,16 +62,21 @@ def main(argv: Sequence[str]) -> None:
         source = in_catalogue(source, catalogue(options.adapter), complaints)
     if how["method"] not in ("pointwise", "pairwise"):
         source = announced(source, ranker.prompts.max_candidates)
-    for line in answers(source, lambda lists: ranker.stream(lists, **how), complaints, options.top_k):
+
+    def rank(lists: Sequence[RankingList]) -> Iterable[Ranking]:
+        rankings = ranker.stream(lists, **how)
+        return rankings if fusion is None else fusion.rank_all(lists, rankings)
+
+    for line in answers(source, rank, complaints, options.top_k):
         print(line, flush=True)
     complaints.settle()
 
 
-def asked_of(options: argparse.Namespace, complaints: Complaints) -> Iterator[Asked]:
+def asked_of(options: argparse.Namespace, complaints: Complaints, parse: Parse) -> Iterator[Asked]:
     """What is to be ranked: a file's lists, or those of a prepared folder."""
     refuse_unread(options.given, PREPARED, options)
     if options.lists is None:
-        return read_lists(options.file, complaints)
+        return read_lists(options.file, complaints, parse)
     if options.file != "-":
         raise AlroFastError(f"both a file, {options.file}, and --lists {options.lists} are given; leave one out")
     if options.limit is not None and options.limit < 1:
@@ -77,7 +89,7 @@ def asked_of(options: argparse.Namespace, complaints: Complaints) -> Iterator[As
     if not len(lists):
         raise AlroFastError(f"{options.lists} holds no {options.split} lists; choose another --split")
     wanted = (lists[i] for i in range(min(options.limit or len(lists), len(lists))))
-    return (Asked(document, parse_list(document, n)) for n, document in enumerate(map(document_of, wanted), start=1))
+    return (Asked(document, parse(document, n)) for n, document in enumerate(map(document_of, wanted), start=1))
 
 
 def parser() -> OneLineParser:

@@ -1,4 +1,4 @@
-"""A grid of options x seeds over training runs, and one table of paired differences.
+"""A grid of options x seeds over training runs, or a search among them, and one table of paired differences.
 
 `python -m alro_fast.study FILE_OR_NAME [--set option=value ...] [--seeds 0-4]` checks every run before the first one
 begins, runs each in a process and a folder of its own, and writes table.md, table.json, table.csv and differences.png.
@@ -20,9 +20,11 @@ from typing import Any
 import yaml
 
 from .errors import AlroFastError
-from .studies.figures import figures
-from .studies.plan import PlannedRun, Study, parse_seeds, plan, read_study, study_names
+from .studies.plan import parse_seeds, plan, read_study, study_names
+from .studies.progress import Progress
+from .studies.report import write_study_report
 from .studies.runs import PLAN, check_folder, commands_of, execute
+from .studies.search import search
 from .studies.table import table, to_markdown, write
 
 
@@ -31,12 +33,15 @@ def main(argv: Sequence[str]) -> None:
     options = parser().parse_args(argv)
     if options.processes < 1:
         raise AlroFastError(f"--processes is at least 1; given {options.processes}")
-    study = plan(
-        read_study(options.study),
-        changes=changes(options.set),
-        seeds=None if options.seeds is None else parse_seeds(options.seeds),
-        output_dir=options.output_dir,
-    )
+    given: dict[str, Any] = {
+        "changes": changes(options.set),
+        "seeds": None if options.seeds is None else parse_seeds(options.seeds),
+        "output_dir": options.output_dir,
+    }
+    document = search(read_study(options.study), given, options.processes, options.dry_run)
+    if document is None:
+        return
+    study = plan(document, **given)
     check_folder(study)
     waiting = [each for each in study.runs if commands_of(study, each)]
     print(f"{study.name}: {len(study.variants)} variants x {len(study.seeds)} seeds in {study.folder}")
@@ -53,27 +58,10 @@ def main(argv: Sequence[str]) -> None:
     if measured:
         paths = write(study, measured)
         print(f"\n{to_markdown(study, measured)}\nwritten to {study.folder}: {', '.join(path.name for path in paths)}")
+        print(f"report: {write_study_report(study.folder)}")
     if failed:
         print(f"{len(failed)} of {len(study.runs)} runs failed: {'; '.join(each.title for each in failed)}")
         raise SystemExit(1)
-
-
-class Progress:
-    """A line for every run that ends."""
-
-    def __init__(self, study: Study, waiting: int, processes: int) -> None:
-        self.study, self.waiting, self.processes = study, waiting, processes
-        self.ended, self.spent = 0, 0.0
-
-    def __call__(self, run: PlannedRun, seconds: float, complaint: str | None) -> None:
-        self.ended, self.spent = self.ended + 1, self.spent + seconds
-        left = (self.waiting - self.ended) * self.spent / self.ended / self.processes
-        if complaint is not None:
-            told = f"failed: {complaint} ({run.log})"
-        else:
-            means = (f"{measure} {each.mean:.4f}" for measure, each in figures(self.study, run).items())
-            told = f"{', '.join(means)}, {seconds:.0f} s"
-        print(f"[{self.ended}/{self.waiting}] {run.title}: {told}; about {left / 60:.1f} minutes left", flush=True)
 
 
 def changes(words: Sequence[str]) -> dict[str, Any]:

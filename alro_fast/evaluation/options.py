@@ -28,7 +28,7 @@ class Measured(NamedTuple):
 
 OF_RANKINGS = Reader("where rankings are measured", "a measurement of preferences", lambda what: what.rankings)
 LISTS_READ = {
-    **dict.fromkeys(("method", *READERS, "gain", "baselines", "generate"), OF_RANKINGS),
+    **dict.fromkeys(("method", *READERS, "fuse", "gain", "baselines", "generate"), OF_RANKINGS),
     "split": Reader("with --lists", "--preferences", lambda what: what.lists),
 }
 ANSWERS_READ = {

@@ -30,6 +30,7 @@ COLOURS = {
     "generate": "#d45087",
     "untuned": "#5b8fd0",
     "tuned": "#1a9850",
+    "fused": "#0b5d33",
     "oracle": "#333333",
     "hints": "#bcbd22",
     "pointwise": "#17a2b8",

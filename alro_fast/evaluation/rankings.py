@@ -19,6 +19,7 @@ from ..cli import Reader, refuse_unread
 from ..data.lists import PreparedData, open_prepared
 from ..data.records import RankingList
 from ..errors import AlroFastError
+from ..ranking.fusion import Fusion, check_signals
 from ..ranking.generation import generate_and_parse
 from ..ranking.options import TASK_METHODS, RankingOptions
 from ..ranking.orders import Ranking
@@ -41,6 +42,9 @@ def evaluate_rankings(options: argparse.Namespace, how: RankingOptions) -> None:
         raise AlroFastError(f"{options.lists} holds no {options.split} lists; choose another --split")
     targets = has_targets(prepared, options.split)
     refuse_unread(options.given, {"gain": GRADED}, targets)
+    fusion = Fusion.load(options.adapter) if options.fuse else None
+    if fusion is not None:
+        check_signals(fusion, split.signals, f"{options.lists}, split {options.split},")
     lists = [split[i] for i in range(min(options.limit or len(split), len(split)))]
     if options.adapter is None:
         ranker = zero_shot_ranker(options, prepared)
@@ -67,6 +71,8 @@ def evaluate_rankings(options: argparse.Namespace, how: RankingOptions) -> None:
             rankings[task], seconds[task] = timed(ranker, lists, dataclasses.replace(how, method=task))
     judged = "untuned" if options.adapter is None else "tuned"
     rankings[judged], seconds[judged] = timed(ranker, lists, how)
+    if fusion is not None:
+        rankings["fused"] = fusion.rank_all(lists, rankings[judged])
     scores = {name: [ranking.scores for ranking in each] for name, each in rankings.items()}
     notes = {"device": str(ranker.device), "peak_memory_gib": peak_memory(ranker.device) / 2**30}
     if options.generate:
@@ -92,8 +98,8 @@ def evaluate_rankings(options: argparse.Namespace, how: RankingOptions) -> None:
         seconds=seconds,
         sensitivity={name: order_sensitivity(each) for name, each in rankings.items()} if options.shuffles > 1 else {},
         about=notes,
-    ).noting(rankings=how.described())
-    results = save_measurement(folder, results, lists, rankings, targets=targets)
+    ).noting(rankings=how.described(), **({} if fusion is None else {"fused": fusion.described()}))
+    results = save_measurement(folder, results, lists, rankings, targets=targets, prepared=prepared)
     print(results.table())
     if options.generate:
         wrong = "were no permutation of their candidates" if ranker.answer == "ranking" else "could not be read in full"

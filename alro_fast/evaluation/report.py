@@ -1,4 +1,4 @@
-"""report.html and its plots, from the files of a run: what the page shows is gathered here, report.html.jinja shows it.
+"""report.html and its plots, from the files of a run: what the page shows is gathered here, pages/ shows it.
 
 One self-contained page: no script, no outside request, titles escaped. Reads results.json and predictions.jsonl and,
 where they are, trainer_state.json and config.yaml; a section without its data is left out.
@@ -44,7 +44,7 @@ def write_report(folder: str | Path, run_folder: str | Path | None = None) -> Pa
     placed, note = placed_rankers(results)
     first = next(iter(results.values()))
     page = (
-        _pages()
+        pages()
         .get_template("report.html.jinja")
         .render(
             title=f"Ranking report: {folder.resolve().name}",
@@ -60,7 +60,8 @@ def write_report(folder: str | Path, run_folder: str | Path | None = None) -> Pa
             best=best_without_a_model(results),
             comparisons=[c for c in about.get("comparisons", []) if c["metric"] in ("ndcg@3", "ndcg@10")],
             note=note,
-            order=order_sensitivity(results),
+            order=told_by(results, "order_kendall_tau"),
+            repeated=told_by(results, "shown_kendall_tau"),
             validated=only_validation(history),
             speed=speed_rows(results, history),
             examples=examples(predictions, targets="ceiling" in about),
@@ -114,9 +115,9 @@ def placed_rankers(results: dict) -> tuple[tuple[str, ...], str]:
     return ("listwise",), note
 
 
-def order_sensitivity(results: dict) -> dict[str, float]:
-    """Per ranker, the mean Kendall tau between presentations of the same list, where it was measured."""
-    found = {name: results[name].get("order_kendall_tau") for name in rankers(results)}
+def told_by(results: dict, key: str) -> dict[str, float]:
+    """A figure per ranker, of those that have it."""
+    found = {name: results[name].get(key) for name in rankers(results)}
     return {name: tau for name, tau in found.items() if tau is not None}
 
 
@@ -176,9 +177,10 @@ def _example(document: dict, grades: np.ndarray) -> dict:
     return {"list_id": document["list_id"], "columns": columns}
 
 
-def _pages() -> Environment:
+def pages() -> Environment:
+    """The templates of pages/, and the filters they use."""
     pages = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent / "pages"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=StrictUndefined,
     )  # fmt: skip
     pages.filters["label"] = lambda ranker: LABELS.get(ranker, ranker)

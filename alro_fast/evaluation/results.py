@@ -7,7 +7,7 @@ import logging
 import math
 import textwrap
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -31,6 +31,7 @@ LABELS = {
     "mean_rating": "mean rating", "shrunk_mean": "shrunk mean", "biased_mf": "biased MF", "lambdamart": "LambdaMART",
     "sasrec": "SASRec", "generate": "tuned, generate", "oracle": "best possible",
 }  # fmt: skip
+SIDES = ("above", "not told apart from", "below")
 BASELINES = (  # what needs no language model
     "popularity", "mean_rating", "shrunk_mean", "biased_mf", "sasrec", "lambdamart", "retriever", "hints",
 )  # fmt: skip
@@ -51,6 +52,12 @@ class Results:
     bootstrap: int = 1000  # resamples behind an interval; 0: none
     about: dict[str, Any] = field(default_factory=dict)  # what else results.json should say of the measurement
     sensitivity: dict[str, float] = field(default_factory=dict)  # ranker -> mean Kendall tau between presentations
+    repeated: dict[str, float] = field(default_factory=dict)  # ranker -> mean Kendall tau with the order shown
+
+    @property
+    def headline(self) -> str:
+        """The metric that a comparison in one number is made by: NDCG@3, where 3 is a cutoff."""
+        return f"ndcg@{3 if 3 in self.cutoffs else self.cutoffs[-1]}"
 
     def mean(self, ranker: str, metric: str) -> float:
         """Mean over the ranked lists; NaN when there are none."""
@@ -76,11 +83,6 @@ class Results:
         """The same with more conventions."""
         return replace(self, conventions=self.conventions | conventions)
 
-    @property
-    def judged_by(self) -> str:
-        """The metric that rankers are compared by: NDCG@3, or the deepest cutoff."""
-        return f"ndcg@{3 if 3 in self.cutoffs else self.cutoffs[-1]}"
-
     def table(self) -> str:
         """What a command prints, in 80 columns: a row per ranker, and in a sentence what the rows say. Conventions, and
         the intervals of every metric, are in results.json and in the report."""
@@ -89,20 +91,20 @@ class Results:
         header = f"{'':<15}"
         for k in self.cutoffs:
             header += f"{f'NDCG@{k}':>{8 if k < 10 else 9}}"
-            header += f"{'95 %':^14}" if f"ndcg@{k}" == self.judged_by and self.bootstrap else ""
+            header += f"{'95 %':^14}" if f"ndcg@{k}" == self.headline and self.bootstrap else ""
         lines.append(f"{header}{'difference':>11}{'p':>7}")
         for ranker in self.per_list:
             row = name_cell(ranker)
             for k in self.cutoffs:
                 row += f"{self.mean(ranker, f'ndcg@{k}'):>{8 if k < 10 else 9}.4f}"
-                row += self.interval_cell(ranker, self.judged_by) if f"ndcg@{k}" == self.judged_by else ""
-            lines.append((row + self.difference_cells(mine, ranker, self.judged_by)).rstrip())
-        lines += ["", *self.verdict(self.judged_by)]
+                row += self.interval_cell(ranker, self.headline) if f"ndcg@{k}" == self.headline else ""
+            lines.append((row + self.difference_cells(mine, ranker, self.headline)).rstrip())
+        lines += ["", *self.verdict(self.headline)]
         lines += [
             f"order sensitivity of {name}: mean Kendall tau {tau:.3f} between presentations (1: order never matters)"
             for name, tau in self.sensitivity.items()
         ]
-        lines += self.speed()
+        lines += [*self.repeating(), *self.speed()]
         return "\n".join(lines)
 
     def interval_cell(self, ranker: str, metric: str) -> str:
@@ -120,24 +122,34 @@ class Results:
         return f"{change.difference:>+11.4f}{change.p_value:>7.1g}"
 
     def verdict(self, metric: str) -> list[str]:
-        """What the rows say of the ranker they are about, in a sentence; none where there is nothing beside it."""
-        mine = judged(self.per_list)
-        others = [name for name in ("untuned", "random", *BASELINES) if name in self.per_list and name != mine]
-        if mine not in self.per_list or not others or self.lists == self.all_equal:
-            return []
-        sides: dict[str, list[str]] = {"above": [], "not told apart from": [], "below": []}
-        for other in others:
-            change = self.compare(mine, other, metric)
-            side = "not told apart from" if change.p_value >= 0.05 else "above" if change.difference > 0 else "below"
-            sides[side].append(LABELS.get(other, other))
-        told = "; ".join(f"{side} {', '.join(names)}" for side, names in sides.items() if names)
-        sentence = f"{metric.upper()}, {mine} - row, paired over users: {mine} is {told} (p < .05)"
-        return textwrap.wrap(sentence, 80, break_on_hyphens=False)
+        """What the rows say of the ranker they are about, and of `fused`, in a sentence each."""
+        told: dict[str, dict[str, list[str]]] = {}
+        for first, second in contests(self.per_list) if self.lists > self.all_equal else ():
+            if second in ("random", "untuned", "tuned", *BASELINES):
+                change = self.compare(first, second, metric)
+                side = (
+                    "not told apart from" if change.p_value >= 0.05 else "above" if change.difference > 0 else "below"
+                )
+                told.setdefault(first, {}).setdefault(side, []).append(LABELS.get(second, second))
+        lines = []
+        for first, sides in told.items():
+            parts = [f"{side} {', '.join(sides[side])}" for side in SIDES if side in sides]
+            sentence = f"{metric.upper()}, {first} - row, paired over users: {first} is {'; '.join(parts)} (p < .05)"
+            lines += textwrap.wrap(sentence, 80, break_on_hyphens=False)
+        return lines
 
     def speed(self) -> list[str]:
         """Lists per second of what was timed, in a line."""
         each = [f"{LABELS.get(name, name)} {self.lists / max(t, 1e-9):.1f}" for name, t in self.seconds.items()]
         return textwrap.wrap(f"lists/s: {', '.join(each)}", 80) if each else []
+
+    def repeating(self) -> list[str]:
+        """Lines that say how far each ranker repeats the order shown."""
+        return [
+            f"order shown and order of {name}: mean Kendall tau {tau:+.3f} (1: it repeats what it is shown)"
+            for name, tau in self.repeated.items()
+            if name in ("untuned", "tuned", "fused")
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """{"tuned": {"ndcg@3": mean, "ndcg@3_interval": [low, high], ...}, ..., "about": counts and conventions}."""
@@ -152,6 +164,8 @@ class Results:
                 entry["lists_per_second"] = plain(self.lists / max(self.seconds[ranker], 1e-9))
             if ranker in self.sensitivity:
                 entry["order_kendall_tau"] = plain(self.sensitivity[ranker])
+            if ranker in self.repeated:
+                entry["shown_kendall_tau"] = plain(self.repeated[ranker])
             document[ranker] = entry
         document["about"] = {
             "split": self.split,
@@ -166,15 +180,12 @@ class Results:
         return document
 
     def _comparisons(self) -> list[dict[str, Any]]:
-        """The tuned ranker (a base alone: the untuned one) against every other, paired on the same lists."""
-        mine = judged(self.per_list)
-        if mine not in self.per_list or self.lists == self.all_equal:
-            return []
+        """Of all contests, paired on the same lists."""
         made = []
-        for other in self.per_list:
-            for metric in (f"ndcg@{k}" for k in self.cutoffs if other != mine):
-                change = {name: plain(value) for name, value in self.compare(mine, other, metric)._asdict().items()}
-                made.append({"first": mine, "second": other, "metric": metric, **change})
+        for first, second in contests(self.per_list) if self.lists > self.all_equal else ():
+            for metric in (f"ndcg@{k}" for k in self.cutoffs):
+                change = {name: plain(value) for name, value in self.compare(first, second, metric)._asdict().items()}
+                made.append({"first": first, "second": second, "metric": metric, **change})
         return made
 
     def save(self, folder: str | Path) -> Path:
@@ -310,12 +321,20 @@ def _check_shape(name: str, scores: Scores, lists: Sequence[RankingList]) -> Non
             )
 
 
-_ROWS = ("random", *BASELINES, "untuned", "generate", "pointwise", "pairwise", "listwise", "tuned")
+_ROWS = ("random", *BASELINES, "untuned", "generate", "pointwise", "pairwise", "listwise", "tuned", "fused")
 
 
 def judged(rankers: Container[str]) -> str:
     """The ranker that a measurement is about: the tuned model, or a base alone."""
     return "tuned" if "tuned" in rankers else "untuned"
+
+
+def contests(rankers: Collection[str]) -> list[tuple[str, str]]:
+    """Which rankers are compared: the judged one with every other, then `fused`, where there is one."""
+    mine = judged(rankers)
+    rows = sorted(rankers, key=row_of) if mine in rankers else []
+    pairs = [(mine, other) for other in rows if other not in (mine, "fused")]
+    return pairs + [("fused", other) for other in rows if other != "fused" and "fused" in rows]
 
 
 def row_of(name: str) -> tuple[int, str]:

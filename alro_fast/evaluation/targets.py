@@ -17,6 +17,7 @@ import numpy as np
 
 from . import metrics
 from .baselines import first_stage_scores
+from .breakdown import breakdown, repeated_order
 from .results import (
     Results,
     Scores,
@@ -58,7 +59,7 @@ class TargetResults(Results):
         return float(self.per_list[ranker][metric][self.found].mean()) if self.found.any() else math.nan
 
     @property
-    def judged_by(self) -> str:
+    def headline(self) -> str:
         """NDCG@5 over all users."""
         return "ndcg@5"
 
@@ -79,7 +80,7 @@ class TargetResults(Results):
             lines.append((row + self.difference_cells(mine, ranker, "ndcg@5")).rstrip())
         best = _cell(1.0 if held else math.nan)
         lines.append(f"{'ceiling':<15}{self.ceiling:>7.4f}{self.ceiling:>8.4f}{'':14}{best}{best}")
-        lines += ["", *self.verdict("ndcg@5"), *self.speed()]
+        lines += ["", *self.verdict("ndcg@5"), *self.repeating(), *self.speed()]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -115,9 +116,10 @@ def save_measurement(
     rankings: Mapping[str, Sequence[Ranking]],
     *,
     targets: bool,
+    prepared: PreparedData | None = None,
 ) -> Results:
     """Write results.json, predictions.jsonl and the TREC files of `tuned` (of a base alone: `untuned`); the results,
-    which say what the latter hold.
+    with what breakdown.py finds, and what the TREC files hold.
 
     TREC files of lists with targets: 1 for the target and 0 for the others; a list without its target has no lines.
     """
@@ -131,7 +133,11 @@ def save_measurement(
     else:
         scale = "ratings" if factor == 1 else f"ratings x {factor}, as qrels.trec holds whole numbers,"
         held = f"{scale} of the rated candidates of lists that have something to rank"
-    results = results.noting(trec=held)
+    results = replace(
+        results.noting(trec=held),
+        repeated={name: repeated_order(each) for name, each in rankings.items()},
+        about=results.about | {"breakdown": breakdown(results, lists, prepared, targets)},
+    )
     results.save(folder)
     return results
 

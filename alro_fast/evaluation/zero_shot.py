@@ -21,7 +21,7 @@ OF_RUN = Reader("with --adapter", "--model_name_or_path, a base as it is", lambd
 OF_BASE = Reader(
     "with --model_name_or_path", "--adapter, whose folder records it", lambda options: options.adapter is None
 )
-READERS = {"preferences": OF_RUN, "base_model": OF_RUN, **dict.fromkeys(OPTIONS, OF_BASE)}
+READERS = {"preferences": OF_RUN, "base_model": OF_RUN, "fuse": OF_RUN, **dict.fromkeys(OPTIONS, OF_BASE)}
 
 
 def add_zero_shot_options(parser: argparse.ArgumentParser) -> None:

@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from ..prompts.recranker import RecRankerPrompts
 
 ALWAYS = None  # an option that an objective reads under any circumstance
-OF_THE_TABLE = ("baselines",)  # options of the rankings' table at the end, which every objective that ranks lists reads
+OF_THE_TABLE = (
+    "baselines",
+    "fuse",
+)  # of the rankings' table at the end: read by every objective that ranks lists
 LEARNED = {  # what a model may have learned to answer -> in words
     "ranking": "the identifiers of all candidates in order",
     "identifiers": "the identifier of one candidate",

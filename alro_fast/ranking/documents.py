@@ -135,6 +135,11 @@ def parse_list(document: Any, number: int) -> RankingList:
     return RankingList(name, name, tuple(past), tuple(ratings), tuple(shown), unknown, hints, signals)
 
 
+def keys_of(document: dict[str, Any]) -> set[str]:
+    """Keys that a candidate at least of a list has, whatever their values."""
+    return set().union(*document["candidates"])
+
+
 @functools.cache
 def catalogue(folder: str) -> dict[str, Item]:
     """Items by id, of the prepared data that the model in `folder` was trained on."""

@@ -121,6 +121,10 @@ READERS = {  # options that not every method reads; settings are settled Ranking
         lambda how: how.draws,
     ),
 }
+FUSE_READERS = dict.fromkeys(  # what a fusion was not fitted for
+    ("method", "hybrid", "pairing"),
+    Reader("without --fuse", "--fuse, whose weights are for scores as the run was tuned", lambda o: not o.fuse),
+)
 MODEL_READERS = {
     "base_model": Reader(
         "with an adapter",
@@ -159,6 +163,7 @@ def settled_options(
     read as its hybrid. A folder without config.yaml settles nothing. AlroFastError for a method that asks for answers
     the model has not learned, or an option that it does not read.
     """
+    refuse_unread(options.given, FUSE_READERS, options)
     how, run = RankingOptions.of(options), run_options(options.adapter) if answer is None else {}
     if run:
         answer = ranked_answers(options.adapter, run)
@@ -221,6 +226,9 @@ def add_ranking_options(parser: argparse.ArgumentParser) -> None:
         default=defaults.pairing,
         metavar="NAME",
         help=f"methods pairwise and hybrid: pairs compared, {' (one each) or '.join(PAIRINGS)}",
+    )
+    rankings.add_argument(
+        "--fuse", action="store_true", help="add the lists' signals to the scores, by the weights of train --fuse true"
     )
     add_presentation_options(rankings, seeds="of the shuffles, and of --pairing matching")
 

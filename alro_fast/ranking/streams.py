@@ -26,6 +26,7 @@ CHUNK = 64  # lists ranked together
 PAUSE = 0.05  # seconds without a further list that end a chunk
 ON_ERROR = ("stop", "skip")
 T = TypeVar("T")
+Parse = Callable[[Any, int], "RankingList"]  # a document and its number -> the list, or AlroFastError
 
 
 class Asked(NamedTuple):
@@ -56,21 +57,21 @@ class Complaints:
             raise SystemExit(1)
 
 
-def read_lists(file: str, complaints: Complaints) -> Iterator[Asked]:
+def read_lists(file: str, complaints: Complaints, parse: Parse = parse_list) -> Iterator[Asked]:
     """The lists of a file, or of standard input (`-`). Where one list that cannot be ranked is the end, a file is read
     through once before: nothing is answered of a file with a mistake in it."""
     if Path(file).is_file() and not complaints.skip:
-        for _ in _parsed(file, complaints):
+        for _ in _parsed(file, complaints, parse):
             pass
-    return _parsed(file, complaints)
+    return _parsed(file, complaints, parse)
 
 
-def _parsed(file: str, complaints: Complaints) -> Iterator[Asked]:
+def _parsed(file: str, complaints: Complaints, parse: Parse) -> Iterator[Asked]:
     for number, document in enumerate(documents(file), start=1):
         try:
             if isinstance(document, AlroFastError):
                 raise document
-            asked = Asked(document, parse_list(document, number))
+            asked = Asked(document, parse(document, number))
         except AlroFastError as error:
             complaints(error)
         else:

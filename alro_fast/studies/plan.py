@@ -17,7 +17,20 @@ from ..training.config import RECIPES, RECORDED, as_flags, parse
 from ..training.kinds import kind_of, stages
 
 READY = RECIPES / "studies"
-KEYS = ("name", "needs", "base", "variants", "grid", "seeds", "metric", "ranker", "on", "baseline", "evaluate")
+KEYS = (
+    "name",
+    "needs",
+    "base",
+    "variants",
+    "grid",
+    "search",
+    "seeds",
+    "metric",
+    "ranker",
+    "on",
+    "baseline",
+    "evaluate",
+)
 OURS = {  # options that a study sets for each of its runs -> where they are said instead
     "seed": "give seeds:, or --seeds",
     "output_dir": "give the study's --output_dir",

@@ -29,7 +29,7 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin"), (
 RESUMABLE = {  # options that may differ between a checkpoint and the run that resumes it
     "output_dir", "dry_run", "overwrite_output_dir", "report_to", "disable_tqdm", "log_json", "logging_steps",
     "save_total_limit", "resume_from_checkpoint", "data_dir", "raw_dir", "save_steps", "save_strategy",
-    "max_test_lists", "baselines", "logging_nan_inf_filter", "gradient_accumulation_steps",
+    "max_test_lists", "baselines", "fuse", "logging_nan_inf_filter", "gradient_accumulation_steps",
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from ..data.windows import ListOptions
 from ..errors import AlroFastError
 from ..evaluation.baselines import baseline_scores
 from ..evaluation.report import report_line
-from ..evaluation.targets import evaluate_rankers, has_targets, save_measurement
+from ..evaluation.targets import as_grades, evaluate_rankers, has_targets, save_measurement
 from ..modeling.lm_head import head_of
 from ..modeling.loading import (
     add_lora,
@@ -39,6 +39,7 @@ from ..modeling.loading import (
 from ..objectives.alro import Scoring
 from ..objectives.base import Objective, build_objective, learned_answers
 from ..prompts import SignalPrompts, add_item_tokens, add_signal_tokens
+from ..ranking.fusion import Fusion, check_fittable, fused_signals
 from ..ranking.orders import Ranking
 from ..ranking.ranker import Ranker
 from ..run_folder import BEFORE_THE_FIRST_STEP, LEFT_BY_A_RUN, check_writable
@@ -90,6 +91,9 @@ class Run:
         self.lists = {name: draw(lists, limits[name], self.training.seed) for name, lists in self.splits().items()}
         if not self.lists["train"]:
             raise AlroFastError(f"{self.prepared.path} holds no training lists; prepare it with a smaller --list_size")
+        if config.data.fuse:
+            fused_signals(self.prepared)
+            check_fittable(self.fitted)
         self.model, self.tokenizer = self.build_model()
         self.objective = self.build_objective()
         show = not self.training.disable_tqdm
@@ -274,13 +278,17 @@ class Run:
         rankings |= self.rank_tuned(test)
         if not self.training.should_save:
             return
+        fusion = self.fuse() if self.config.data.fuse else None
+        if fusion is not None:
+            rankings["fused"] = fusion.rank_all(test, rankings["tuned"])
         if test:
             own = {name: [ranking.scores for ranking in each] for name, each in rankings.items()}
             scores = baseline_scores(self.prepared, test, self.config.data.baselines) | own
             targets = has_targets(self.prepared, "test")
             results = evaluate_rankers(test, scores, targets=targets, prepared=self.prepared)
             results = results.noting(rankings=self.ranker.described())
-            results = save_measurement(self.folder, results, test, rankings, targets=targets)
+            results = results if fusion is None else results.noting(fused=fusion.described())
+            results = save_measurement(self.folder, results, test, rankings, targets=targets, prepared=self.prepared)
             show_results(results.table(), results.to_json(), self.training.log_json)
         report = report_line(self.folder) if test else ""
         following = f"python -m alro_fast.rank --adapter {self.folder} --lists {self.prepared.path} --limit 3"
@@ -289,6 +297,17 @@ class Run:
     def end(self, started: float, following: str, report: str = "") -> None:
         """The last lines; `started` of perf_counter, `following` the command to go on with."""
         show_end(str(self.folder), time.perf_counter() - started, following, self.training.log_json, report)
+
+    @property
+    def fitted(self) -> Sequence[RankingList]:
+        """What the weights of `--fuse` are fitted on: the validation lists; of one target each, with 1 for it alone."""
+        return as_grades(self.lists["valid"]) if has_targets(self.prepared, "valid") else self.lists["valid"]
+
+    def fuse(self) -> Fusion:
+        """Fit the weights of the tuned model's scores and the signals, and save them."""
+        fusion = Fusion.fit(self.fitted, self.ranker.scores(self.lists["valid"]), fused_signals(self.prepared))
+        fusion.save(self.folder)
+        return fusion
 
     def rank_tuned(self, lists: Sequence[RankingList]) -> dict[str, list[Ranking]]:
         """Rankings of the tuned model for the closing table, by their rows; `tuned` is what it is judged by."""

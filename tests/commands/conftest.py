@@ -13,6 +13,7 @@ from alro_fast.data.lists import TARGET_SCHEMA, write_prepared
 from alro_fast.evaluation import preferences, rankings
 from alro_fast.modeling import loading
 from alro_fast.prompts.recranker import RecRankerPrompts
+from alro_fast.ranking.fusion import FILE
 from alro_fast.ranking.generation import Generated
 from alro_fast.ranking.ranker import Ranker
 
@@ -40,6 +41,7 @@ def folder(tmp_path_factory):
     ]
     (folder / "lists.json").write_text(json.dumps(documents))
     lists = random_lists(9, 5, seed=3, history=3, items=60)
+    (folder / "run" / FILE).write_text(json.dumps({"weights": {"model": -1.0}, "lists": 3, "pairs": 9}))
     write_prepared(folder / "data", catalogue(60), {"train": lists[:3], "valid": lists[3:6], "test": lists[6:]})
     write_prepared(folder / "more", catalogue(60), {"test": lists[:4]})
     targets = {"split": ["test"] * 2, "user_id": ["u0", "u1"], "item": [0, 1], "place": [1, 2]}

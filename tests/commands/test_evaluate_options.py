@@ -16,7 +16,7 @@ from alro_fast import evaluate
 from alro_fast.errors import AlroFastError
 from alro_fast.evaluation import options as evaluation_options
 from alro_fast.evaluation import zero_shot
-from alro_fast.ranking.options import MODEL_READERS, READERS
+from alro_fast.ranking.options import FUSE_READERS, MODEL_READERS, READERS
 
 LISTS = "--lists data --bootstrap 9 --baselines none"
 BASE = f"--model_name_or_path base {LISTS}"
@@ -57,7 +57,7 @@ GIVEN = {
     "method": "--method first", "shuffles": "--shuffles 1", "merge": "--merge mean", "beams": "--beams 4",
     "seed": "--seed 0", "hybrid": "--hybrid code", "pairing": "--pairing matching", "gain": "--gain exp2",
     "baselines": "--baselines cheap",
-    "generate": "--generate",
+    "generate": "--generate", "fuse": "--fuse",
 }  # fmt: skip
 EVALUATE_REFUSED = [
     *(row._replace(stage=f"{row.stage} {LISTS}") for row in RANK_REFUSED),
@@ -73,6 +73,7 @@ EVALUATE_REFUSED = [
     ),
     Refused("base_model", BASE, "--base_model whole", "with --adapter"),
     Refused("preferences", "--model_name_or_path base", "--preferences movies.json", "with --adapter"),
+    Refused("fuse", BASE, "--fuse", "with --adapter"),
     Refused("beams", BASE, "--beams 3", "by method beam"),
     Refused("generate", f"{BASE} --answer ratings", "--generate", "for models that answer with an order"),
     Refused("generate", "--adapter ratings --lists data", "--generate", "for models that answer with an order"),
@@ -139,6 +140,11 @@ def test_what_evaluate_does_not_read_is_refused_before_weights_are(folder, loads
 
 def test_every_evaluate_reader_has_refused():
     readers = (
-        READERS | MODEL_READERS | evaluation_options.LISTS_READ | evaluation_options.ANSWERS_READ | zero_shot.READERS
+        READERS
+        | MODEL_READERS
+        | FUSE_READERS
+        | evaluation_options.LISTS_READ
+        | evaluation_options.ANSWERS_READ
+        | zero_shot.READERS
     )
     assert {row.option for row in EVALUATE_REFUSED} == readers.keys() | {"gain"}

@@ -92,7 +92,7 @@ def test_the_table_fits_a_terminal_and_says_who_is_ahead(lists, prepared):
     for words in ("test: 23 lists of 22 users", "NDCG@1", "NDCG@10", "lists/s: tuned ", "mean rating"):
         assert words in table, words
     sides = {"above": [], "not told apart from": [], "below": []}
-    for other in ("untuned", *CHEAP):
+    for other in (*CHEAP, "untuned"):
         change = found.compare("tuned", other, "ndcg@3")
         row = next(line for line in table.splitlines() if line.startswith(f"{LABELS.get(other, other):<15}"))
         assert row.split()[-2:] == [f"{change.difference:+.4f}", f"{change.p_value:.1g}"]

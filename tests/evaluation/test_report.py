@@ -164,6 +164,9 @@ def test_a_report_of_a_first_stages_lists(tmp_path):
     assert "tuned, generate: of 12.5% of the lists an answer could not be read in full" in text
     assert "measured once, after step 7: NDCG@3 0.4321." in text
     assert "they count the place in the list as given by definition" in text
+    assert "1 where it repeats that order: untuned " in text
+    assert "<h2>For whom is it good?</h2>" in text
+    assert "items in the history shown</th><th>lists</th><th>users</th><th>tuned</th><th>untuned</th>" in text
     for other in ("retriever", "untuned"):
         assert f"<th>tuned - {other}</th>" in text
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["ndcg.png", "position.png"]

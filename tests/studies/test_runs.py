@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -180,6 +181,12 @@ def test_a_study_that_really_trains(tmp_path, capsys):
     assert alro["difference"] == pytest.approx(alro["mean"] - sft["mean"])
     assert alro["users"] <= 10 < alro["pairs"] <= 20
     table = (tmp_path / "out" / "table.md").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"<td>{alro['difference']:+.4f}</td>" in page
+    assert "<dt>alro</dt><dd>alpha 1</dd>" in page
+    links = re.findall(r'<a href="([^"]+)">', page)
+    assert len(links) == 4
+    assert all((tmp_path / "out" / link).is_file() for link in links)
 
     results = tmp_path / "out" / "runs" / "sft" / "seed-0" / "results.json"
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("runs/*/*/results.json")}

@@ -67,9 +67,13 @@ RANK_READ = [
     Read("seed", "--adapter run --shuffles 2", "--seed 1"),
     Read("seed", "--adapter tasks", "--seed 1"),
     Read("seed", "--adapter tasks --method pairwise", "--seed 1"),
+    Read("fuse", "--adapter run", "--fuse"),
 ]
 
 RANK_REFUSED = [
+    Refused("method", "--adapter run --fuse", "--method first", "without --fuse"),
+    Refused("hybrid", "--adapter tasks --fuse", "--hybrid code", "without --fuse"),
+    Refused("pairing", "--adapter tasks --fuse", "--pairing all", "without --fuse"),
     Refused("base_model", "--adapter whole", "--base_model base", "with an adapter"),
     Refused("beams", "--adapter run", "--beams 8", "by method beam"),
     Refused("beams", "--adapter run", "--beams 4", "by method beam"),  # its default, given

@@ -46,7 +46,7 @@ FITTED = ["max_length", "max_train_lists", "max_eval_lists", "max_test_lists"]
 LISTS = ["data_dir", "template", "identifiers", *FITTED]
 SCORES = ["gamma", "score", "score_space"]
 TWINS = ["beta", "psl", "psl_space", "psl_detach"]
-ALRO = ["objective", "backend", "answer", "baselines", "alpha", "sigma", "permutations", *SCORES, *TWINS]
+ALRO = ["objective", "backend", "answer", "baselines", "fuse", "alpha", "sigma", "permutations", *SCORES, *TWINS]
 ANSWERS = ["preferences", "preference_answer", "num_negatives", "negatives", "negatives_from", "resample_negatives"]
 OF_LISTS = {*ANSWERS} - {"preferences"}
 DMPO = ["dpo_beta", "dmpo_variant", "reference_free", "ftx", "precompute_ref_log_probs"]
@@ -60,7 +60,7 @@ READ = {  # what each of them reads of our own options but those of the training
     "alro, no twins": [*MODEL, *LORA, *LISTS, *(set(ALRO) - set(TWINS))],
     "alro, from scratch": [*MODEL[:3], *SCRATCH, *LISTS, *ALRO],
     "alro, a later stage": [*MODEL, *LORA, "stage_adapter", *LISTS, *ALRO],
-    "sft": [*MODEL, *LORA, *LISTS, "objective", "backend", "answer", "baselines", "preferences"],
+    "sft": [*MODEL, *LORA, *LISTS, "objective", "backend", "answer", "baselines", "fuse", "preferences"],
     "sft on files": [*MODEL, *LORA, *FITTED, "objective", "backend", *(set(ANSWERS) - OF_LISTS), "eval_preferences"],
     "dmpo": [*MODEL, *LORA, *LISTS, "objective", "backend", *ANSWERS, *DMPO],
     "dmpo on files": [
@@ -72,7 +72,7 @@ READ = {  # what each of them reads of our own options but those of the training
     ],
     "recranker": [
         *MODEL, *LORA, *LISTS, "objective", "backend", "task_weights", "points_per_list", "pairs_per_list",
-        "position_shifting", "hybrid", "baselines",
+        "position_shifting", "hybrid", "baselines", "fuse",
     ],
     "stages": [*MODEL, *LORA, "stage_adapter", *LISTS, "objective", "backend", *ANSWERS, *DMPO],
 }  # fmt: skip
