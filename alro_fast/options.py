@@ -225,9 +225,10 @@ class ObjectiveArguments:
     pairs_per_list: int = option(5, "Pairs of a liked and another candidate in one epoch.")
     position_shifting: bool = option(True, "Swap pairs and shuffle candidates and history, anew every epoch.")
     hybrid: str = option(
-        "code", "Utilities of the hybrid, with the constants of the released code or the paper.",
-        ["code", "paper"],
-    )  # fmt: skip
+        "code",
+        "Utilities of the hybrid: code (the released scoring), figure (the inference figure), or constants such as "
+        "grade=1,win=0.5,order=0.05,place=0.025.",
+    )
     backend: str = option("auto", "Backend of the fused ops.", ["auto", "eager", "cpp", "triton"])
 
     def __post_init__(self) -> None:

@@ -155,9 +155,9 @@ def test_evaluate_measures_every_task_and_the_generated_answers(run, capsys):
     assert "of the answers could not be read in full" in printed
     qrels = [line.split() for line in (run / "evaluation" / "qrels.trec").read_text().splitlines()]
     assert sorted(grade for *_, grade in qrels) == ["0"] * 108 + ["1"] * 12
-    evaluate.main([*words, "--limit", "12", "--method", "hybrid", "--hybrid", "paper", "--pairing", "all"])
+    evaluate.main([*words, "--limit", "12", "--method", "hybrid", "--hybrid", "figure", "--pairing", "all"])
     printed = capsys.readouterr().out
-    assert "method hybrid (paper constants, pairing all)" in printed
+    assert "method hybrid (figure constants, pairing all)" in printed
     assert "pointwise" not in printed
 
 
@@ -170,13 +170,13 @@ def test_an_adapter_over_a_language_model(tmp_path, identifiers):
     train.main(
         f"--objective recranker --model_name_or_path {base} --template movies --identifiers {identifiers} "
         f"--data_dir {lists} --output_dir {tmp_path / 'run'} --max_steps 2 --max_train_lists 20 --max_eval_lists 4 "
-        "--max_test_lists 8 --tokens_per_batch 8192 --task_weights 1,0.5,2 --hybrid paper --disable_tqdm true".split()
+        "--max_test_lists 8 --tokens_per_batch 8192 --task_weights 1,0.5,2 --hybrid figure --disable_tqdm true".split()
     )
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
     evaluate.main(f"--adapter {tmp_path / 'run'} --lists {lists} --limit 8 --bootstrap 0".split())
     document = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())
     assert document["untuned"] != document["tuned"]
-    assert document["about"]["conventions"]["rankings"].startswith("method hybrid (paper constants")
+    assert document["about"]["conventions"]["rankings"].startswith("method hybrid (figure constants")
     assert {"pointwise", "pairwise", "listwise"} <= document.keys()
 
 
@@ -190,13 +190,14 @@ def test_rank_takes_hints_and_methods(run, tmp_path, capsys):
     }
     (tmp_path / "one.json").write_text(json.dumps(document))
     orders = {}
-    for options in ("", "--method pairwise --pairing all", "--hybrid paper", "--method listwise"):
+    for options in ("", "--method pairwise --pairing all", "--hybrid figure", "--hybrid grade=1,win=2", "--method listwise"):
         rank.main(f"--adapter {run} {tmp_path / 'one.json'} {options}".split())
         orders[options] = [row["id"] for row in json.loads(capsys.readouterr().out)["ranking"]]
         assert sorted(orders[options]) == sorted(item.item_id for item in entry.candidates)
     assert entry.candidates[7].item_id in orders["--method pairwise --pairing all"][:3]
     for words, said in (
-        ("--hybrid figure", "--hybrid 'figure' is unknown"),
+        ("--hybrid paper", "--hybrid paper is called figure now"),
+        ("--hybrid grade=1,lists=2", "'lists=2' names no constant"),
         ("--pairing none", "--pairing 'none' is unknown"),
         ("--method first", "asks otherwise than this model was tuned to answer"),
     ):
@@ -250,6 +251,6 @@ def test_the_movielens_script_runs_from_ratings_to_evaluation(shared_data, tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     for row in ("retriever", "hints", "pointwise", "pairwise", "listwise", "tuned", "ceiling"):
         assert done.stdout.count(f"\n{row} ") >= 2
-    assert "method hybrid (paper constants, pairing all)" in done.stdout
+    assert "method hybrid (figure constants, pairing all)" in done.stdout
     prompts = (tmp_path / "run" / "recranker.json").read_text()
     assert json.loads(prompts)["options"]["like"] == 4.0
