@@ -86,7 +86,7 @@ def parse(argv: Sequence[str]) -> Config:
         if value == "" and word.startswith("--") and "=" not in word and word != "--config":
             raise AlroFastError(f"{word} is given an empty value; give another, or leave it out")
     flags = {_flag(word, known) for word in argv}
-    if name is None and not flags & {"model_name_or_path", "data_dir", "dataset", "preferences"}:
+    if name is None and not flags & {"model_name_or_path", "data_dir", "dataset", "preferences", "stage_preferences"}:
         name = "demo"
     values = read_recipe(name) if name is not None else {}
     of_a_run = not values.keys().isdisjoint(RECORDED)  # the version before recorded what a run did not read, too

@@ -41,6 +41,7 @@ class RecRankerRun(Run):
         return RecRankerPrompts(
             self.tokenizer, data.template, identifiers=data.identifiers, max_length=data.max_length,
             items=self.prepared.items, like=made_with.get("like"), dislike=made_with.get("dislike"),
+            hints=self.config.objective.hints,
         )  # fmt: skip
 
     def build_objective(self) -> Objective:

@@ -7,6 +7,7 @@ import html
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import yaml
 from places import ROOT
 from tiny import byte_tokenizer, catalogue, save_base, tiny_llama
 
@@ -178,6 +180,37 @@ def test_an_adapter_over_a_language_model(tmp_path, identifiers):
     assert document["untuned"] != document["tuned"]
     assert document["about"]["conventions"]["rankings"].startswith("method hybrid (figure constants")
     assert {"pointwise", "pairwise", "listwise"} <= document.keys()
+
+
+def test_a_run_without_hints_never_shows_them(tmp_path, capsys):
+    """Trained, ranked and evaluated: lists whose hints are changed are ranked alike, though the lists have hints."""
+    save_base(tmp_path / "base", max_position_embeddings=2048)
+    lists = prepare(tmp_path / "lists", leak=1.0)
+    short = "--max_steps 1 --max_train_lists 4 --max_eval_lists 2 --max_test_lists 2 --tokens_per_batch 8192"
+    words = f"--model_name_or_path {tmp_path / 'base'} --data_dir {lists} --output_dir {tmp_path / 'run'} {short}"
+    train.main(f"--objective recranker {words} --hints false --hybrid grade=1,win=2 --disable_tqdm true".split())
+    assert "shown beside" not in capsys.readouterr().out
+    options = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (options["hints"], options["hybrid"]) == (False, "grade=1,win=2")
+    ranker = Ranker.load(tmp_path / "run")
+    assert ranker.described() == "method hybrid (grade=1,win=2 constants, pairing matching), seed 0"
+    (entry,) = make_lists(1, "test", 0, leak=1.0)
+    assert entry.hints
+    one, other = ranker.rank([entry, replace(entry, hints=entry.hints[::-1])])
+    np.testing.assert_allclose(one.scores, other.scores, atol=1e-6)
+    with pytest.raises(AlroFastError, match="--hints has no meaning for --objective sft"):
+        train.main(f"--objective sft {words} --hints false".split())
+    with pytest.raises(AlroFastError, match="--hybrid paper is called figure now"):
+        train.main(f"--objective recranker {words} --overwrite_output_dir true --hybrid paper".split())
+
+
+def test_a_run_of_before_that_was_tuned_with_the_set_called_paper(tmp_path, run):
+    """It ranks as figure, and its configuration can be given again."""
+    shutil.copytree(run, tmp_path / "old", ignore=shutil.ignore_patterns("checkpoint-*", "data"))
+    file = tmp_path / "old" / "config.yaml"
+    file.write_text(file.read_text().replace("hybrid: code", "hybrid: paper"))
+    assert Ranker.load(tmp_path / "old").described().startswith("method hybrid (figure constants")
+    assert train.parse(["--config", str(file)]).objective.hybrid == "figure"
 
 
 def test_rank_takes_hints_and_methods(run, tmp_path, capsys):
