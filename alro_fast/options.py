@@ -173,8 +173,8 @@ class DataArguments:
     preference_answer: str = option("titles", "What an answer is.", ["titles", "identifiers", "pairs"])
     num_negatives: int | None = option(
         None,
-        "Rejected answers beside each positive. Default: 5 items for a ranking list, all that a record of --preferences "
-        "holds; of those the first so many are taken.",
+        "Rejected answers beside each positive: of a record of --preferences the first so many. Default: 5 for a "
+        "ranking list, all for a record.",
     )
     negatives: str = option(
         "uniform",

@@ -38,7 +38,7 @@ def check_writable(folder: Path) -> None:
 
 
 def run_options(folder: str | Path) -> dict[str, Any]:
-    """The options a run was started with, of its config.yaml, as this version calls them; empty where there are none."""
+    """The options a run was started with, of its config.yaml, as this version calls them; {} where none are there."""
     path = Path(folder) / "config.yaml"
     if not path.is_file():
         return {}

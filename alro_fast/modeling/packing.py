@@ -390,9 +390,7 @@ def _condensed(
     return batches
 
 
-def _best_fit_decreasing(
-    items: Sequence[int], lengths: np.ndarray, budget: int, most: int | None
-) -> list[list[int]]:
+def _best_fit_decreasing(items: Sequence[int], lengths: np.ndarray, budget: int, most: int | None) -> list[list[int]]:
     """Largest first, each into the fullest batch that still has room; of several, into the one opened first. A batch of
     `most` trees has none."""
     batches: list[list[int]] = []

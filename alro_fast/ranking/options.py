@@ -35,9 +35,9 @@ class RankingOptions:
     method: of METHODS (ranker.py has what they read) or, of a model of RecRanker's tasks, of TASK_METHODS; None: by
     the model's answers, DEFAULT_METHOD. shuffles: presentations of each list, the stored one first; the others depend
     on (seed, list_id) alone. merge_by: how they are merged, of orders.MERGES. beams: partial orders that `beam` keeps.
-    hybrid: constants of `hybrid`, as hybrid.constants_of takes them; None: the model's own. pairing: which candidates are
-    compared, of hybrid.PAIRINGS; a random one is drawn from (seed, list_id). pair_orders: in what orders the two are
-    named, of hybrid.PAIR_ORDERS; one: the order in which a random pairing drew them, or that of the list.
+    hybrid: constants of `hybrid`, as hybrid.constants_of takes them; None: the model's own. pairing: which candidates
+    are compared, of hybrid.PAIRINGS; a random one is drawn from (seed, list_id). pair_orders: in what orders the two
+    are named, of hybrid.PAIR_ORDERS; one: the order in which a random pairing drew them, or that of the list.
     """
 
     method: str | None = None

@@ -201,7 +201,7 @@ def test_the_first_negatives_of_a_record():
 
 
 def test_rows_of_supervised_tuning(tmp_path):
-    """Alpaca, an output of one text: two items in order have their other order as rejected answer, all else has none."""
+    """Alpaca, an output of one text: two items in order are rejected in the other order, all else has no rejection."""
     rows = [{"instruction": "Rank the movies <A> and <B> .", "input": "", "output": " <B> , <A> "}]
     file = tmp_path / "sft.json"
     file.write_text(json.dumps(rows))

@@ -170,7 +170,11 @@ def test_a_report_of_a_first_stages_lists(tmp_path):
     figure = results.noting(rankings="method hybrid (figure constants, pairing matching), seed 0")
     assert placed_rankers(hybrid.to_json())[0] == ("listwise",)
     assert placed_rankers(figure.to_json()) == placed_rankers({"about": {}}) == (("untuned", "tuned"), "")
-    for constants, shown in (("order=1", ("listwise",)), ("win=1", ("untuned", "tuned")), ("paper", ("untuned", "tuned"))):
+    for constants, shown in (
+        ("order=1", ("listwise",)),
+        ("win=1", ("untuned", "tuned")),
+        ("paper", ("untuned", "tuned")),
+    ):
         own = results.noting(rankings=f"method hybrid ({constants} constants, pairing matching), seed 0")
         assert placed_rankers(own.to_json())[0] == shown
 

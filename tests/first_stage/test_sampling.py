@@ -148,7 +148,7 @@ def test_parts_by_name():
     assert parse_parts("penalty, importance") == ("importance", "penalty")
     assert parse_parts("none") == ()
     for wrong in ("", "importance,none", "importance,importance", "ln"):
-        with pytest.raises(AlroFastError, match="--sampling .*expected some of importance,clustering,penalty, each"):
+        with pytest.raises(AlroFastError, match=r"--sampling .*expected some of importance,clustering,penalty, each"):
             parse_parts(wrong)
 
 

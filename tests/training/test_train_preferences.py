@@ -388,10 +388,11 @@ def test_recipes_name_the_release_and_the_paper():
 
 def test_the_release_tunes_on_its_own_rows_in_eights(folder, tmp_path, shared_data):
     """A hundred rows of supervised tuning, then a hundred users of three pairs: thirteen steps an epoch each."""
-    files = [shared_data / "dmpo-prompts" / f"rec_Amazon_Movie_{name}.json" for name in ("sft_ranking", "dpo_ranking_3")]
+    stem = shared_data / "dmpo-prompts" / "rec_Amazon_Movie"
+    files = [f"{stem}_sft_ranking.json", f"{stem}_dpo_ranking_3.json"]
     save_base(tmp_path / "chat", chat_tokenizer())
     argv = ["--config", "dmpo-release", "--model_name_or_path", tmp_path / "chat", "--output_dir", tmp_path / "run"]
-    argv += ["--stage_preferences", ",".join(map(str, files)), "--tokens_per_batch", 8192, "--use_cpu", "true"]
+    argv += ["--stage_preferences", ",".join(files), "--tokens_per_batch", 8192, "--use_cpu", "true"]
     argv = [str(word) for word in argv]
     planned = []
     for stage in kinds.stages(train.parse(argv), argv):

@@ -223,7 +223,7 @@ def test_rank_takes_hints_and_methods(run, tmp_path, capsys):
     }
     (tmp_path / "one.json").write_text(json.dumps(document))
     orders = {}
-    for options in ("", "--method pairwise --pairing all", "--hybrid figure", "--hybrid grade=1,win=2", "--method listwise"):
+    for options in ("", "--method pairwise --pairing all", "--hybrid figure", "--hybrid win=2", "--method listwise"):
         rank.main(f"--adapter {run} {tmp_path / 'one.json'} {options}".split())
         orders[options] = [row["id"] for row in json.loads(capsys.readouterr().out)["ranking"]]
         assert sorted(orders[options]) == sorted(item.item_id for item in entry.candidates)
