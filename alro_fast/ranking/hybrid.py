@@ -7,9 +7,8 @@ asking disagree, and for a candidate in no pair. place: 0-based place in the lis
 candidate it does not name gets 0 for it. i: 0-based place in the list as given, the retriever's order; m: candidates.
 
 Two sets of constants are here by name. `code` is the authors' released scoring (data_processing/cal_result.py): the
-rating decides, the rest separates equal ones. `figure` is their inference figure (fig/f16 of the release): raw
-utilities, weighted by a third each. Which of them the paper's results were made with, nobody here has read: the body of
-the paper was not at hand.
+rating decides, the rest separates equal ones. `figure` is their inference figure, a picture in fig/ of the release: raw
+utilities, weighted by a third each. How the paper's text defines them is not known here (docs/methods.md 3.5).
 
     code    grade + 0.05 (m - i) + 0.5 win + 0.025 (5 - place)
     figure  (grade + 2 win + (m - place)) / 3

@@ -1,5 +1,8 @@
 """Adaptive user sampling of RecRanker (arXiv 2312.16018): importance, clusters, repetition penalty.
 
+The parts and constants are those of the authors' released prompt/make_train_prompt.py; leaving some out is our choice
+(docs/methods.md 3.1).
+
 Used as docs/first_stage.md, "Training lists", says; with |U| users and n draws:
 
 importance : share * n draws with replacement, P(u) proportional to ln(likes of u)

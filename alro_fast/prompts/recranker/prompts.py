@@ -83,7 +83,8 @@ class RecRankerPrompts(SavedPrompts):
         items: the catalogue, for "items": each must have its token.
         like, dislike: thresholds of liked and disliked ratings; None: the template's.
         hints: False leaves out the line of the hint, whatever hints a list has.
-        rated_items, liked_items, disliked_items: the newest so many of each are shown (the paper: 50, 50, 10).
+        rated_items, liked_items, disliked_items: the newest so many of each are shown; 50, 50 and 10 are those of the
+            authors' released prompt/make_train_prompt.py.
 
     Raises:
         AlroFastError: no such template or a mistake in it, or a tokenizer whose grades, Yes and No, or identifiers are
