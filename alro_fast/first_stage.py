@@ -51,6 +51,10 @@ def parser() -> OneLineParser:
     ):
         default = getattr(defaults, name)
         lists.add_argument(f"--{name}", type=type(default), default=default, metavar="N", help=what)
+    lists.add_argument(
+        "--sampling", default=defaults.sampling, metavar="PARTS",
+        help=f"what decides which users are drawn: some of {defaults.sampling}; none: all alike",
+    )  # fmt: skip
     lists.add_argument("--choice_lists_only", action="store_true", help="no training lists of rated items alone")
     fit = parser.add_argument_group("retriever")
     fit.add_argument(

@@ -46,22 +46,30 @@ FOLLOWED = Where(
     ("init_adapter", "stages", "use_peft"),
 )
 STAGED = Where("with --stages", lambda o: o.stages is not None, ("stages",))
-LISTS = Where("without --preferences, on ranking lists", lambda o: o.preferences is None, ("preferences",))
+
+
+def on_files(options: Any) -> bool:
+    """Whether a run trains on preference files."""
+    return options.preferences is not None or options.stage_preferences is not None
+
+
+_FILES = ("preferences", "stage_preferences")
+LISTS = Where("without --preferences, on ranking lists", lambda o: not on_files(o), _FILES)
 WORDS = Where(
     "on ranking lists in words: without --preferences, and not with --identifiers signals",
-    lambda o: o.preferences is None and o.identifiers != "signals",
-    ("preferences", "identifiers"),
+    lambda o: not on_files(o) and o.identifiers != "signals",
+    (*_FILES, "identifiers"),
 )
-FILES = Where("with --preferences", lambda o: o.preferences is not None, ("preferences",))
+FILES = Where("with --preferences", on_files, _FILES)
 UNPREPARED = Where(
     "without --data_dir, whose lists are prepared, and without --preferences",
-    lambda o: o.data_dir is None and o.preferences is None,
-    ("data_dir", "preferences"),
+    lambda o: o.data_dir is None and not on_files(o),
+    ("data_dir", *_FILES),
 )
 PREPARING = Where(
     "when lists are prepared: with a --dataset other than the demo, and without --data_dir and --preferences",
-    lambda o: o.data_dir is None and o.preferences is None and o.dataset != "demo",
-    ("data_dir", "preferences", "dataset"),
+    lambda o: o.data_dir is None and not on_files(o) and o.dataset != "demo",
+    ("data_dir", *_FILES, "dataset"),
 )
 
 
@@ -163,7 +171,11 @@ class DataArguments:
         },
     )
     preference_answer: str = option("titles", "What an answer is.", ["titles", "identifiers", "pairs"])
-    num_negatives: int = option(5, "Rejected items beside each positive.")
+    num_negatives: int | None = option(
+        None,
+        "Rejected answers beside each positive: of a record of --preferences the first so many. Default: 5 for a "
+        "ranking list, all for a record.",
+    )
     negatives: str = option(
         "uniform",
         "How they are drawn; hardest: the likeliest for the model at the start of each epoch.",
@@ -190,7 +202,7 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_train_lists", "max_eval_lists", "max_test_lists"):
+        for name in ("max_train_lists", "max_eval_lists", "max_test_lists", "num_negatives"):
             _at_least(name, getattr(self, name), 1)
 
 
@@ -209,6 +221,9 @@ class ObjectiveArguments:
     psl: str = option("kl", "Distance of the permutation loss, such as kl, ce, symmetric (docs/methods.md 1.3).")
     psl_space: str = option("candidates", "Distributions compared by the permutation loss.", ["candidates", "vocab"])
     psl_detach: bool = option(True, "No gradient through the original order's distribution.")
+    psl_mask_emitted: bool = option(
+        False, "At a slot, leave out of the permutation loss what the target has named before it."
+    )
     dpo_beta: float = option(0.1, "Strength of the preference, times the log-ratio to the reference.")
     dmpo_variant: str = option(
         "dmpo",
@@ -229,10 +244,12 @@ class ObjectiveArguments:
     points_per_list: int = option(5, "Rated candidates of a list that are graded in one epoch.")
     pairs_per_list: int = option(5, "Pairs of a liked and another candidate in one epoch.")
     position_shifting: bool = option(True, "Swap pairs and shuffle candidates and history, anew every epoch.")
+    hints: bool = option(True, "Show the hints that lists have; false: no prompt has a line of them.")
     hybrid: str = option(
-        "code", "Utilities of the hybrid, with the constants of the released code or the paper.",
-        ["code", "paper"],
-    )  # fmt: skip
+        "code",
+        "Utilities of the hybrid: code (the released scoring), figure (the inference figure), or constants such as "
+        "grade=1,win=0.5,order=0.05,place=0.025.",
+    )
     backend: str = option("auto", "Backend of the fused ops.", ["auto", "eager", "cpp", "triton"])
 
     def __post_init__(self) -> None:
@@ -251,6 +268,9 @@ class RankerTrainingArguments(TrainingArguments):
     tokens_per_batch: int = option(
         4096, "Distinct tokens (shared prompts counted once) in one forward pass, per device."
     )
+    lists_per_batch: int | None = option(
+        None, "At most so many lists, or records of preferences, in one forward pass of training. Default: what fits."
+    )
     eval_tokens_per_batch: int | None = option(None, "The same for evaluation. Default: tokens_per_batch.")
     logging_nan_inf_filter: bool = option(
         False,
@@ -261,6 +281,9 @@ class RankerTrainingArguments(TrainingArguments):
     )
     stage_epochs: str | None = option(
         None, "Epochs of each stage, such as 5,3. Default: num_train_epochs for all.", read=STAGED
+    )
+    stage_preferences: str | None = option(
+        None, "Preference file of each stage, such as sft.json,dmpo.json. Default: preferences for all.", read=STAGED
     )
     stage_learning_rates: str | None = option(
         None, "Learning rate of each stage. Default: learning_rate for all.", read=STAGED
@@ -312,7 +335,7 @@ class RankerTrainingArguments(TrainingArguments):
 
     def _check_numbers(self) -> None:
         """Those that transformers and torch would stumble over when training has begun."""
-        for name in ("tokens_per_batch", "eval_tokens_per_batch", "gradient_accumulation_steps"):
+        for name in ("tokens_per_batch", "lists_per_batch", "eval_tokens_per_batch", "gradient_accumulation_steps"):
             _at_least(name, getattr(self, name), 1)
         for name in ("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps", "dataloader_num_workers"):
             _at_least(name, getattr(self, name), 0)

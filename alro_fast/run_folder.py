@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def share(folder: Path) -> None:
 
 
 def run_options(folder: str | Path) -> dict[str, Any]:
-    """The options a run was started with, of its config.yaml; empty where they are not recorded."""
+    """The options a run was started with, of its config.yaml, as this version calls them; {} where none are there."""
     path = Path(folder) / "config.yaml"
     if not path.is_file():
         return {}
@@ -56,7 +57,17 @@ def run_options(folder: str | Path) -> dict[str, Any]:
         options = None
     if not isinstance(options, dict):
         raise AlroFastError(f"{path} is damaged: expected the options that alro_fast.train recorded; restore the file")
-    return options
+    return as_now_called(options)
+
+
+def as_now_called(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that a run of this or an earlier version recorded, as this version calls them."""
+    renamed = dict(options)
+    if renamed.get("hybrid") == "paper":
+        renamed["hybrid"] = "figure"
+    if renamed.get("alro_fast_version") == "0.1.0" and renamed.get("preferences") is not None:
+        renamed.pop("num_negatives", None)  # it recorded what it did not read, and took all of a file's
+    return renamed
 
 
 def adapter_config(folder: str | Path) -> dict[str, Any]:

@@ -8,5 +8,5 @@ shift 2
 python -m alro_fast.first_stage --dataset ml-latest-small --raw_dir "$raw" --retriever als \
   --num_samples "${SAMPLES:-2500}" --output_dir "$out/lists"
 python -m alro_fast.train --config recranker --data_dir "$out/lists" --output_dir "$out/run" "$@"
-python -m alro_fast.evaluate --adapter "$out/run" --lists "$out/lists" --hybrid paper --pairing all \
+python -m alro_fast.evaluate --adapter "$out/run" --lists "$out/lists" --hybrid figure --pairing all \
   --output_dir "$out/evaluation" ${LIMIT:+--limit "$LIMIT"}

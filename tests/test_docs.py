@@ -101,3 +101,75 @@ def test_the_movielens_script_runs_from_ratings_to_a_table(shared_data, tmp_path
     for row in ("random", "popularity", "mean rating", "biased MF", "LambdaMART", "hints", "untuned", "tuned"):
         assert row in done.stdout
     assert (tmp_path / "run" / "results.json").is_file()
+
+
+METHODS = ROOT / "docs" / "methods.md"
+MARKS = {  # where a formula, constant or prompt may come from -> what must be named beside it
+    "stated in the abstract": "",
+    "described by a secondary source": r" \(.+?\)",
+    "authors' released code": r" \(.*?`.+?`.*?\)",
+    "our choice": "",
+}
+
+
+def sections(text: str) -> dict[str, str]:
+    """The parts of methods.md that have a number, but for those that only hold others."""
+    found = re.findall(r"^##+ ([\d.]+ .*?)\n(.*?)(?=^##|\Z)", text, flags=re.M | re.S)
+    return {title: body for title, body in found if re.match(r"\d+\.\d", title) or "*our choice*" in body}
+
+
+def test_every_formula_says_where_it_comes_from():
+    """Each section, and within it each formula, is followed by one of four marks before the next; none has another."""
+    text = METHODS.read_text(encoding="utf-8")
+    assert len(sections(text)) >= 18
+    assert all(re.search(rf"^### {number}\.", text, flags=re.M) for number in (1, 2, 3))
+    assert all(f"\n- *{mark}*" in text.partition("\n## ")[0] for mark in MARKS)  # the legend names all four
+    for title, body in sections(text).items():
+        marks = re.findall(r"^- \*(.+?)\*((?:.|\n)*?)(?=^- \*|\n\n|\Z)", body, flags=re.M)
+        assert marks, title
+        for mark, said in marks:
+            assert mark in MARKS, (title, mark)
+            assert re.match(MARKS[mark] + r"(: |\b|,| )", said.replace("\n", " ")), (title, mark, said)
+            assert ":" in said, (title, mark)
+        for formula in re.finditer(r"(?:^    \S.*\n)+", body, flags=re.M):
+            after = re.split(r"^    \S", body[formula.end() :], maxsplit=1, flags=re.M)[0]
+            assert re.search(r"^- \*", after, flags=re.M), (title, formula[0])
+    assert "**Choice" not in text
+
+
+def test_the_definitions_cite_sections_that_exist():
+    """Every public function of the reference, by a number; templates and recipes of the methods, by this page."""
+    import inspect
+
+    from alro_fast.losses import reference
+
+    numbers = {title.split()[0] for title in sections(METHODS.read_text(encoding="utf-8"))}
+    for name, function in inspect.getmembers(reference, inspect.isfunction):
+        if function.__module__ == reference.__name__ and (not name.startswith("_") or name == "_permutation"):
+            cited = re.findall(r"\b\d\.\d\b", inspect.getdoc(function).partition(":")[0])
+            assert cited, name
+            assert set(cited) <= numbers, name
+    package = ROOT / "alro_fast"
+    files = [*package.glob("templates/**/*.yaml"), *package.glob("recipes/dmpo*.yaml"), package / "ranking/hybrid.py"]
+    for file in [*files, package / "data/first_stage/sampling.py"]:
+        cited = re.findall(r"docs/methods.md (\d\.\d)", file.read_text(encoding="utf-8"))
+        assert cited, file
+        assert set(cited) <= numbers, file
+
+
+def test_the_page_of_recranker_tunes_an_llm_at_its_own_rate_and_shows_what_is_disliked(capsys):
+    """The recipe's learning rate is for random weights; and the example has disliked items to show."""
+    from alro_fast.training.config import parse
+
+    page = ROOT / "docs" / "recranker.md"
+    tuned = [
+        line for line in commands() if "--objective recranker" in line and line in page.read_text(encoding="utf-8")
+    ]
+    for line in tuned:
+        training = parse([*shlex.split(line)[3:], "--use_cpu", "true"]).training
+        assert training.learning_rate == 2e-4
+    assert tuned
+    exec(compile(blocks(page, "python")[0], str(page), "exec"), {"__name__": "docs"})
+    shown = capsys.readouterr().out
+    assert shown.count("disliked:\nClueless\nSpeed 2\nGigli\n") == 3
+    assert "None." not in shown

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 DRAWS = ("uniform", "popularity", "hardest")
 SOURCES = ("catalogue", "candidates")
+NUM_NEGATIVES = 5  # k, where nobody says
 POOL = 4  # `hardest` looks among this many times k catalogue items
 ROUNDS = 32  # of 2 k + 8 proposals each, before what is left is listed
 

@@ -17,7 +17,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +78,21 @@ def read_preferences(path: str | Path, *, need_rejected: bool = True) -> list[Pr
     if repeated:
         print(f"{path}: {repeated:,} rejected answers stand there twice for one user and prompt; each is taken once")
     return records
+
+
+def with_first(count: int, one: Preference) -> Preference:
+    """The record with its first `count` rejected answers, and with the prompts of these alone where each has its own.
+
+    AlroFastError, naming the record, where it has fewer.
+    """
+    if len(one.rejected) < count:
+        raise AlroFastError(
+            f"{one.list_id} has {len(one.rejected)} rejected answers, fewer than --num_negatives {count}; lower it, or "
+            "leave it out to take what each record has"
+        )
+    if not one.paired:
+        return replace(one, rejected=one.rejected[:count])
+    return replace(one, prompts=one.prompts[:count], chosen=one.chosen[:count], rejected=one.rejected[:count])
 
 
 def two_items(answer: str, prompt: str) -> tuple[str, str] | None:

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from ..data.negatives import Negatives
+from ..data.negatives import NUM_NEGATIVES, Negatives
 from ..data.preferences import Preference, read_preferences
 from ..data.records import RankingList
 from ..errors import AlroFastError
@@ -123,7 +123,7 @@ def contests_of(folder: str, split: str, config: dict[str, Any]) -> tuple[str, l
     prepared = open_prepared(folder)
     by = config.get("negatives", "uniform")
     negatives = Negatives.of(
-        prepared, count=config.get("num_negatives", 5), by="uniform" if by == "hardest" else by,
+        prepared, count=config.get("num_negatives") or NUM_NEGATIVES, by="uniform" if by == "hardest" else by,
         source=config.get("negatives_from", "catalogue"), seed=config.get("seed", 42),
     )  # fmt: skip
     contests = [negatives.contest(one, 0) for one in prepared.lists(split) if negatives.usable(one)]

@@ -78,7 +78,9 @@ def evaluate_rankings(options: argparse.Namespace, how: RankingOptions) -> None:
     if options.generate:
         start = time.perf_counter()
         if ranker.answer == "tasks":
-            generated = generate_tasks(ranker, lists, hybrid=how.hybrid, pairing=how.pairing, seed=how.seed)
+            generated = generate_tasks(
+                ranker, lists, hybrid=how.hybrid, pairing=how.pairing, pair_orders=how.pair_orders, seed=how.seed
+            )
         else:
             generated = generate_and_parse(ranker, lists)
         seconds["generate"] = time.perf_counter() - start

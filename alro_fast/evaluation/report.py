@@ -7,6 +7,7 @@ where they are, trainer_state.json and config.yaml; a section without its data i
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..errors import AlroFastError
+from ..ranking.hybrid import constants_of
+from ..run_folder import as_now_called
 from . import metrics
 from .plots import Plots, loss_plot, ndcg_plot, order_plot, position_plot, rankers, validation_plot  # fmt: skip
 from .results import BASELINES, LABELS
@@ -102,10 +105,12 @@ def best_without_a_model(results: dict) -> str | None:
 def placed_rankers(results: dict) -> tuple[tuple[str, ...], str]:
     """Whose scores are shown by place, and what to know of them.
 
-    A hybrid with the constants of the code adds 0.05 for every place in the list as given: its listwise task alone
-    tells whether the model itself looks at the place.
+    A hybrid whose constants have a weight for the place in the list as given (those of the code: 0.05) counts it by
+    definition: its listwise task alone tells whether the model itself looks at the place.
     """
-    if "method hybrid (code" not in results["about"].get("conventions", {}).get("rankings", ""):
+    made = re.match(r"method hybrid \((.+?) constants", results["about"].get("conventions", {}).get("rankings", ""))
+    constants = as_now_called({"hybrid": made[1]})["hybrid"] if made else "figure"
+    if not constants_of(constants).order:
         return ("untuned", "tuned"), ""
     note = (
         "The hybrid's own scores are not shown: they count the place in the list as given by definition. Unless "

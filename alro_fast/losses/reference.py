@@ -3,7 +3,8 @@
 Slow and obvious: full [N, V] logits, one list at a time, any floating dtype (float64 stays float64, half precision is
 computed in float32), differentiable by autograd to any order. Functions take the arguments of their namesakes in
 `alro_fast.ops` and `alro_fast.losses.alro`; `mass_bound` and `backend` are accepted for that reason and have no effect.
-Symbols and section numbers are those of docs/methods.md.
+Symbols and section numbers are those of docs/methods.md, which says of every formula where it comes from: an
+abstract, a secondary source, released code, or our choice.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from .preference import PreferenceLoss
 def head_logits(
     hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, softcap: float | None = None, scale: float = 1.0
 ) -> Tensor:
-    """z = softcap(scale * (hidden weight^T + bias)), softcap(x) = cap tanh(x / cap): [N, V], float32 or float64."""
+    """1.1: logits, whose softmax is p: z = softcap(scale * (hidden weight^T + bias)), softcap(x) = cap tanh(x / cap);
+    [N, V], float32 or float64."""
     z = F.linear(_wide(hidden), _wide(weight), None if bias is None else _wide(bias)) * scale
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
@@ -39,7 +41,7 @@ def linear_logprobs(
     mass_bound: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """log p(target), shape of targets ([N] or [N, C]; 0 where ignored), and lse [N]."""
+    """1.1: log p(target), shape of targets ([N] or [N, C]; 0 where ignored), and lse [N]."""
     z = head_logits(hidden, weight, bias=bias, softcap=softcap, scale=scale)
     lse = torch.logsumexp(z, dim=1)
     columns = targets.long().view(len(targets), -1)
@@ -61,7 +63,7 @@ def linear_kl(
     mass_bound: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """KL(p || q) per row [N], over the whole vocabulary; `relabel[0][n, c]` of p is `relabel[1][n, c]` of q."""
+    """1.3: KL(p || q) per row [N], over the whole vocabulary; `relabel[0][n, c]` of p is `relabel[1][n, c]` of q."""
     z_p = head_logits(hidden_p, weight, bias=bias, softcap=softcap, scale=scale)
     z_q = head_logits(hidden_q, weight, bias=bias, softcap=softcap, scale=scale)
     if relabel is not None:
@@ -70,7 +72,7 @@ def linear_kl(
 
 
 def relabelled(z_q: Tensor, ids_p: Tensor, ids_q: Tensor) -> Tensor:
-    """z_q [V] with the logit of token ids_q[c] moved to where p has that item, token ids_p[c]; -1 pads."""
+    """1.3: z_q [V] with the logit of token ids_q[c] moved to where p has that item, token ids_p[c]; -1 pads."""
     used = ids_p >= 0
     return z_q.index_copy(0, ids_p[used].long(), z_q[ids_q[used].long()])
 
@@ -97,7 +99,7 @@ def soft_argmax(y: Tensor, gamma: float) -> Tensor:
 
 
 def soft_argmax_ranks(scores: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
-    """Expected rank [L, M] of each candidate, 0 on pads; scores [L, M slots, M candidates], mask [L, M]."""
+    """1.2: s, the expected rank [L, M] of each candidate, 0 on pads; scores [L, M slots, M candidates], mask [L, M]."""
     width = scores.shape[1]
     expected = [_padded(soft_argmax(_wide(y)[:n, :n], gamma), width) for y, n in zip(scores, mask.sum(1).tolist())]
     return torch.stack(expected) if expected else _wide(scores).sum(dim=1)
@@ -141,7 +143,7 @@ def soft_lambda(
     sigma: float,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Soft lambda loss per list [L], expected rank [L, M]; ranks None: descending ratings, ties by position."""
+    """1.2: soft lambda loss per list [L], expected rank [L, M]; ranks None: descending ratings, ties by position."""
     expected = soft_argmax_ranks(scores, mask, gamma=gamma)
     losses = []
     for index, n in enumerate(mask.sum(1).tolist()):
@@ -188,7 +190,7 @@ def alro_loss_from_logits(
     counts: ALROCounts | None = None,
     backend: str = "auto",
 ) -> ALROLossOutput:
-    """The ALRO loss of logits [N, V]; every argument as `alro_fast.alro_loss`."""
+    """1.4: the ALRO loss of logits [N, V]; every argument as `alro_fast.alro_loss`."""
     z = _wide(logits)
     width = lists.slot_rows.shape[1]
     soft_lambdas, permutations, expected = [], [], []

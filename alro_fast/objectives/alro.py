@@ -99,6 +99,7 @@ class ALROObjective(SFTObjective):
             alpha=options.alpha, beta=options.beta, gamma=sharpness(options.gamma, options.score), sigma=options.sigma,
             score=options.score, score_space=options.score_space,
             psl=options.psl, psl_space=options.psl_space, psl_detach=options.psl_detach,
+            psl_mask_emitted=options.psl_mask_emitted,
             **head.terms, backend=options.backend,
         )  # fmt: skip
         weights = term_weights(options.alpha, options.beta)
@@ -142,6 +143,11 @@ NORMALISED = Where(
     ("answer", "score"),
 )
 TWINS = Where("with --permutations above 0", lambda o: o.permutations > 0, ("permutations",))
+SLOTWISE = Where(
+    "with --answer ranking, --psl_space candidates, and --permutations and --beta above 0",
+    lambda o: o.answer == "ranking" and o.psl_space == "candidates" and o.permutations > 0 and o.beta > 0,
+    ("answer", "psl_space", "permutations", "beta"),
+)
 ALRO = Description(
     name="alro",
     summary="ranks whole lists: cross-entropy, soft lambda and permutation-sensitive loss (arXiv 2403.19181)",
@@ -161,6 +167,7 @@ ALRO = Description(
         "psl": TWINS,
         "psl_space": TWINS,
         "psl_detach": TWINS,
+        "psl_mask_emitted": SLOTWISE,
     },
     logs={"sft": "cross-entropy", "soft_lambda": "soft lambda", "permutation": "permutation"},
     learns=answer_form,

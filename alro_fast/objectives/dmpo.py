@@ -19,7 +19,7 @@ from ..errors import AlroFastError
 from ..losses.preference import dmpo_loss
 from ..modeling.lm_head import Head, head_of
 from ..modeling.packing import Branch, PackedBatch, Tree
-from ..options import LISTS, Where
+from ..options import LISTS, Where, on_files
 from ..prompts import PromptBuilder
 from .base import ALWAYS, Batch, Description, Example, LossTerm
 
@@ -237,8 +237,8 @@ KEPT = Where(
 )
 REDRAWN = Where(
     "on ranking lists, without --precompute_ref_log_probs",
-    lambda o: o.preferences is None and not o.precompute_ref_log_probs,
-    ("preferences", "precompute_ref_log_probs"),
+    lambda o: not on_files(o) and not o.precompute_ref_log_probs,
+    (*LISTS.decided_by, "precompute_ref_log_probs"),
 )
 ANSWERS = {
     "preferences": ALWAYS,
@@ -268,6 +268,7 @@ DMPO = Description(
     prompts=PromptBuilder,
     reads=ANSWERS
     | {
+        "num_negatives": ALWAYS,
         "dpo_beta": ALWAYS,
         "dmpo_variant": ALWAYS,
         "reference_free": ALWAYS,

@@ -140,7 +140,9 @@ RECRANKER = Description(
     objective=RecRankerObjective,
     run="tasks",
     prompts=RecRankerPrompts,
-    reads=dict.fromkeys(("task_weights", "points_per_list", "pairs_per_list", "position_shifting", "hybrid"), ALWAYS),
+    reads=dict.fromkeys(
+        ("task_weights", "points_per_list", "pairs_per_list", "position_shifting", "hints", "hybrid"), ALWAYS
+    ),
     logs={"pointwise": "pointwise", "pairwise": "pairwise", "listwise": "listwise"},
     learns=lambda options: "tasks",
 )

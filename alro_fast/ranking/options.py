@@ -13,7 +13,7 @@ import numpy as np
 from ..cli import Reader, refuse_unread
 from ..errors import AlroFastError
 from ..run_folder import ADAPTER_CONFIG, run_options
-from .hybrid import HYBRIDS, PAIRINGS, constants_of, pairs_of
+from .hybrid import HYBRIDS, PAIR_ORDERS, PAIRINGS, SPELLED, constants_of, pairs_of, ways_of
 from .orders import MERGES, check_presentations
 
 METHODS = ("first", "expected", "greedy", "beam")
@@ -35,8 +35,9 @@ class RankingOptions:
     method: of METHODS (ranker.py has what they read) or, of a model of RecRanker's tasks, of TASK_METHODS; None: by
     the model's answers, DEFAULT_METHOD. shuffles: presentations of each list, the stored one first; the others depend
     on (seed, list_id) alone. merge_by: how they are merged, of orders.MERGES. beams: partial orders that `beam` keeps.
-    hybrid: constants of `hybrid`, of hybrid.HYBRIDS; None: the model's own. pairing: which candidates are compared, of
-    hybrid.PAIRINGS; a random one is drawn from (seed, list_id).
+    hybrid: constants of `hybrid`, as hybrid.constants_of takes them; None: the model's own. pairing: which candidates
+    are compared, of hybrid.PAIRINGS; a random one is drawn from (seed, list_id). pair_orders: in what orders the two
+    are named, of hybrid.PAIR_ORDERS; one: the order in which a random pairing drew them, or that of the list.
     """
 
     method: str | None = None
@@ -46,6 +47,7 @@ class RankingOptions:
     seed: int = 0
     hybrid: str | None = None
     pairing: str = "matching"
+    pair_orders: str = "both"
 
     def __post_init__(self) -> None:
         known = (*METHODS, *TASK_METHODS)
@@ -55,7 +57,7 @@ class RankingOptions:
         if self.beams < 1:
             raise AlroFastError(f"beams is at least 1; given {self.beams}")
         constants_of(self.hybrid or "code")
-        pairs_of(0, self.pairing, np.random.default_rng(0))
+        ways_of(pairs_of(0, self.pairing, np.random.default_rng(0)), self.pair_orders)
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Self:
@@ -94,11 +96,12 @@ class RankingOptions:
 
     def described(self) -> str:
         """In words, for whoever reads the rankings; of settled options."""
-        method = self.method
+        method, pairing = self.method, f"pairing {self.pairing}"
+        pairing += ", pairs asked in one order" if self.pair_orders == "one" else ""
         if method == "hybrid":
-            method += f" ({self.hybrid} constants, pairing {self.pairing})"
+            method += f" ({self.hybrid} constants, {pairing})"
         elif method == "pairwise":
-            method += f" (pairing {self.pairing})"
+            method += f" ({pairing})"
         elif method == "beam":
             method += f" ({self.beams} beams)"
         presented = f", {self.shuffles} presentations merged by {self.merge_by}" if self.shuffles > 1 else ""
@@ -109,6 +112,9 @@ READERS = {  # options that not every method reads; settings are settled Ranking
     "beams": Reader("by method beam", "method {0.method}", lambda how: how.method == "beam"),
     "hybrid": Reader("by method hybrid", "method {0.method}", lambda how: how.method == "hybrid"),
     "pairing": Reader(
+        "by methods pairwise and hybrid", "method {0.method}", lambda how: how.method in ("pairwise", "hybrid")
+    ),
+    "pair_orders": Reader(
         "by methods pairwise and hybrid", "method {0.method}", lambda how: how.method in ("pairwise", "hybrid")
     ),
     "shuffles": Reader(
@@ -122,7 +128,7 @@ READERS = {  # options that not every method reads; settings are settled Ranking
     ),
 }
 FUSE_READERS = dict.fromkeys(  # what a fusion was not fitted for
-    ("method", "hybrid", "pairing"),
+    ("method", "hybrid", "pairing", "pair_orders"),
     Reader("without --fuse", "--fuse, whose weights are for scores as the run was tuned", lambda o: not o.fuse),
 )
 MODEL_READERS = {
@@ -219,13 +225,21 @@ def add_ranking_options(parser: argparse.ArgumentParser) -> None:
         "--beams", type=int, default=defaults.beams, metavar="N", help="method beam: partial orders kept"
     )
     rankings.add_argument(
-        "--hybrid", metavar="NAME", help=f"method hybrid: constants, {' or '.join(HYBRIDS)} (default: as trained)"
+        "--hybrid",
+        metavar="CONSTANTS",
+        help=f"method hybrid: {' or '.join(HYBRIDS)}, or constants of your own: {SPELLED} (default: as trained)",
     )
     rankings.add_argument(
         "--pairing",
         default=defaults.pairing,
         metavar="NAME",
         help=f"methods pairwise and hybrid: pairs compared, {' (one each) or '.join(PAIRINGS)}",
+    )
+    rankings.add_argument(
+        "--pair_orders",
+        default=defaults.pair_orders,
+        metavar="NAME",
+        help=f"methods pairwise and hybrid: orders in which a pair is asked about, {' or '.join(PAIR_ORDERS)}",
     )
     rankings.add_argument(
         "--fuse", action="store_true", help="add the lists' signals to the scores, by the weights of train --fuse true"

@@ -61,7 +61,7 @@ class Ranker:
     ranking is bitwise the same whatever lists come with it; otherwise the company changes scores by rounding only.
     scoring: what the soft-argmax of `expected` reads, as trained.
     answer: ranking, ratings, or tasks: the three of RecRanker, whose `prompts` are RecRankerPrompts. hybrid: which
-    constants combine them, of hybrid.HYBRIDS.
+    constants combine them, as hybrid.constants_of takes them.
     """
 
     def __init__(
@@ -194,7 +194,8 @@ class Ranker:
     ) -> list[np.ndarray]:
         method, hybrid, prompts = cast(str, how.method), cast(str, how.hybrid), cast("RecRankerPrompts", self.prompts)
         readings = read_tasks(
-            self.reader, prompts, lists, presented, method, pairing=how.pairing, seed=how.seed
+            self.reader, prompts, lists, presented, method, pairing=how.pairing, pair_orders=how.pair_orders,
+            seed=how.seed,
         )  # fmt: skip
         for entry, reading in zip(lists, readings, strict=True):
             for values in reading:

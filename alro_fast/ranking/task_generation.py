@@ -16,7 +16,7 @@ import numpy as np
 from ..data.seeds import generator
 from ..prompts.recranker import TOP, Ask
 from .generation import Generated, mentions, write_answers
-from .hybrid import constants_of, pairs_of, places_of, utilities, win_shares
+from .hybrid import constants_of, first_shares, pairs_of, places_of, utilities, ways_of, win_shares
 from .orders import unlabelled
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def generate_tasks(
     *,
     hybrid: str | None = None,
     pairing: str = "matching",
+    pair_orders: str = "both",
     seed: int = 0,
     batch_size: int = 8,
 ) -> Generated:
@@ -44,7 +45,7 @@ def generate_tasks(
     for entry in map(unlabelled, lists):
         m = len(entry.candidates)
         pairs = pairs_of(m, pairing, generator(seed, 0, name=entry.list_id))
-        ways = [way for pair in pairs for way in (pair, pair[::-1])]
+        ways = ways_of(pairs, pair_orders)
         prompts = cast("RecRankerPrompts", ranker.prompts).encode([Ask(entry, range(m), ways, [range(m)])])[0]
         (listing,) = prompts.listings
         longest = sum(sorted(map(len, listing.entries))[-TOP:]) + 2 * TOP
@@ -57,10 +58,7 @@ def generate_tasks(
         named, _ = mentions(texts[-1], [ranker.tokenizer.decode(entry_ids) for entry_ids in listing.entries])
         order = list(dict.fromkeys(named))[:TOP]
         values = sorted(ranker.prompts.grade_values)
-        wins = [
-            ((0.5 if one is None else one) + (0.5 if other is None else 1 - other)) / 2
-            for one, other in zip(first[::2], first[1::2], strict=True)
-        ]
+        wins = first_shares([0.5 if one is None else one for one in first], pair_orders)
         utility = utilities(
             np.array([values[len(values) // 2] if grade is None else grade for grade in grades]),
             win_shares(m, pairs, wins),

@@ -3,7 +3,7 @@
 | task | read |
 | --- | --- |
 | pointwise | expected grade of every candidate: sum_c v_c P(c), P over the tokens of the grades |
-| pairwise | P(the first is preferred), P over Yes and No, averaged over both orders of naming the two |
+| pairwise | P(the first is preferred), P over Yes and No, averaged over both orders of naming the two, or in one |
 | listwise | log-probability of naming the candidate first, normalised over the candidates |
 
 All questions about a list continue two pages, so they are two trees, packed into one forward pass. Of a list with more
@@ -21,7 +21,7 @@ import numpy as np
 from ..data.seeds import generator
 from ..modeling.packing import Branch, Tree
 from ..prompts.recranker import Ask, TaskPrompts
-from .hybrid import HYBRIDS, pairs_of, utilities, win_shares
+from .hybrid import constants_of, first_shares, pairs_of, utilities, ways_of, win_shares
 from .options import TASK_METHODS
 from .orders import Ranking, make_ranking, slide
 
@@ -49,7 +49,7 @@ class Reading(NamedTuple):
             return wins if method == "pairwise" else named
         places = np.argsort(np.argsort(-named, axis=1, kind="stable"), axis=1, kind="stable")
         rows = zip(wins, places, strict=True)
-        return np.stack([utilities(grades, won, place, HYBRIDS[hybrid]) for won, place in rows])
+        return np.stack([utilities(grades, won, place, constants_of(hybrid)) for won, place in rows])
 
 
 def read_tasks(
@@ -60,6 +60,7 @@ def read_tasks(
     method: str = "hybrid",
     *,
     pairing: str = "matching",
+    pair_orders: str = "both",
     seed: int = 0,
 ) -> list[Reading]:
     """Readings of every list, of the tasks that `method` needs.
@@ -79,7 +80,7 @@ def read_tasks(
             Ask(
                 entry,
                 range(m) if wanted["pointwise"] else (),
-                [way for pair in chain(*drawn) for way in (pair, pair[::-1])] if wanted["pairwise"] else (),
+                ways_of(chain(*drawn), pair_orders) if wanted["pairwise"] else (),
                 shown.tolist() if wanted["listwise"] and m <= most else (),
             )
         )
@@ -98,7 +99,7 @@ def read_tasks(
     read = iter(reader.read(groups, tokens))
     values = np.asarray(prompts.grade_values, dtype=np.float64)
     readings = [
-        _reading(made, ask, drawn, wanted, read, values)
+        _reading(made, ask, drawn, pair_orders, wanted, read, values)
         for made, ask, drawn in zip(encoded, asks, pairs, strict=True)
     ]  # fmt: skip
     if wanted["listwise"]:
@@ -148,6 +149,7 @@ def _reading(
     made: TaskPrompts,
     ask: Ask,
     drawn: list[list[tuple[int, int]]],
+    pair_orders: str,
     wanted: dict[str, bool],
     read: Iterator[np.ndarray],
     values: np.ndarray,
@@ -159,8 +161,8 @@ def _reading(
     if wanted["pairwise"]:
         wins = np.empty((len(drawn), m))
         for b, pairs in enumerate(drawn):
-            ways = [(_softmax(next(read))[0], _softmax(next(read))[1]) for _ in pairs]
-            wins[b] = win_shares(m, pairs, [(one + other) / 2 for one, other in ways])
+            first_named = [float(_softmax(next(read))[0]) for _ in ways_of(pairs, pair_orders)]
+            wins[b] = win_shares(m, pairs, first_shares(first_named, pair_orders))
     if made.listings:
         named = np.empty((len(made.listings), m))
         for b, one in enumerate(made.listings):

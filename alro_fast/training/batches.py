@@ -82,6 +82,7 @@ class PlannedBatches(Sampler[list[tuple[int, list[int]]]]):
         seed: None for one order that all epochs share.
         rank, world_size: this process, and how many there are.
         start: where a resumed run goes on.
+        most: lists a batch may hold; None: as many as fit.
 
     Raises:
         AlroFastError: `start` counts batches of another plan.
@@ -95,12 +96,14 @@ class PlannedBatches(Sampler[list[tuple[int, list[int]]]]):
         rank: int = 0,
         world_size: int = 1,
         start: Cursor | None = None,
+        most: int | None = None,
     ) -> None:
         self.sizes, self.token_budget, self.seed = list(sizes), token_budget, seed
         self.rank, self.world_size, self.epoch = rank, world_size, 0
-        self.plans = EpochPlans(self.sizes, token_budget, seed)
-        given = np.asarray([token_budget, -1 if seed is None else seed, self.plans.num_batches, *self.sizes], np.int64)
-        self.fingerprint = hashlib.sha256(given.tobytes()).hexdigest()[:16]
+        self.plans = EpochPlans(self.sizes, token_budget, seed, most)
+        given = [token_budget, -1 if seed is None else seed, self.plans.num_batches, *self.sizes]
+        given += [] if most is None else [-most]
+        self.fingerprint = hashlib.sha256(np.asarray(given, np.int64).tobytes()).hexdigest()[:16]
         self.start, self.done = Cursor(), 0  # `done`: batches of its epoch that were trained before it
         self._last: tuple[int, list[list[int]]] | None = None
         if start is not None:

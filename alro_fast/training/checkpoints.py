@@ -15,6 +15,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from ..errors import AlroFastError
+from ..run_folder import run_options
 from .batches import Cursor
 from .config import RECORDED, defaults
 from .unread import unread
@@ -105,7 +106,7 @@ def check_same_options(checkpoint: Path, config: Config) -> None:
     Compared is what the run at hand reads; a version before recorded all options of all objectives. What a file does
     not record was at its default, or there was no such option yet.
     """
-    before, now = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8")), config.to_dict()
+    before, now = run_options(checkpoint), config.to_dict()
     options = config.flat()
     keys = {key for key in before.keys() | now.keys() if unread(key, options) is None} - RESUMABLE - set(RECORDED)
     default = defaults()

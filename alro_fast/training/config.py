@@ -20,6 +20,7 @@ from ..errors import AlroFastError
 from ..objectives.base import Description, describe, objective_arguments
 from ..ops import DIVERGENCES
 from ..options import DataArguments, ModelArguments, ObjectiveArguments, RankerTrainingArguments, Where
+from ..run_folder import as_now_called
 from .help import groups, help_text
 from .unread import WITHOUT_MEANING, Unread, objectives_of, unread, without_meaning
 
@@ -85,10 +86,11 @@ def parse(argv: Sequence[str]) -> Config:
         if value == "" and word.startswith("--") and "=" not in word and word != "--config":
             raise AlroFastError(f"{word} is given an empty value; give another, or leave it out")
     flags = {_flag(word, known) for word in argv}
-    if name is None and not flags & {"model_name_or_path", "data_dir", "dataset", "preferences"}:
+    if name is None and not flags & {"model_name_or_path", "data_dir", "dataset", "preferences", "stage_preferences"}:
         name = "demo"
     values = read_recipe(name) if name is not None else {}
     of_a_run = not values.keys().isdisjoint(RECORDED)  # the version before recorded what a run did not read, too
+    values = as_now_called(values) if of_a_run else values
     values = {key: value for key, value in values.items() if key not in RECORDED}
     for key in values:
         if key not in known:

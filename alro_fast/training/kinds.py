@@ -35,7 +35,8 @@ def stages(config: Config, argv: Sequence[str]) -> Iterator[Config]:
     root = Path(config.training.output_dir or next_folder(config))
     for words in stage_arguments(config, root):
         stage = parse([*argv, *words])
-        stage.training.stages = stage.training.stage_epochs = stage.training.stage_learning_rates = None
+        for name in ("stages", "stage_epochs", "stage_learning_rates", "stage_preferences"):
+            setattr(stage.training, name, None)
         folder = Path(cast(str, stage.training.output_dir))
         if stage.training.dry_run:
             stage.model.init_adapter = config.model.init_adapter

@@ -239,6 +239,7 @@ class Run:
         passes = (
             f"{training.tokens_per_batch:,} tokens x {training.gradient_accumulation_steps} x {training.world_size}"
         )
+        passes = f"{training.lists_per_batch:,} lists, {passes}" if training.lists_per_batch else passes
         extent = "by --max_steps" if training.max_steps > 0 else f"in {training.num_train_epochs:g} epochs"
         rows = {
             "data": f"{self.prepared.path}: {splits} lists",

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, cast
 
 from transformers import TrainerCallback
 
-from ..data.negatives import Negatives, positive
-from ..data.preferences import Preference, read_preferences
+from ..data.negatives import NUM_NEGATIVES, Negatives, positive
+from ..data.preferences import Preference, read_preferences, with_first
 from ..data.records import Item, RankingList
 from ..errors import AlroFastError
 from ..evaluation.preference_metrics import Scored, preference_metrics
@@ -79,6 +79,8 @@ class PreferenceRun(Run):
             raise AlroFastError(f"--eval_strategy {when} has nothing to evaluate: add --eval_preferences")
         if objective.precompute_ref_log_probs:
             objective.resample_negatives = False
+        if data.preferences is None and data.num_negatives is None:
+            data.num_negatives = NUM_NEGATIVES
 
     @staticmethod
     def given(config: Config) -> Any:
@@ -122,7 +124,7 @@ class PreferenceRun(Run):
             return {"train": self.prepared.train, "valid": next(iter(self.tests.values()), []), "test": []}
         splits = super().splits()
         self.negatives = Negatives.of(
-            self.prepared, count=data.num_negatives, by=data.negatives, source=data.negatives_from,
+            self.prepared, count=cast(int, data.num_negatives), by=data.negatives, source=data.negatives_from,
             seed=self.training.seed,
         )  # fmt: skip
         drawn = self.negatives
@@ -272,6 +274,8 @@ def read_files(config: Config) -> PreferenceFiles:
         raise AlroFastError("two --eval_preferences files have one name; rename one, results are kept by it")
     train = read_preferences(file, need_rejected=compares)
     tests = {name: read_preferences(path) for name, path in measured.items()}
+    if compares and data.num_negatives is not None:
+        train = [with_first(data.num_negatives, one) for one in train]
     if compares:
         for one in (*train, *next(iter(tests.values()), ())):
             check_answers(one, one.list_id, config.objective.dmpo_variant)

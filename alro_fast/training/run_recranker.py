@@ -13,9 +13,11 @@ from ..errors import AlroFastError
 from ..objectives.base import LEARNED, Objective, build_objective
 from ..objectives.recranker import RecRankerObjective
 from ..prompts.recranker import RecRankerPrompts
+from ..ranking.hybrid import constants_of
 from ..ranking.orders import Ranking
 from ..ranking.ranker import Ranker
 from ..ranking.tasks import TASK_METHODS
+from .config import Config
 from .run import Run
 
 
@@ -23,6 +25,11 @@ class RecRankerRun(Run):
     """A run of objective recranker."""
 
     objective: RecRankerObjective
+
+    @staticmethod
+    def settle(config: Config) -> None:
+        """AlroFastError for constants that no hybrid has."""
+        constants_of(config.objective.hybrid)
 
     @property
     def answers(self) -> str:
@@ -34,6 +41,7 @@ class RecRankerRun(Run):
         return RecRankerPrompts(
             self.tokenizer, data.template, identifiers=data.identifiers, max_length=data.max_length,
             items=self.prepared.items, like=made_with.get("like"), dislike=made_with.get("dislike"),
+            hints=self.config.objective.hints,
         )  # fmt: skip
 
     def build_objective(self) -> Objective:

@@ -32,10 +32,13 @@ if TYPE_CHECKING:
 def stage_arguments(config: Config, root: Path) -> list[list[str]]:
     """Command-line words of every stage of `--stages a,b`, to be added to those of the run; each has its own folder."""
     model, training = config.model, config.training
+    if training.stage_preferences is not None and config.data.preferences is not None:
+        raise AlroFastError("--stage_preferences names the file of every stage; leave --preferences out")
     names = stage_names(training.stages)
     columns = {
         "num_train_epochs": _each(training.stage_epochs, "stage_epochs", len(names)),
         "learning_rate": _each(training.stage_learning_rates, "stage_learning_rates", len(names)),
+        "preferences": _each(training.stage_preferences, "stage_preferences", len(names)),
     }
     stages = []
     for number, name in enumerate(names):

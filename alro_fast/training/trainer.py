@@ -204,7 +204,8 @@ class RankerTrainer(Trainer):
 
     def get_train_dataloader(self) -> PlannedLoader:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return self._loader(self.train_dataset, self.args.tokens_per_batch, seed, self.start)
+        args = self.args
+        return self._loader(self.train_dataset, args.tokens_per_batch, seed, self.start, args.lists_per_batch)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> PlannedLoader:
         dataset = cast(TreeDataset, eval_dataset if eval_dataset is not None else self.eval_dataset)
@@ -223,13 +224,18 @@ class RankerTrainer(Trainer):
         return len(cast(TreeDataset, dataloader.dataset))
 
     def _loader(
-        self, dataset: TreeDataset, token_budget: int, seed: int | None, start: Cursor | None = None
+        self,
+        dataset: TreeDataset,
+        token_budget: int,
+        seed: int | None,
+        start: Cursor | None = None,
+        most: int | None = None,
     ) -> PlannedLoader:
         args = self.args
         workers = args.dataloader_num_workers
         return PlannedLoader(
             dataset,
-            PlannedBatches(dataset.sizes, token_budget, seed, args.process_index, args.world_size, start),
+            PlannedBatches(dataset.sizes, token_budget, seed, args.process_index, args.world_size, start, most),
             num_workers=workers,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
             pin_memory=args.device.type == "cuda",  # `_prepare_inputs` copies without waiting

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 from ..errors import AlroFastError
 from ..objectives.base import Description, describe, describe_on_answers, descriptions
-from ..options import DataArguments, ModelArguments, RankerTrainingArguments, Where
+from ..options import DataArguments, ModelArguments, RankerTrainingArguments, Where, on_files
 
 _TOKENS = "batches are measured in tokens"
 _EVERY_TREE = "every batch is a tree of another shape, to be compiled anew"
 _NO_PREDICTIONS = "evaluation measures rankings and losses, and keeps no predictions of the Trainer's"
 _LOADER = "batches are built whole by --dataloader_num_workers, and handed over as they are"
 WITHOUT_MEANING = {  # options of transformers.TrainingArguments that packed batches or our losses leave nothing to do
-    "per_device_train_batch_size": f"{_TOKENS}; give --tokens_per_batch",
+    "per_device_train_batch_size": f"{_TOKENS}; give --tokens_per_batch, and --lists_per_batch for so many at most",
     "per_device_eval_batch_size": f"{_TOKENS}; give --eval_tokens_per_batch",
     "auto_find_batch_size": f"{_TOKENS}; lower --tokens_per_batch where memory runs out",
     "train_sampling_strategy": f"{_TOKENS} and packed by length, in an order drawn by --seed; leave it out",
@@ -85,7 +85,7 @@ def stage_names(stages: str | None) -> list[str]:
 def objectives_of(options: Any) -> list[Description]:
     """What a run trains, stage after stage; where one of them is trained on answers, a stand-in is taken (`sft`)."""
     names = stage_names(options.stages) or [options.objective]
-    answers = options.preferences is not None or any(describe(name).run == "preferences" for name in names)
+    answers = on_files(options) or any(describe(name).run == "preferences" for name in names)
     return [describe_on_answers(name) if answers else describe(name) for name in names]
 
 

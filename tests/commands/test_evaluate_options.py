@@ -46,7 +46,7 @@ EVALUATE_READ = [
     Read(
         "hybrid",
         f"--adapter tasks --method pointwise --generate {LISTS}",
-        "--hybrid paper",
+        "--hybrid figure",
     ),
     Read("token_budget", "--adapter titles --lists data --bootstrap 9", "--token_budget 100"),
     Read("device", "--adapter titles --lists data --bootstrap 9", "--device cpu"),
@@ -56,7 +56,7 @@ EVALUATE_READ = [
 GIVEN = {
     "method": "--method first", "shuffles": "--shuffles 1", "merge": "--merge mean", "beams": "--beams 4",
     "seed": "--seed 0", "hybrid": "--hybrid code", "pairing": "--pairing matching", "gain": "--gain exp2",
-    "baselines": "--baselines cheap",
+    "pair_orders": "--pair_orders both", "baselines": "--baselines cheap",
     "generate": "--generate", "fuse": "--fuse",
 }  # fmt: skip
 EVALUATE_REFUSED = [

@@ -176,6 +176,8 @@ HINTS_READ = [
         for name in ("num_candidates", "num_samples", "like", "dislike", "history_length", "folds", "seed")
     ),
     Read("min_likes", CSV, "--min_likes 2"),
+    Read("sampling", CSV, "--sampling none"),
+    Read("sampling", CSV, "--sampling penalty,clustering"),
     Read("choice_lists_only", CSV, "--choice_lists_only"),
     Read("retriever", CSV, "--retriever bpr"),
     *(

@@ -14,7 +14,7 @@ from tiny import byte_tokenizer, catalogue, random_lists
 from alro_fast import prepare
 from alro_fast.data.lists import SPLITS, open_prepared, seen_frame, write_prepared
 from alro_fast.data.negatives import DRAWS, SOURCES, Negatives, positive
-from alro_fast.data.preferences import Turn, read_preferences, two_items
+from alro_fast.data.preferences import Preference, Turn, read_preferences, two_items, with_first
 from alro_fast.data.records import Signal
 from alro_fast.errors import AlroFastError
 from alro_fast.objectives.base import build_objective
@@ -188,6 +188,29 @@ def test_mistakes_name_file_and_row(tmp_path, name, content, said):
         read_preferences(file)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_first_negatives_of_a_record():
+    shared = Preference("a", "u", ("P",), ("x",), ("1", "2", "3"))
+    assert with_first(2, shared) == replace(shared, rejected=("1", "2"))
+    own = Preference("a", "u", ("P", "Q", "R"), ("x", "y", "z"), ("1", "2", "3"))
+    assert with_first(1, own) == Preference("a", "u", ("P",), ("x",), ("1",))
+    assert with_first(3, own) == own
+    with pytest.raises(AlroFastError, match="a has 3 rejected answers, fewer than --num_negatives 4; lower it, or"):
+        with_first(4, shared)
+
+
+def test_rows_of_supervised_tuning(tmp_path):
+    """Alpaca, an output of one text: two items in order are rejected in the other order, all else has no rejection."""
+    rows = [{"instruction": "Rank the movies <A> and <B> .", "input": "", "output": " <B> , <A> "}]
+    file = tmp_path / "sft.json"
+    file.write_text(json.dumps(rows))
+    (one,) = read_preferences(file)
+    assert (one.chosen, one.rejected) == ((" <B> , <A> ",), (" <A> , <B> ",))
+    file.write_text(json.dumps([*rows, {"instruction": "Which movie?", "output": "<C>"}]))
+    assert [len(one.rejected) for one in read_preferences(file, need_rejected=False)] == [1, 0]
+    with pytest.raises(AlroFastError, match=r"sft.json, row 1 has no rejected answer.* or train with --objective sft"):
+        read_preferences(file)
 
 
 # ---- the authors' files

@@ -170,9 +170,16 @@ def test_a_report_of_a_first_stages_lists(tmp_path):
     for other in ("retriever", "untuned"):
         assert f"<th>tuned - {other}</th>" in text
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["ndcg.png", "position.png"]
-    paper = results.noting(rankings="method hybrid (paper constants, pairing matching), seed 0")
+    figure = results.noting(rankings="method hybrid (figure constants, pairing matching), seed 0")
     assert placed_rankers(hybrid.to_json())[0] == ("listwise",)
-    assert placed_rankers(paper.to_json()) == placed_rankers({"about": {}}) == (("untuned", "tuned"), "")
+    assert placed_rankers(figure.to_json()) == placed_rankers({"about": {}}) == (("untuned", "tuned"), "")
+    for constants, shown in (
+        ("order=1", ("listwise",)),
+        ("win=1", ("untuned", "tuned")),
+        ("paper", ("untuned", "tuned")),
+    ):
+        own = results.noting(rankings=f"method hybrid ({constants} constants, pairing matching), seed 0")
+        assert placed_rankers(own.to_json())[0] == shown
 
 
 def test_marks_of_a_cutoff_stay_together_and_steps_are_whole():

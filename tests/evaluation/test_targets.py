@@ -32,7 +32,7 @@ def lists_with_targets(places: list[int | None], size: int = 10) -> list:
     ]
 
 
-def test_the_papers_protocol_by_hand():
+def test_the_released_protocol_by_hand():
     """Places 1, 3, 4 and 10 of the retriever's order, and two users whose target was missed."""
     lists = lists_with_targets([0, 2, 3, 9, None, None])
     found = evaluate_targets(lists, first_stage_scores(lists))

@@ -59,6 +59,7 @@ def test_stages_folder_and_manifest(ratings, tmp_path, capsys):
     assert manifest["rating_values"] == [1.0, 2.0, 3.0, 4.0, 5.0]
     assert manifest["retrieval"]["test"]["users"] == len(data.lists("test")) == 40
     assert manifest["sampling"]["draws"] == 60
+    assert "0.95^(C - 1)" in manifest["sampling_rule"]
     assert data.targets.schema == TARGET_SCHEMA
     assert data.targets.height == 80
     for split in ("train", "valid", "test"):
@@ -116,6 +117,19 @@ def test_data_without_times(ratings, tmp_path, capsys):
     assert "none: a table without times" in " ".join(capsys.readouterr().out.split())
 
 
+def test_users_are_sampled_by_the_parts_that_are_named(ratings, tmp_path):
+    """As many lists whatever is left out; the manifest says by which rule."""
+    found = {}
+    for parts in ("importance,clustering,penalty", "clustering", "none"):
+        first_stage.main(command(ratings, tmp_path / parts, *QUICK, "--sampling", parts))
+        data = open_prepared(tmp_path / parts)
+        assert data.manifest["options"]["sampling"] == parts
+        found[data.manifest["sampling_rule"]] = [one.list_id for one in data.lists("train")]
+    assert len(found) == 3
+    assert len({len(lists) for lists in found.values()}) == 1
+    assert len({tuple(lists) for lists in found.values()}) == 3
+
+
 def test_choice_lists_only(ratings, tmp_path):
     first_stage.main(command(ratings, tmp_path / "out", *QUICK, "--choice_lists_only"))
     lists = open_prepared(tmp_path / "out").lists("train")
@@ -128,6 +142,7 @@ MISTAKES = [
     (["--retriever", "popularity", "--factors", "8"], "error: --factors is no option of retriever popularity"),
     (["--dislike", "5"], "error: --dislike 5 is not below --like 4"),
     (["--like", "9"], "error: no rating is at least --like 9 (they run from 1 to 5); lower --like"),
+    (["--sampling", "ln"], "error: --sampling 'ln': expected some of importance,clustering,penalty"),
     (["--retriever", "nope"], "error: argument --retriever: invalid choice: 'nope'"),
 ]
 

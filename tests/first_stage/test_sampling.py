@@ -10,7 +10,9 @@ from alro_fast.data.first_stage.sampling import (
     cluster_users,
     describe,
     importance_draws,
+    parse_parts,
     penalised_draws,
+    rule,
     sample_users,
     user_shares,
 )
@@ -107,6 +109,58 @@ def test_every_cluster_gives_its_share_of_a_whole_sample():
         sample = sample_users(np.full(10, 5), np.eye(10), 50, seed=seed)
         assert sample.pool.min() >= 3
         assert sample.pool.sum() == 60
+
+
+GROUPS = np.arange(3000) % 5
+VALUES = np.array([2, 4, 20, 150, 900])
+LN_SHARE = np.log(VALUES) / np.log(VALUES).sum()
+
+
+@pytest.mark.parametrize(
+    ("parts", "pooled", "share"),
+    [
+        ("importance", 120_000, LN_SHARE),
+        ("clustering", 120_000, np.full(5, 0.2)),
+        ("penalty", 120_000, np.full(5, 0.2)),
+        ("none", DRAWS, np.full(5, 0.2)),
+        ("importance,clustering", 120_000, (LN_SHARE + 0.2) / 2),
+    ],
+)
+def test_each_part_can_be_left_out(parts, pooled, share):
+    """The pool keeps its size and is drawn by what is left; without the penalty its entries weigh the same."""
+    sample = sample_users(
+        VALUES[GROUPS], np.random.default_rng(0).normal(size=(3000, 2)), DRAWS, parts=parse_parts(parts)
+    )
+    assert len(sample.drawn) == DRAWS
+    assert abs(sample.pool.sum() - pooled) <= 10  # a rounding per cluster
+    found = np.bincount(GROUPS, weights=sample.pool) / sample.pool.sum()
+    assert (np.abs(found - share) <= 3 * np.sqrt(share * (1 - share) / pooled)).all()
+    if parts == "none":
+        assert np.array_equal(np.bincount(sample.drawn, minlength=3000), sample.pool)
+        return
+    drawn = sample.pool[sample.drawn]
+    for penalty, holds in ((0.95, "penalty" in parts), (1.0, "penalty" not in parts)):
+        expected = (user_shares(sample.pool[sample.pool > 0], penalty) * sample.pool[sample.pool > 0]).sum()
+        assert (abs(drawn.mean() - expected) <= 3 * drawn.std() / np.sqrt(DRAWS)) == holds
+
+
+def test_parts_by_name():
+    assert parse_parts("penalty, importance") == ("importance", "penalty")
+    assert parse_parts("none") == ()
+    for wrong in ("", "importance,none", "importance,importance", "ln"):
+        with pytest.raises(AlroFastError, match=r"--sampling .*expected some of importance,clustering,penalty, each"):
+            parse_parts(wrong)
+
+
+def test_the_rule_says_what_is_used():
+    assert "0.6 num_samples draws in proportion to ln(training likes) and 0.6 num_samples draws spread over 10" in rule(
+        parse_parts("importance,clustering,penalty")
+    )
+    alone = rule(parse_parts("importance"))
+    assert "1.2 num_samples draws in proportion" in alone
+    assert "0.95" not in alone
+    assert "1.2 num_samples draws uniform" in rule(parse_parts("penalty"))
+    assert rule(()).startswith("num_samples draws, uniform")
 
 
 def test_fewer_users_than_clusters():

@@ -126,15 +126,16 @@ def check_sequences(varlen, queries, expected):
     assert varlen.max_seqlen_k == max(np.diff(k_ends))
 
 
-@given(st.lists(st.integers(1, 50), max_size=60), st.sampled_from([None, 0, 1, 123]))
+@given(st.lists(st.integers(1, 50), max_size=60), st.sampled_from([None, 0, 1, 123]), st.sampled_from([None, 1, 3]))
 @settings(max_examples=150, deadline=None)
-def test_plan_places_every_tree_once_within_the_budget(sizes, seed):
-    plan = plan_batches(sizes, 50, seed)
+def test_plan_places_every_tree_once_within_the_budget(sizes, seed, most):
+    plan = plan_batches(sizes, 50, seed, most=most)
     assert sorted(i for batch in plan for i in batch) == list(range(len(sizes)))
     assert all(sum(sizes[i] for i in batch) <= 50 for batch in plan)
-    assert plan == plan_batches(sizes, 50, seed)
-    fills = sorted(sum(sizes[i] for i in batch) for batch in plan)
-    assert len(plan) < 2 or fills[0] + fills[1] > 50  # else the later of the two need not have been opened
+    assert plan == plan_batches(sizes, 50, seed, most=most)
+    assert all(len(batch) <= (most or 60) for batch in plan)
+    fills = sorted(sum(sizes[i] for i in batch) for batch in plan if len(batch) != most)
+    assert len(fills) < 2 or fills[0] + fills[1] > 50  # else the later of the two need not have been opened
 
 
 def test_plan_fills_batches_that_fit_exactly():

@@ -69,6 +69,21 @@ def test_hints_that_are_unknown_or_missing():
     assert not any("Hint" in text for text, _ in PROMPTS.text(everything(make_list(hints=()))))
 
 
+@pytest.mark.parametrize("identifiers", ["letters", "titles"])
+def test_hints_can_be_left_out(tmp_path, identifiers):
+    """Every question is that of a list without hints; the folder remembers, and one of before shows them."""
+    prompts = RecRankerPrompts(TOKENIZER, "movies", identifiers=identifiers, hints=False)
+    shown = RecRankerPrompts(TOKENIZER, "movies", identifiers=identifiers)
+    assert prompts.text(everything(make_list())) == shown.text(everything(make_list(hints=())))
+    assert prompts.text(everything(make_list())) != shown.text(everything(make_list()))
+    assert (prompts.signals, shown.signals) == ({}, {"candidates": ("hint",)})
+    prompts.save(tmp_path)
+    assert RecRankerPrompts.load(tmp_path, TOKENIZER).hints is False
+    shown.save(tmp_path)
+    assert "hints" not in (tmp_path / "recranker.json").read_text()
+    assert RecRankerPrompts.load(tmp_path, TOKENIZER).hints is True
+
+
 def test_few_disliked_items_are_not_shown_and_no_liked_ones_are_said():
     history = make_list().history
     text = PROMPTS.text(Ask(make_list(history=history[:3], history_ratings=(3.0, 1.0, 2.0)), pairs=[(0, 1)]))[0][0]

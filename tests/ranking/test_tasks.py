@@ -15,7 +15,7 @@ from alro_fast.errors import AlroFastError
 from alro_fast.prompts import PromptBuilder
 from alro_fast.prompts.recranker import Ask, RecRankerPrompts
 from alro_fast.ranking import reading as reading_module
-from alro_fast.ranking.hybrid import HYBRIDS, pairs_of, utilities, win_shares
+from alro_fast.ranking.hybrid import HYBRIDS, constants_of, pairs_of, utilities, win_shares
 from alro_fast.ranking.options import TASK_METHODS
 from alro_fast.ranking.orders import presentations
 from alro_fast.ranking.ranker import Ranker
@@ -79,14 +79,34 @@ def test_readings_are_those_of_the_unshared_prompts(kind):
         np.testing.assert_allclose(reading.named[b], named - np.log(np.exp(named).sum()), atol=2e-5)
 
 
-@pytest.mark.parametrize("hybrid", HYBRIDS)
+@pytest.mark.parametrize("hybrid", [*HYBRIDS, "grade=0.5,win=1,place=0.125"])
 def test_the_hybrid_combines_what_is_read(hybrid):
     entry = hinted(1, sizes=10)[0]
     ranking_of = {method: RANKER.rank([entry], method=method, hybrid=hybrid)[0].scores for method in TASK_METHODS}
     places = np.argsort(np.argsort(-ranking_of["listwise"]))
-    expected = utilities(ranking_of["pointwise"], ranking_of["pairwise"], places, HYBRIDS[hybrid])
+    expected = utilities(ranking_of["pointwise"], ranking_of["pairwise"], places, constants_of(hybrid))
     np.testing.assert_allclose(ranking_of["hybrid"], expected, atol=1e-5)
     assert RANKER.rank([entry], hybrid=hybrid)[0].order == tuple(np.argsort(-expected, kind="stable"))
+
+
+@pytest.mark.parametrize("pairing", ["matching", "all"])
+def test_pairs_asked_in_one_order(pairing):
+    """P(Yes) of the pair as it stands; both orders are the mean with 1 - P(Yes) of the other."""
+    (entry,) = hinted(1, seed=5)
+    pairs = pairs_of(6, pairing, generator(3, 0, name=entry.list_id))
+
+    def chance(first, second):
+        made = RANKER.prompts.encode([Ask(entry, pairs=[(first, second)])])[0]
+        yes, no = np.exp(after(made.liked_ids + made.pairs[0].ids)[RANKER.prompts.choice_ids])
+        return yes / (yes + no)
+
+    for orders, first_wins in (
+        ("one", [chance(*pair) for pair in pairs]),
+        ("both", [(chance(*pair) + 1 - chance(*pair[::-1])) / 2 for pair in pairs]),
+    ):
+        found = RANKER.rank([entry], method="pairwise", pairing=pairing, pair_orders=orders, seed=3)[0].scores
+        np.testing.assert_allclose(found, win_shares(6, pairs, first_wins), atol=1e-5)
+    assert "pairs asked in one order" in RANKER.described(pair_orders="one")
 
 
 def test_a_user_is_one_forward_pass(monkeypatch):
@@ -161,7 +181,7 @@ def test_what_cannot_be_read_is_said():
         plain.rank([entry], method="hybrid")
     with pytest.raises(AlroFastError, match=r"method 'greedy' asks otherwise .*; use pointwise, pairwise, listwise"):
         RANKER.rank([entry], method="greedy")
-    with pytest.raises(AlroFastError, match="--hybrid 'both' is unknown; expected one of paper, code"):
+    with pytest.raises(AlroFastError, match="--hybrid 'both' is unknown; expected code or figure"):
         RANKER.rank([entry], hybrid="both")
     with pytest.raises(AlroFastError, match="--pairing 'some' is unknown; expected one of matching, all"):
         RANKER.rank([entry], pairing="some")
@@ -185,6 +205,19 @@ def test_generated_answers_are_parsed_as_the_release_does(monkeypatch):
     expected = utilities([5, 4, 3, 0.5, 4.5, 4.5], wins, places, HYBRIDS["code"])
     assert found.orders == [np.argsort(-expected, kind="stable").tolist()]
     assert found.valid == [False]
+
+
+def test_generated_pairs_can_be_asked_in_one_order(monkeypatch):
+    (entry,) = hinted(1)
+    pairs, asked = pairs_of(6, "matching", generator(0, 0, name=entry.list_id)), []
+    texts = ["9"] * 6 + [" Yes", " No", " what"] + [" A"]
+    monkeypatch.setattr(
+        "alro_fast.ranking.task_generation.write_answers", lambda ranker, prompts, size: asked.append(prompts) or texts
+    )
+    found = generate_tasks(RANKER, [entry], hybrid="win=1", pair_orders="one")
+    assert len(asked[0]) == 6 + 3 + 1
+    expected = win_shares(6, pairs, [1.0, 0.0, 0.5])
+    assert found.orders == [np.argsort(-expected, kind="stable").tolist()]
 
 
 def test_generation_runs_and_counts_what_it_cannot_read():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from tiny import catalogue, random_lists
 
 from alro_fast.data.lists import write_prepared
 from alro_fast.errors import AlroFastError
 from alro_fast.studies.plan import READY, parse_seeds, plan, read_study, study_names
+from alro_fast.study import main
 
 TWO = {"name": "two", "base": {"config": "demo"}, "variants": {"sft": {"alpha": 0, "beta": 0}, "both": None}}
 
@@ -104,20 +107,30 @@ def test_mistakes_are_one_line_before_anything_runs(tmp_path, keys, told):
     assert refused(tmp_path, **keys).startswith(told)
 
 
+SAMPLED = ("importance,clustering,penalty", "clustering,penalty", "importance,penalty", "importance,clustering", "none")
+
+
 @pytest.mark.parametrize("name", study_names())
-def test_ready_studies_can_be_planned(tmp_path, preferences, name):
+def test_ready_studies_can_be_planned(tmp_path, preferences, capsys, name):
     """Every variant of each is read whole, given what it needs; and its file says how it is run."""
     document = read_study(name)
-    write_prepared(tmp_path / "lists", catalogue(40), {"train": random_lists(2, 4, items=40)}, {"dataset": "made"})
-    for number in range(1, 6):
-        (tmp_path / f"pairs_{number}.json").write_text(preferences.read_text().replace("West", f"West {number}"))
-    given = {"data_dir": tmp_path / "lists", "raw_dir": tmp_path, "eval": preferences, "train": tmp_path / "pairs"}
-    given["train"] = preferences if name == "dmpo-stages" else given["train"]
+    for parts in ("", *SAMPLED):
+        lists = {"train": random_lists(2, 4, items=40)}
+        write_prepared(tmp_path / "lists" / parts, catalogue(40), lists, {"dataset": "made"})
+    row = {"prompt": "Next:", "chosen": " North", "rejected": [f" West {number}" for number in range(5)]}
+    for file in ("train", "other"):
+        (tmp_path / f"{file}.json").write_text(json.dumps([row]))
+    given = {"data_dir": tmp_path / "lists", "raw_dir": tmp_path, "eval": preferences, "lists": tmp_path / "lists"}
+    given |= {file: tmp_path / f"{file}.json" for file in ("train", "other")}
+    given |= {model: model for model in ("first", "second", "third")}
     study = plan(document, changes={key: str(given[key]) for key in document.get("needs", {})}, seeds=[0])
     assert len(study.variants) == len(study.runs) >= 3
     options = [tuple(run.stages[run.measured].items()) for run in study.runs]
     assert len(set(map(str, options))) == len(options)
-    assert f"python -m alro_fast.study {name}" in (READY / f"{name}.yaml").read_text()
+    words = [word for key in document.get("needs", {}) for word in ("--set", f"{key}={given[key]}")]
+    main([name, "--dry_run", "--seeds", "0", *words, "--output_dir", str(tmp_path / "out")])
+    assert f"{name}: {len(study.variants)} variants x 1 seeds" in capsys.readouterr().out
+    assert f"python -m alro_fast.study {name} " in (READY / f"{name}.yaml").read_text()
 
 
 def test_lists_and_preferences_are_not_compared(tmp_path, preferences):

@@ -17,8 +17,8 @@ from alro_fast.training.batches import CURSOR, Cursor, PlannedBatches, share_out
 BUDGET = 50
 
 
-def shards(sizes, world_size, seed=5, start=None, budget=BUDGET):
-    return [PlannedBatches(sizes, budget, seed, rank, world_size, start) for rank in range(world_size)]
+def shards(sizes, world_size, seed=5, start=None, budget=BUDGET, most=None):
+    return [PlannedBatches(sizes, budget, seed, rank, world_size, start, most) for rank in range(world_size)]
 
 
 def trained(shard, epoch):
@@ -34,14 +34,17 @@ def lists_of(batches):
 sizes_of_lists = st.lists(st.integers(1, BUDGET), min_size=1, max_size=80)
 
 
-@given(sizes_of_lists, st.integers(1, 5), st.integers(0, 20), st.sampled_from([None, 0, 7]))
+@given(
+    sizes_of_lists, st.integers(1, 5), st.integers(0, 20), st.sampled_from([None, 0, 7]), st.sampled_from([None, 1, 4])
+)
 @settings(max_examples=200, deadline=None)
-def test_every_epoch_trains_every_list_once_in_as_many_batches(sizes, world_size, epoch, seed):
-    processes = shards(sizes, world_size, seed)
+def test_every_epoch_trains_every_list_once_in_as_many_batches(sizes, world_size, epoch, seed, most):
+    processes = shards(sizes, world_size, seed, most=most)
     batches = [trained(shard, epoch) for shard in processes]
     assert {len(each) for each in batches} == {len(processes[0])}
     assert sorted(lists_of(lists_of(batches))) == list(range(len(sizes)))
     assert all(sum(sizes[i] for i in batch) <= BUDGET for each in batches for batch in each)
+    assert all(len(batch) <= (most or BUDGET * 2) for each in batches for batch in each)
     assert all(batch for each in batches for batch in each[:-1])  # a process has nothing in the last round at most
     assert all(each[-1] for each in batches) or max(map(len, lists_of([each[-1:] for each in batches]))) == 1
 
@@ -84,6 +87,17 @@ def test_plans_of_epochs_differ_in_neighbours_and_are_as_full(count):
     assert all(len(a & b) < 0.2 * len(a) for a, b in itertools.pairwise(neighbours))
 
 
+def test_batches_of_so_many_lists_where_tokens_leave_room():
+    """A hundred lists in eights are thirteen batches, other neighbours every epoch."""
+    sizes = np.random.default_rng(1).integers(100, 300, size=100).tolist()
+    plans = EpochPlans(sizes, 8192, 3, most=8)
+    epochs = [plans(epoch) for epoch in range(6)]
+    assert {len(plan) for plan in epochs} == {13}
+    assert {len(batch) for plan in epochs for batch in plan} <= {4, 8}
+    pairs = [{(i, j) for batch in plan for i in batch for j in batch if i < j} for plan in epochs]
+    assert all(len(a & b) < 0.4 * len(a) for a, b in itertools.pairwise(pairs))
+
+
 def test_a_step_is_the_same_with_any_number_of_processes():
     """Steps of 12 batches, whether of one process or of six."""
     sizes = np.random.default_rng(2).integers(5, 20, size=300).tolist()
@@ -108,6 +122,8 @@ def test_batches_of_another_plan_are_refused():
         with pytest.raises(AlroFastError, match="counts batches of other prompts or of another packing"):
             PlannedBatches(sizes, budget, seed, start=cursor)
         assert PlannedBatches(sizes, budget, seed, start=cursor.next_epoch()).start.epoch == 1
+    with pytest.raises(AlroFastError, match="counts batches of other prompts or of another packing"):
+        PlannedBatches([20, 30, 40, 50], BUDGET, 5, start=cursor, most=2)
 
 
 def state_of(folder, epoch, processes, **more):

@@ -23,6 +23,7 @@ from alro_fast.evaluation.preferences import score_preferences
 from alro_fast.modeling.loading import load_for_inference
 from alro_fast.prompts.preference import PreferencePrompts
 from alro_fast.ranking.ranker import Ranker
+from alro_fast.training import kinds
 from alro_fast.training.run_preferences import PreferenceRun
 from alro_fast.training.stages import stack_adapters
 
@@ -337,6 +338,41 @@ def test_dry_run_of_stages_writes_nothing(folder, capsys, tmp_path):
     assert not (tmp_path / "dry").exists()
 
 
+def test_stages_with_files_of_their_own(folder, tmp_path):
+    """Chosen answers of one file, preferences of another, of which each user's first negative; one record a batch."""
+    taught = [{"instruction": "User 1. Next:", "input": "", "output": " North 1"}] * 2
+    taught.append({"instruction": "User 2. Next:", "input": "", "output": " North 2"})
+    (tmp_path / "taught.json").write_text(json.dumps(taught))
+    files = f"{tmp_path / 'taught.json'},{folder / 'movies.json'}"
+    argv = ["--stages", "sft,dmpo", "--stage_preferences", files, "--num_negatives", 1, "--lists_per_batch", 1]
+    train.main(options(folder, tmp_path / "run", *argv))
+    steps, configs = [], []
+    for stage in ("1-sft", "2-dmpo"):
+        steps.append(json.loads((tmp_path / "run" / stage / "trainer_state.json").read_text())["global_step"])
+        configs.append(yaml.safe_load((tmp_path / "run" / stage / "config.yaml").read_text()))
+    assert steps == [2, 8]
+    assert [config["preferences"] for config in configs] == files.split(",")
+    assert "num_negatives" not in configs[0]
+    assert configs[1]["num_negatives"] == 1
+    for more, said in (
+        (["--num_negatives", 3], "movies-0 has 2 rejected answers, fewer than --num_negatives 3"),
+        (["--stage_preferences", f"{folder / 'movies.json'},{tmp_path / 'taught.json'}"], "no rejected answer"),
+        (["--stage_preferences", str(folder / "movies.json")], "has 1 values for 2 stages"),
+        (["--preferences", folder / "movies.json"], "leave --preferences out"),
+    ):
+        assert said in refused(options(folder, tmp_path / "refused", *argv, *more))
+
+
+def test_the_first_negatives_of_a_file_train_as_a_file_of_them(folder, tmp_path):
+    rows = [row | {"rejected": row["rejected"][:1]} for row in json.loads((folder / "movies.json").read_text())]
+    (tmp_path / "movies.json").write_text(json.dumps(rows))
+    found = []
+    for name, argv in (("few", [tmp_path / "movies.json"]), ("first", [folder / "movies.json", "--num_negatives", 1])):
+        train.main(options(folder, tmp_path / name, "--objective", "dmpo", "--preferences", *argv))
+        found.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
 def test_recipes_name_the_release_and_the_paper():
     release, paper = (train.parse(["--config", name]).objective for name in ("dmpo-release", "dmpo"))
     assert (release.dmpo_variant, release.reference_free, release.ftx, release.dpo_beta) == (
@@ -345,7 +381,25 @@ def test_recipes_name_the_release_and_the_paper():
         1,
         0.1,
     )
+    steps = train.parse(["--config", "dmpo-release"]).training
+    assert steps.lists_per_batch * steps.gradient_accumulation_steps == 8
     assert (paper.dmpo_variant, paper.reference_free, paper.ftx) == ("dmpo", False, 0)
+
+
+def test_the_release_tunes_on_its_own_rows_in_eights(folder, tmp_path, shared_data):
+    """A hundred rows of supervised tuning, then a hundred users of three pairs: thirteen steps an epoch each."""
+    stem = shared_data / "dmpo-prompts" / "rec_Amazon_Movie"
+    files = [f"{stem}_sft_ranking.json", f"{stem}_dpo_ranking_3.json"]
+    save_base(tmp_path / "chat", chat_tokenizer())
+    argv = ["--config", "dmpo-release", "--model_name_or_path", tmp_path / "chat", "--output_dir", tmp_path / "run"]
+    argv += ["--stage_preferences", ",".join(files), "--tokens_per_batch", 8192, "--use_cpu", "true"]
+    argv = [str(word) for word in argv]
+    planned = []
+    for stage in kinds.stages(train.parse(argv), argv):
+        stage.model.init_adapter = None  # the stage before is not trained here
+        run = kinds.run_for(stage)
+        planned.append((len(run.lists["train"]), run.trainer.planned_steps(), run.trainer.args.num_train_epochs))
+    assert planned == [(100, 65, 5), (100, 39, 3)]
 
 
 @pytest.mark.parametrize("data", ["data_ml_1m", "Amazon_Movie"])

@@ -7,6 +7,7 @@ import html
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import yaml
 from places import ROOT
 from tiny import byte_tokenizer, catalogue, save_base, tiny_llama
 
@@ -155,9 +157,9 @@ def test_evaluate_measures_every_task_and_the_generated_answers(run, capsys):
     assert "of the answers could not be read in full" in printed
     qrels = [line.split() for line in (run / "evaluation" / "qrels.trec").read_text().splitlines()]
     assert sorted(grade for *_, grade in qrels) == ["0"] * 108 + ["1"] * 12
-    evaluate.main([*words, "--limit", "12", "--method", "hybrid", "--hybrid", "paper", "--pairing", "all"])
+    evaluate.main([*words, "--limit", "12", "--method", "hybrid", "--hybrid", "figure", "--pairing", "all"])
     printed = capsys.readouterr().out
-    assert "method hybrid (paper constants, pairing all)" in printed
+    assert "method hybrid (figure constants, pairing all)" in printed
     assert "pointwise" not in printed
 
 
@@ -170,14 +172,45 @@ def test_an_adapter_over_a_language_model(tmp_path, identifiers):
     train.main(
         f"--objective recranker --model_name_or_path {base} --template movies --identifiers {identifiers} "
         f"--data_dir {lists} --output_dir {tmp_path / 'run'} --max_steps 2 --max_train_lists 20 --max_eval_lists 4 "
-        "--max_test_lists 8 --tokens_per_batch 8192 --task_weights 1,0.5,2 --hybrid paper --disable_tqdm true".split()
+        "--max_test_lists 8 --tokens_per_batch 8192 --task_weights 1,0.5,2 --hybrid figure --disable_tqdm true".split()
     )
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
     evaluate.main(f"--adapter {tmp_path / 'run'} --lists {lists} --limit 8 --bootstrap 0".split())
     document = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())
     assert document["untuned"] != document["tuned"]
-    assert document["about"]["conventions"]["rankings"].startswith("method hybrid (paper constants")
+    assert document["about"]["conventions"]["rankings"].startswith("method hybrid (figure constants")
     assert {"pointwise", "pairwise", "listwise"} <= document.keys()
+
+
+def test_a_run_without_hints_never_shows_them(tmp_path, capsys):
+    """Trained, ranked and evaluated: lists whose hints are changed are ranked alike, though the lists have hints."""
+    save_base(tmp_path / "base", max_position_embeddings=2048)
+    lists = prepare(tmp_path / "lists", leak=1.0)
+    short = "--max_steps 1 --max_train_lists 4 --max_eval_lists 2 --max_test_lists 2 --tokens_per_batch 8192"
+    words = f"--model_name_or_path {tmp_path / 'base'} --data_dir {lists} --output_dir {tmp_path / 'run'} {short}"
+    train.main(f"--objective recranker {words} --hints false --hybrid grade=1,win=2 --disable_tqdm true".split())
+    assert "shown beside" not in capsys.readouterr().out
+    options = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (options["hints"], options["hybrid"]) == (False, "grade=1,win=2")
+    ranker = Ranker.load(tmp_path / "run")
+    assert ranker.described() == "method hybrid (grade=1,win=2 constants, pairing matching), seed 0"
+    (entry,) = make_lists(1, "test", 0, leak=1.0)
+    assert entry.hints
+    one, other = ranker.rank([entry, replace(entry, hints=entry.hints[::-1])])
+    np.testing.assert_allclose(one.scores, other.scores, atol=1e-6)
+    with pytest.raises(AlroFastError, match="--hints has no meaning for --objective sft"):
+        train.main(f"--objective sft {words} --hints false".split())
+    with pytest.raises(AlroFastError, match="--hybrid paper is called figure now"):
+        train.main(f"--objective recranker {words} --overwrite_output_dir true --hybrid paper".split())
+
+
+def test_a_run_of_before_that_was_tuned_with_the_set_called_paper(tmp_path, run):
+    """It ranks as figure, and its configuration can be given again."""
+    shutil.copytree(run, tmp_path / "old", ignore=shutil.ignore_patterns("checkpoint-*", "data"))
+    file = tmp_path / "old" / "config.yaml"
+    file.write_text(file.read_text().replace("hybrid: code", "hybrid: paper"))
+    assert Ranker.load(tmp_path / "old").described().startswith("method hybrid (figure constants")
+    assert train.parse(["--config", str(file)]).objective.hybrid == "figure"
 
 
 def test_rank_takes_hints_and_methods(run, tmp_path, capsys):
@@ -190,13 +223,14 @@ def test_rank_takes_hints_and_methods(run, tmp_path, capsys):
     }
     (tmp_path / "one.json").write_text(json.dumps(document))
     orders = {}
-    for options in ("", "--method pairwise --pairing all", "--hybrid paper", "--method listwise"):
+    for options in ("", "--method pairwise --pairing all", "--hybrid figure", "--hybrid win=2", "--method listwise"):
         rank.main(f"--adapter {run} {tmp_path / 'one.json'} {options}".split())
         orders[options] = [row["id"] for row in json.loads(capsys.readouterr().out)["ranking"]]
         assert sorted(orders[options]) == sorted(item.item_id for item in entry.candidates)
     assert entry.candidates[7].item_id in orders["--method pairwise --pairing all"][:3]
     for words, said in (
-        ("--hybrid figure", "--hybrid 'figure' is unknown"),
+        ("--hybrid paper", "--hybrid paper is called figure now"),
+        ("--hybrid grade=1,lists=2", "'lists=2' names no constant"),
         ("--pairing none", "--pairing 'none' is unknown"),
         ("--method first", "asks otherwise than this model was tuned to answer"),
     ):
@@ -250,6 +284,6 @@ def test_the_movielens_script_runs_from_ratings_to_evaluation(shared_data, tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     for row in ("retriever", "hints", "pointwise", "pairwise", "listwise", "tuned", "ceiling"):
         assert done.stdout.count(f"\n{row} ") >= 2
-    assert "method hybrid (paper constants, pairing all)" in done.stdout
+    assert "method hybrid (figure constants, pairing all)" in done.stdout
     prompts = (tmp_path / "run" / "recranker.json").read_text()
     assert json.loads(prompts)["options"]["like"] == 4.0

@@ -60,6 +60,31 @@ def test_every_list_is_trained_once_an_epoch(tmp_path):
     assert trainer.state.global_step == planned > 2
 
 
+def test_so_many_lists_a_batch(tmp_path):
+    trainer = make_trainer(tmp_path, tokens_per_batch=8192, lists_per_batch=3)
+    sizes = sorted(len(batch) for [(_, batch)] in trainer.get_train_dataloader().batch_sampler)
+    assert sizes == [2, 3, 3]
+    assert trainer.planned_steps() == 3
+    assert len(trainer.get_eval_dataloader()) == 1
+
+
+def test_emitted_candidates_are_left_out_of_the_permutation_loss():
+    """As the definition has it, on a tiny model; and it is another loss than with them."""
+    model, found = tiny_llama(len(TOKENIZER)), {}
+    for masked in (False, True):
+        objective = make_objective(psl_mask_emitted=masked)
+        batch = build_batch(objective.examples(LISTS, range(len(LISTS)), 0), objective)
+        hidden, head = tree_hidden_states(model, batch.packed), head_of(model)
+        terms = {term.name: term.value for term in objective.loss(hidden, head, batch.packed, batch.targets)}
+        expected = reference.alro_loss(
+            hidden, head.weight, batch.packed.labels, batch.targets.lists, alpha=0.5, beta=0.5, gamma=1.0, sigma=1.0,
+            psl_mask_emitted=masked,
+        )  # fmt: skip
+        found[masked] = terms["permutation"].item()
+        assert found[masked] == pytest.approx(expected.permutation.item(), rel=1e-4)
+    assert abs(found[True] - found[False]) > 1e-3 * found[False]
+
+
 @pytest.mark.parametrize("answer", ["ranking", "ratings"])
 def test_accumulation_equals_one_batch(tmp_path, answer):
     """Packed four ways or one, the step is the same: terms are means over the whole step."""

@@ -46,7 +46,20 @@ FITTED = ["max_length", "max_train_lists", "max_eval_lists", "max_test_lists"]
 LISTS = ["data_dir", "template", "identifiers", *FITTED]
 SCORES = ["gamma", "score", "score_space"]
 TWINS = ["beta", "psl", "psl_space", "psl_detach"]
-ALRO = ["objective", "backend", "answer", "baselines", "fuse", "alpha", "sigma", "permutations", *SCORES, *TWINS]
+EMITTED = "psl_mask_emitted"
+ALRO = [
+    "objective",
+    "backend",
+    "answer",
+    "baselines",
+    "fuse",
+    "alpha",
+    "sigma",
+    "permutations",
+    *SCORES,
+    *TWINS,
+    EMITTED,
+]
 ANSWERS = ["preferences", "preference_answer", "num_negatives", "negatives", "negatives_from", "resample_negatives"]
 OF_LISTS = {*ANSWERS} - {"preferences"}
 DMPO = ["dpo_beta", "dmpo_variant", "reference_free", "ftx", "precompute_ref_log_probs"]
@@ -56,15 +69,16 @@ READ = {  # what each of them reads of our own options but those of the training
     "alro, lists to prepare": [
         *MODEL, *LORA, *LISTS, "dataset", "raw_dir", "history_length", "list_size", "train_stride", *ALRO
     ],
-    "alro, grades": [*MODEL, *LORA, *LISTS, *(set(ALRO) - set(SCORES))],
-    "alro, no twins": [*MODEL, *LORA, *LISTS, *(set(ALRO) - set(TWINS))],
+    "alro, grades": [*MODEL, *LORA, *LISTS, *(set(ALRO) - {*SCORES, EMITTED})],
+    "alro, no twins": [*MODEL, *LORA, *LISTS, *(set(ALRO) - {*TWINS, EMITTED})],
     "alro, from scratch": [*MODEL[:3], *SCRATCH, *LISTS, *ALRO],
     "alro, a later stage": [*MODEL, *LORA, "stage_adapter", *LISTS, *ALRO],
     "sft": [*MODEL, *LORA, *LISTS, "objective", "backend", "answer", "baselines", "fuse", "preferences"],
     "sft on files": [*MODEL, *LORA, *FITTED, "objective", "backend", *(set(ANSWERS) - OF_LISTS), "eval_preferences"],
     "dmpo": [*MODEL, *LORA, *LISTS, "objective", "backend", *ANSWERS, *DMPO],
     "dmpo on files": [
-        *MODEL, *LORA, *FITTED, "objective", "backend", *(set(ANSWERS) - OF_LISTS), "eval_preferences", *DMPO
+        *MODEL, *LORA, *FITTED, "objective", "backend", *(set(ANSWERS) - OF_LISTS), "eval_preferences", *DMPO,
+        "num_negatives",
     ],
     "dmpo, no reference": [*MODEL, *LORA, *LISTS, "objective", "backend", *ANSWERS, *DMPO[:-1]],
     "dmpo, kept reference": [
@@ -72,7 +86,7 @@ READ = {  # what each of them reads of our own options but those of the training
     ],
     "recranker": [
         *MODEL, *LORA, *LISTS, "objective", "backend", "task_weights", "points_per_list", "pairs_per_list",
-        "position_shifting", "hybrid", "baselines", "fuse",
+        "position_shifting", "hints", "hybrid", "baselines", "fuse",
     ],
     "stages": [*MODEL, *LORA, "stage_adapter", *LISTS, "objective", "backend", *ANSWERS, *DMPO],
 }  # fmt: skip
@@ -180,7 +194,7 @@ UNRECORDED = (
 def test_every_option_of_training_changes_the_run_or_is_refused_by_name(name):
     """Those of transformers too: the value given reaches the Trainer's arguments, or is refused."""
     value, run = another(known()[name]), "alro"
-    if name in WITHOUT_MEANING or name in ("stage_epochs", "stage_learning_rates"):
+    if name in WITHOUT_MEANING or name in ("stage_epochs", "stage_learning_rates", "stage_preferences"):
         with pytest.raises(AlroFastError, match=f"--{name}(/| has no meaning| is read)"):
             parse(words(run, f"--{name}", value))
         return
@@ -245,6 +259,28 @@ def test_stages_resume_by_their_own_checkpoints(tmp_path):
     config = parse(words("stages", "--resume_from_checkpoint", "nope", "--output_dir", str(tmp_path / "none")))
     with pytest.raises(AlroFastError, match=r"--resume_from_checkpoint nope with --stages: .* give true or auto"):
         list(kinds.stages(config, []))
+
+
+def test_emitted_candidates_are_masked_where_the_permutation_loss_is_read_slot_by_slot():
+    given = ["--psl_mask_emitted", "true"]
+    assert parse(words("alro", *given)).to_dict()["psl_mask_emitted"] is True
+    for more in (["--beta", "0"], ["--psl_space", "vocab"], ["--permutations", "0"], ["--answer", "ratings"]):
+        with pytest.raises(AlroFastError, match="--psl_mask_emitted is read with --answer ranking, --psl_space candid"):
+            parse(words("alro", *given, *more))
+
+
+def test_files_of_stages_stand_in_the_place_of_one():
+    """They make it a run on files; beside --preferences they are refused."""
+    run = ["--stages", "sft,dmpo", "--model_name_or_path", "base", "--stage_preferences", "a.json, b.json"]
+    config = parse([*run, "--eval_preferences", "e.json", "--num_negatives", "2", "--output_dir", "out"])
+    assert config.data.preferences is None
+    with pytest.raises(AlroFastError, match="--data_dir is read without --preferences"):
+        parse([*run, "--data_dir", "lists"])
+    both = parse([*run, "--preferences", "c.json", "--output_dir", "out"])
+    with pytest.raises(AlroFastError, match="--stage_preferences names the file of every stage; leave --preferences"):
+        list(kinds.stages(both, run))
+    with pytest.raises(AlroFastError, match="--stage_preferences is read with --stages"):
+        parse([*run[2:], "--objective", "dmpo"])
 
 
 def test_stages_take_what_one_of_them_reads():

@@ -22,7 +22,7 @@ from .likes import LIKE_SPLIT_RULE, LikeSplit, split_likes
 from .list_maker import ListMaker
 from .options import HintOptions
 from .retrieval import Retrieved, Retriever, fit_retriever, need_libraries, retrieval_metrics, retrieve, seen_items
-from .sampling import UserSample, candidates_for_sampling, describe, sample_users
+from .sampling import UserSample, candidates_for_sampling, describe, parse_parts, rule, sample_users
 
 TRAIN_RULE = (
     "each draw of a user gives a choice list and, unless --choice_lists_only, a rated list; choice list: half of "
@@ -68,14 +68,13 @@ def prepare_hinted(files: FileOptions, options: HintOptions) -> tuple[Hinted, St
     lists = ", ".join(f"{split} {count:,}" for split, count in built.counts["lists"].items())
     stage.done(f"made lists: {lists}")
     rules = {"tie_rule": TIE_RULE, "split_rule": LIKE_SPLIT_RULE, "train_rule": TRAIN_RULE, "order_rule": EVAL_RULE}
-    manifest = manifest_of(
-        files, interactions, recorded, options.seed, rules | {"hint_rule": HINT_RULE}, built.counts
-    ) | {
+    rules |= {"hint_rule": HINT_RULE, "sampling_rule": rule(parse_parts(options.sampling))}
+    manifest = manifest_of(files, interactions, recorded, options.seed, rules, built.counts) | {
         "retriever": built.retriever,
         "retrieval": built.retrieval,
         "hint_rmse": built.hint_error,
         "sampling": describe(built.sample, built.like_count),
-    }  # fmt: skip
+    }
     seen = seen_frame(interactions.user, interactions.item, interactions.user_ids)
     write_prepared(files.output_dir, built.items, built.lists, manifest, built.targets, seen)
     return built, stage
@@ -103,7 +102,10 @@ def build_hinted(
     done(f"fitted {options.retriever}: " + ", ".join(f"{k} {v:.4f}" for k, v in retrieval["valid"].items() if "@" in k))
     models = FoldedModels(split, options.folds, options.seed)
     done(f"fitted rating models: root mean square error {models.error:.4f} out of fold")
-    sample = sample_users(split.like_count, retriever.embeddings, options.num_samples, seed=options.seed)
+    sample = sample_users(
+        split.like_count, retriever.embeddings, options.num_samples, seed=options.seed,
+        parts=parse_parts(options.sampling),
+    )  # fmt: skip
     maker = ListMaker(interactions, split, models, options)
     train, how = maker.train(sample.drawn)
     lists = {"train": train, **{name: maker.ranked(name, one) for name, one in found.items()}}

@@ -8,6 +8,7 @@ from typing import Any
 from ...errors import AlroFastError
 from .likes import MIN_LIKES
 from .retrieval import RetrieverOptions, resolve
+from .sampling import PARTS, parse_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,7 @@ class HintOptions:
     retriever: str = "als"
     num_candidates: int = 10  # of a list
     num_samples: int = 5000  # draws of users, a draw is one choice list
+    sampling: str = ",".join(PARTS)  # what decides who is drawn, of sampling.PARTS; none: all users alike
     like: float = 4.0  # ratings from here on are likes
     min_likes: int = MIN_LIKES  # a user with fewer has no targets
     dislike: float = 2.0  # ratings up to here are dislikes (shown as such in prompts)
@@ -33,6 +35,7 @@ class HintOptions:
                 raise AlroFastError(f"--{name} {getattr(self, name)} is too small; at least {least} is needed")
         if not self.dislike < self.like:
             raise AlroFastError(f"--dislike {self.dislike:g} is not below --like {self.like:g}")
+        object.__setattr__(self, "sampling", ",".join(parse_parts(self.sampling)) or "none")
         resolve(self.retriever, self.of_retriever)
 
     @property

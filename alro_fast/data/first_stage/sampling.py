@@ -1,16 +1,24 @@
 """Adaptive user sampling of RecRanker (arXiv 2312.16018): importance, clusters, repetition penalty.
 
+The parts and constants are those of the authors' released prompt/make_train_prompt.py; leaving some out is our choice
+(docs/methods.md 3.1).
+
 Used as docs/first_stage.md, "Training lists", says; with |U| users and n draws:
 
 importance : share * n draws with replacement, P(u) proportional to ln(likes of u)
-clusters   : k-means on user embeddings; cluster c gives round(share * n * |c| / |U|) users, uniform with replacement
+clustering : k-means on user embeddings; cluster c gives round(share * n * |c| / |U|) users, uniform with replacement
 pool       : both together, repeats kept; C_u = how often u is in it
 penalty    : n draws with replacement from the pool, each entry weighted penalty^(C_u - 1)
              so user u has the weight C_u * penalty^(C_u - 1)
+
+Any of the three can be left out (`PARTS`). The pool keeps its size, 2 * share * n: of importance and clustering, one
+alone gives all of it; without either it is drawn uniformly. Without the penalty all entries weigh the same, and with
+none of the three, n users are drawn uniformly, from no pool.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +27,7 @@ from ...errors import AlroFastError
 from .. import seeds
 
 SHARE, CLUSTERS, PENALTY = 0.6, 10, 0.95
+PARTS = ("importance", "clustering", "penalty")
 MIN_SAMPLED_LIKES = 2  # ln 1 = 0: a user with one like is never drawn by importance, and has no task to give
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -38,26 +47,64 @@ def sample_users(
     count: int,
     *,
     seed: int = 0,
+    parts: Collection[str] = PARTS,
     share: float = SHARE,
     clusters: int = CLUSTERS,
     penalty: float = PENALTY,
 ) -> UserSample:
     """Draw `count` users with repeats, among those with MIN_SAMPLED_LIKES training likes or more.
 
-    likes: int64 [users]; embeddings: float [users, d]. Raises AlroFastError where nobody can be drawn.
+    likes: int64 [users]; embeddings: float [users, d]. parts: of PARTS, those that are used. Raises AlroFastError where
+    nobody can be drawn.
     """
     if count < 1:
         raise AlroFastError(f"--num_samples {count} is too small; at least 1 is needed")
     users = candidates_for_sampling(likes)
     generator = seeds.generator(seed, seeds.USER_SAMPLE)
     labels = cluster_users(embeddings[users], clusters, seed)
-    by_importance = importance_draws(likes[users], round(share * count), generator)
-    by_cluster = cluster_draws(labels, share * count, generator)
-    entries = users[np.concatenate([by_importance, by_cluster])]
-    pool = np.bincount(entries, minlength=len(likes))
     cluster = np.full(len(likes), -1, dtype=np.int64)
     cluster[users] = labels
-    return UserSample(penalised_draws(entries, count, generator, penalty), pool, cluster)
+    if not parts:
+        drawn = users[generator.integers(len(users), size=count)]
+        return UserSample(drawn, np.bincount(drawn, minlength=len(likes)), cluster)
+    sources = [part for part in ("importance", "clustering") if part in parts]
+    total = 2 * share * count / max(len(sources), 1)
+    draws = [] if sources else [generator.integers(len(users), size=round(total))]
+    if "importance" in sources:
+        draws.append(importance_draws(likes[users], round(total), generator))
+    if "clustering" in sources:
+        draws.append(cluster_draws(labels, total, generator))
+    entries = users[np.concatenate(draws)]
+    pool = np.bincount(entries, minlength=len(likes))
+    weight = penalty if "penalty" in parts else 1.0
+    return UserSample(penalised_draws(entries, count, generator, weight), pool, cluster)
+
+
+def parse_parts(text: str) -> tuple[str, ...]:
+    """The parts that `--sampling` names, in the order of PARTS: "importance,penalty", or "none"; AlroFastError else."""
+    named = [part.strip() for part in text.split(",")]
+    if named == ["none"]:
+        return ()
+    if len(set(named)) < len(named) or not set(named) <= set(PARTS):
+        raise AlroFastError(f"--sampling {text!r}: expected some of {','.join(PARTS)}, each once, or none")
+    return tuple(part for part in PARTS if part in named)
+
+
+def rule(parts: Sequence[str]) -> str:
+    """How users are drawn with these parts, in words, for the manifest."""
+    among = f"with replacement, among users with {MIN_SAMPLED_LIKES} training likes or more"
+    if not parts:
+        return f"num_samples draws, uniform, {among}"
+    sources = {
+        "importance": "in proportion to ln(training likes)",
+        "clustering": f"spread over {CLUSTERS} k-means clusters of the retriever's user embeddings by their size, "
+        "uniform within each",
+    }
+    used = [words for part, words in sources.items() if part in parts] or ["uniform"]
+    size = 2 * SHARE / len(used)
+    pool = " and ".join(f"{size:g} num_samples draws {words}" for words in used)
+    weight = f"each entry of a user in it C times weighted {PENALTY:g}^(C - 1)" if "penalty" in parts else "uniform"
+    return f"pool: {pool}, {among}; then num_samples draws with replacement from the pool, {weight}"
 
 
 def candidates_for_sampling(likes: np.ndarray) -> np.ndarray:

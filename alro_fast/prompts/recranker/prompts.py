@@ -82,7 +82,9 @@ class RecRankerPrompts(SavedPrompts):
         max_length: longest prompt and answer together, in tokens; oldest history items are dropped to keep to it.
         items: the catalogue, for "items": each must have its token.
         like, dislike: thresholds of liked and disliked ratings; None: the template's.
-        rated_items, liked_items, disliked_items: the newest so many of each are shown (the paper: 50, 50, 10).
+        hints: False leaves out the line of the hint, whatever hints a list has.
+        rated_items, liked_items, disliked_items: the newest so many of each are shown; 50, 50 and 10 are those of the
+            authors' released prompt/make_train_prompt.py.
 
     Raises:
         AlroFastError: no such template or a mistake in it, or a tokenizer whose grades, Yes and No, or identifiers are
@@ -102,6 +104,7 @@ class RecRankerPrompts(SavedPrompts):
         items: Sequence[Item] | None = None,
         like: float | None = None,
         dislike: float | None = None,
+        hints: bool = True,
         rated_items: int = 50,
         liked_items: int = 50,
         disliked_items: int = 10,
@@ -114,6 +117,7 @@ class RecRankerPrompts(SavedPrompts):
         self.dislike = text.dislike if dislike is None else dislike
         if not self.dislike < self.like:
             raise AlroFastError(f"dislike is {self.dislike:g} and like {self.like:g}; expected dislike < like")
+        self.hints = hints
         self.rated_items, self.liked_items, self.disliked_items = rated_items, liked_items, disliked_items
         self._encoder = encoder = Encoder(tokenizer)
         self._turns = turns = find_turns(encoder, text["system"])
@@ -147,7 +151,7 @@ class RecRankerPrompts(SavedPrompts):
     @property
     def signals(self) -> dict[str, tuple[str, ...]]:
         """Names of the signals that prompts show, where a list has them."""
-        return {"candidates": ("hint",)}
+        return {"candidates": ("hint",)} if self.hints else {}
 
     @property
     def max_candidates(self) -> int:
@@ -198,7 +202,7 @@ class RecRankerPrompts(SavedPrompts):
 
     def _ask_point(self, source: RankingList, i: int) -> Question:
         ids = self._point.ids(source.candidates[i])
-        if source.hints:
+        if self.hints and source.hints:
             ids += self._point_hint.ids(self._shown_hint(source.hints[i]))
         rating = source.ratings[i]
         return Question(ids + self._point_tail, [] if math.isnan(rating) else [self._grade(source, rating), self.end])
@@ -206,7 +210,7 @@ class RecRankerPrompts(SavedPrompts):
     def _ask_pair(self, source: RankingList, first: int, second: int) -> Question:
         ids = self._pair.ids(source.candidates[first], source.candidates[second])
         words = self.template["pair.first"], self.template["pair.second"]
-        if source.hints:
+        if self.hints and source.hints:
             a, b = source.hints[first], source.hints[second]
             unknown = math.isnan(a) or math.isnan(b) or a == b
             ids += self._pair_hint.ids(self.template["unknown"] if unknown else words[a < b])
@@ -347,7 +351,7 @@ class RecRankerPrompts(SavedPrompts):
         return {
             "template": self.template.name,
             "tokenizer": self._encoder.fingerprint(),
-            "options": {name: getattr(self, name) for name in names},
+            "options": {name: getattr(self, name) for name in names} | ({} if self.hints else {"hints": False}),
             "grade_ids": self.grade_ids,
             "choice_ids": self.choice_ids,
         }
@@ -426,7 +430,7 @@ class _ListTask:
                 ids.append(self._line_ids[self._number(lines[i], position)])
                 ids += self._bodies.ids[lines[i]]
         entries = self._entries(source, order, self._answer)
-        if source.hints:
+        if self._prompts.hints and source.hints:
             best = _best(source.hints)
             named = self._entries(source, order, self._hint)
             spelled = self._spell([named[i] for i in best], self._hint)[:-1]
