@@ -9,10 +9,12 @@ from .cli import OneLineParser, Reader, refuse_unread, run
 from .data.prepared import FileOptions, add_file_options, prepare_lists
 from .data.signal_table import SIGNALS
 from .data.signals import FOLDS, SignalOptions
-from .data.windows import ListOptions
+from .data.windows import UNGRADED, ListOptions
 
+_DRAWN = Reader("with --negatives 1 or more", "lists without negatives", lambda options: options.negatives)
 READERS = {
-    "negatives_by": Reader("with --negatives 1 or more", "lists without negatives", lambda options: options.negatives),
+    "negatives_by": _DRAWN,
+    "ungraded": _DRAWN,
     "signal_folds": Reader("with --signals", "lists without signals", lambda options: options.signals is not None),
 }
 
@@ -49,6 +51,13 @@ def parser() -> OneLineParser:
         default=defaults.negatives_by,
         metavar="HOW",
         help="--negatives 1 or more: drawn by uniform or popularity",
+    )
+    cut.add_argument(
+        "--ungraded",
+        choices=UNGRADED,
+        default=defaults.ungraded,
+        metavar="HOW",
+        help="--negatives 1 or more: unrated, or as_zero, for clicks and purchases, whose ratings are all one",
     )
     beside = parser.add_argument_group("signals")
     beside.add_argument(

@@ -43,6 +43,7 @@ ORDER_RULE = "candidates are presented in the order of a hash of (seed, user id,
 SORT_ROWS = 4_000_000
 CHUNK_LISTS = 1 << 16
 MAX_DRAWS = 32
+UNGRADED = ("unrated", "as_zero")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +58,14 @@ class ListOptions:
     test_lists: int = 1  # per user, one after the other
     negatives: int = 0  # unrated candidates added to every list: items the user never rated, without a grade
     negatives_by: str = "uniform"  # or "popularity": drawn with probability proportional to train_count
+    ungraded: str = "unrated"  # what a negative counts as; or "as_zero": rated 0, for feedback that is no rating
     seed: int = 0
 
     def __post_init__(self) -> None:
-        lowest = {"history_length": 1, "list_size": 2, "min_history": 1, "test_lists": 1, "negatives": 0, "seed": 0}
+        if self.ungraded not in UNGRADED:
+            raise AlroFastError(f"--ungraded {self.ungraded!r}; expected one of {', '.join(UNGRADED)}")
+        least = 1 if self.negatives and self.ungraded == "as_zero" else 2  # rated candidates, to be told apart
+        lowest = {"history_length": 1, "list_size": least, "min_history": 1, "test_lists": 1, "negatives": 0, "seed": 0}
         for name in ("train_stride", "max_train_lists_per_user"):
             if getattr(self, name) is not None:
                 lowest[name] = 1
@@ -77,9 +82,9 @@ class ListOptions:
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """What the manifest says of these options; `test_lists` where there are several: older ones do not have it."""
-        known = asdict(self)
-        return known if self.test_lists > 1 else {name: value for name, value in known.items() if name != "test_lists"}
+        """What the manifest says of these options; of those that older ones do not have, what is not the default."""
+        defaults = {"test_lists": 1, "ungraded": "unrated"}
+        return {name: value for name, value in asdict(self).items() if defaults.get(name) != value}
 
 
 class Timeline(NamedTuple):
@@ -239,12 +244,13 @@ class _Cutter:
         first = timeline.offsets[users] + starts
         window = first[:, None] + np.arange(options.list_size)
         candidates, ratings = timeline.item[window], timeline.rating[window]
-        all_equal = ratings.min(1) == ratings.max(1)
         list_key = splitmix64(splitmix64(self.user_hash[users] + np.uint64(options.seed)) + starts.astype(np.uint64))
         if self.negatives:
             drawn = self.negatives.draw(users, list_key)
             candidates = np.concatenate([candidates, drawn], axis=1)
-            ratings = np.concatenate([ratings, np.full(drawn.shape, np.nan, np.float32)], axis=1)
+            grade = 0.0 if options.ungraded == "as_zero" else np.nan
+            ratings = np.concatenate([ratings, np.full(drawn.shape, grade, np.float32)], axis=1)
+        all_equal = np.nanmin(ratings, axis=1) == np.nanmax(ratings, axis=1)
         presented = np.argsort(splitmix64(list_key[:, None] ^ self.item_hash[candidates]), axis=1, kind="stable")
         history = first[:, None] + np.arange(-options.history_length, 0)
         history = np.maximum(history, 0)  # rows before the user's first are cut off below

@@ -94,6 +94,7 @@ class Run:
         if config.data.fuse:
             fused_signals(self.prepared)
             check_fittable(self.fitted)
+        self.check_ratings()
         self.model, self.tokenizer = self.build_model()
         self.objective = self.build_objective()
         show = not self.training.disable_tqdm
@@ -109,6 +110,15 @@ class Run:
             callbacks=[NonFiniteLoss()],
             processing_class=self.tokenizer,
         )
+
+    def check_ratings(self) -> None:
+        """AlroFastError where no training list holds two ratings, so that none has an order to learn."""
+        if self.config.description.run == "lists" and all(one.all_equal for one in self.lists["train"]):
+            raise AlroFastError(
+                f"{self.prepared.path}: no training list has candidates with different ratings, so there is nothing to "
+                "rank; where ratings are all one, as of clicks and purchases, prepare it with --negatives N --ungraded "
+                "as_zero, or tune with --objective dmpo, which draws its own"
+            )
 
     def unmake(self) -> None:
         """Leave no folder of a run that was a mistake."""

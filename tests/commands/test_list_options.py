@@ -55,6 +55,7 @@ PREPARE_READ = [
     Read("max_train_lists_per_user", f"{CSV} --list_size 3", "--max_train_lists_per_user 1"),
     Read("negatives", CSV, "--negatives 2"),
     Read("negatives_by", f"{CSV} --negatives 2", "--negatives_by popularity"),
+    Read("ungraded", f"{CSV} --negatives 2", "--ungraded as_zero"),
     Read("test_lists", CSV, "--test_lists 2"),
     Read("signals", CSV, "--signals average"),
     Read("signal_folds", f"{CSV} --signals average", "--signal_folds 2"),
@@ -83,6 +84,7 @@ FILES_REFUSED = [
 PREPARE_REFUSED = [
     *FILES_REFUSED,
     Refused("negatives_by", CSV, "--negatives_by popularity", "with --negatives 1 or more"),
+    Refused("ungraded", CSV, "--ungraded as_zero", "with --negatives 1 or more"),
     Refused("signal_folds", CSV, "--signal_folds 5", "with --signals"),
     Refused("negatives_by", f"{CSV} --negatives 0", "--negatives_by uniform", "with --negatives 1 or more"),
 ]

@@ -284,6 +284,27 @@ def test_negatives_when_nearly_everything_is_rated():
             assert unrated == [200] if one["user_id"] == "u0" else unrated[0] < 150
 
 
+def test_negatives_as_zero_give_clicks_something_to_rank():
+    """All ratings are one: without grades for negatives there is nothing to rank; with them everything is as before."""
+    rng = np.random.default_rng(2)
+    rows = [(u, int(i), 1.0, t) for u in range(20) for t, i in enumerate(rng.permutation(90)[:30])]
+    data, cut = interactions(rows, 20, 90), {"list_size": 3, "min_history": 2, "negatives": 4, "seed": 1}
+    plain, zero = (
+        records(build_lists(data, ListOptions(**cut, ungraded=how), notice=silent)) for how in ("unrated", "as_zero")
+    )
+    for split in SPLITS:
+        assert len(plain[split]) == len(zero[split]) > 0
+        for one, other in zip(plain[split], zero[split], strict=True):
+            assert one["candidates"] == other["candidates"]
+            assert [rating or 0.0 for rating in one["ratings"]] == other["ratings"]
+            assert sorted(other["ratings"]) == [0.0] * 4 + [1.0] * 3
+            assert (one["all_equal"], other["all_equal"]) == (True, False)
+    single = ListOptions(list_size=1, negatives=4, ungraded="as_zero")
+    assert all(sum(one["ratings"]) == 1 for one in records(build_lists(data, single, notice=silent))["test"])
+    assert "ungraded" not in ListOptions(negatives=4).recorded
+    assert single.recorded["ungraded"] == "as_zero"
+
+
 def test_too_many_negatives():
     rows = [(0, i, 3.0, i) for i in range(40)]
     with pytest.raises(AlroFastError, match="--negatives 1 is too many"):
@@ -320,6 +341,8 @@ def test_windows_of_a_user_with_47_ratings():
 
 BAD_OPTIONS = [
     ({"list_size": 1}, "--list_size 1 is too small; at least 2"),
+    ({"list_size": 1, "negatives": 3}, "--list_size 1 is too small; at least 2"),
+    ({"ungraded": "zero"}, "--ungraded 'zero'; expected one of unrated, as_zero"),
     ({"history_length": 0}, "--history_length 0"),
     ({"min_history": 0}, "--min_history 0"),
     ({"train_stride": 0}, "--train_stride 0"),

@@ -25,10 +25,11 @@ from tiny import catalogue, random_lists, refused, save_base
 from alro_fast import cli, train
 from alro_fast.data.lists import open_prepared, write_prepared
 from alro_fast.data.records import Signal
+from alro_fast.errors import AlroFastError
 from alro_fast.modeling import attention
 from alro_fast.ranking import reading
 from alro_fast.ranking.ranker import Ranker
-from alro_fast.training import trainer
+from alro_fast.training import run, trainer
 
 
 @pytest.fixture(scope="module")
@@ -393,3 +394,15 @@ def test_checkpointing_and_half_precision_train(folder):
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     assert losses[-1] < losses[0]
     assert list((folder / "half" / "runs").rglob("events.*"))
+
+
+def test_lists_of_one_rating_are_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
+    """Clicks: nothing to rank, until negatives are given a grade."""
+    lists = [replace(one, ratings=(1.0,) * len(one.ratings)) for one in random_lists(6, 4, seed=3, history=2, items=30)]
+    write_prepared(tmp_path / "clicks", catalogue(30), {"train": lists[:4], "valid": lists[4:5], "test": lists[5:]})
+    monkeypatch.setattr(run, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    for objective in ("alro", "sft"):
+        words = f"--data_dir {tmp_path / 'clicks'} --model_name_or_path demo --objective {objective}"
+        with pytest.raises(AlroFastError, match=r"no training list has .* different ratings.*--ungraded as_zero"):
+            train.main([*words.split(), "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
