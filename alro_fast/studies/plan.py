@@ -18,19 +18,8 @@ from ..training.kinds import kind_of, stages
 
 READY = RECIPES / "studies"
 KEYS = (
-    "name",
-    "needs",
-    "base",
-    "variants",
-    "grid",
-    "search",
-    "seeds",
-    "metric",
-    "ranker",
-    "on",
-    "baseline",
-    "evaluate",
-)
+    "name", "needs", "base", "variants", "grid", "search", "seeds", "metric", "ranker", "on", "baseline", "evaluate"
+)  # fmt: skip
 OURS = {  # options that a study sets for each of its runs -> where they are said instead
     "seed": "give seeds:, or --seeds",
     "output_dir": "give the study's --output_dir",
