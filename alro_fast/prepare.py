@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from .cli import OneLineParser, Reader, refuse_unread, run
 from .data.prepared import FileOptions, add_file_options, prepare_lists
-from .data.signal_table import SIGNALS
+from .data.signal_table import PREPARED
 from .data.signals import FOLDS, SignalOptions
 from .data.windows import UNGRADED, ListOptions
 
@@ -61,7 +61,7 @@ def parser() -> OneLineParser:
     )
     beside = parser.add_argument_group("signals")
     beside.add_argument(
-        "--signals", metavar="NAMES", help=f"numbers beside every item, such as {','.join(SIGNALS)} (default: none)"
+        "--signals", metavar="NAMES", help=f"numbers beside every item, such as {','.join(PREPARED)} (default: none)"
     )
     beside.add_argument("--signal_folds", type=int, default=FOLDS, metavar="N", help="--signals: folds of the users")
     return parser

@@ -16,8 +16,10 @@ SIGNALS = {  # name -> what it is; the names of columns, of fragments in templat
     "count": "number of ratings of the item",
     "hint": "predicted rating of the item by this user: biased matrix factorisation with the item's attributes",
     "near": "what the user gave above the average to the items most alike, in the ratings' unit",
+    "retriever": "share of the items that a first stage's retriever can score which it ranks no higher for this user",
 }
-OF_CANDIDATES = ("hint", "near")  # what is predicted: items of the history have their rating beside them
+PREPARED = ("average", "count", "hint", "near")  # what alro_fast.prepare computes; first_stage: hint and retriever
+OF_CANDIDATES = ("hint", "near", "retriever")  # what is predicted: items of the history have their rating beside them
 STEPS = (1, 2, 5)  # of every power of ten: where a new bucket of counts begins
 
 

@@ -21,7 +21,7 @@ from ..errors import AlroFastError
 from .near import NEIGHBOURS, PRIOR, SHRINKAGE, Residuals, check_cells
 from .rating_model import BIAS_RIDGE, FACTOR_RIDGE, FACTORS, fit_ratings
 from .seeds import hash_ids, splitmix64
-from .signal_table import OF_CANDIDATES, SIGNALS
+from .signal_table import OF_CANDIDATES, PREPARED, SIGNALS
 from .sources.interactions import Interactions
 from .windows import Built, ListOptions, Timeline, held_out
 
@@ -61,11 +61,11 @@ class SignalOptions:
     folds: int = FOLDS
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.names if name not in SIGNALS]
+        unknown = [name for name in self.names if name not in PREPARED]
         if unknown or not self.names or len(set(self.names)) < len(self.names):
             found = ",".join(self.names)
             raise AlroFastError(
-                f"--signals {found}: expected some of {', '.join(SIGNALS)}, each once, with commas between"
+                f"--signals {found}: expected some of {', '.join(PREPARED)}, each once, with commas between"
             )
         if self.folds < 2:
             raise AlroFastError(f"--signal_folds {self.folds} is too small; at least 2 is needed")
@@ -209,7 +209,7 @@ def _columns(
     frame, (users, starts) = built.lists[split], built.windows[split]
     shown = {part: _Rows(frame[name]) for part, name in (("history", "history"), ("candidate", "candidates"))}
     made = []
-    for name in (one for one in SIGNALS if one in options.names and one not in OF_CANDIDATES):
+    for name in (one for one in PREPARED if one in options.names and one not in OF_CANDIDATES):
         of_fold = np.stack([getattr(side, name).astype(np.float64) for side in sides])
         for part, rows in shown.items():
             values = of_fold[np.repeat(fold[users], rows.lengths), rows.items]

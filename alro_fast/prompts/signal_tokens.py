@@ -23,7 +23,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from ..data.records import RankingList, target_ranks
-from ..data.signal_table import SIGNALS, signal_features
+from ..data.signal_table import PREPARED, SIGNALS, signal_features
 from ..errors import AlroFastError
 from .builder import RatingBranch, RatingPrompt
 from .encoding import Encoder
@@ -53,7 +53,7 @@ class SignalVocabulary:
         if not names:
             raise AlroFastError(
                 "--identifiers signals names candidates by their signals, and the lists carry none; "
-                f"prepare them with --signals {','.join(SIGNALS)}"
+                f"prepare them with --signals {','.join(PREPARED)}"
             )
         values = np.concatenate([signal_features(one, names) for one in lists])
         inner = np.linspace(0, 1, bins + 1)[1:-1]

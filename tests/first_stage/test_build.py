@@ -217,6 +217,23 @@ def test_a_training_hint_has_not_seen_its_rating(built):
     assert len(changed) == 1
     assert twin.hints[changed[0]] == one.hints[changed[0]]
     assert twin.hints != one.hints
+    shares, others = (each.signal("retriever").candidates for each in (one, twin))
+    assert shares[changed[0]] == others[changed[0]]
+
+
+def test_candidates_have_their_place_with_the_retriever(built):
+    """Held-out lists: shares that fall along its order. Training lists: of a retriever without the likes of a fold."""
+    for split in ("valid", "test"):
+        for one in built.lists[split]:
+            shares = one.signal("retriever").candidates
+            assert len(shares) == len(one.candidates)
+            assert list(shares) == sorted(shares, reverse=True)
+            assert 0 <= shares[-1] <= shares[0] <= 1
+    liked, others = [], []
+    for one in built.lists["train"]:
+        for share, rating in zip(one.signal("retriever").candidates, one.ratings, strict=True):
+            (liked if rating >= 4 else others).append(share)
+    assert np.mean(liked) > np.mean(others) + 0.05  # taste is learned from the other folds
 
 
 def test_few_items_left_and_more_candidates_than_there_are():

@@ -10,7 +10,7 @@ from itertools import chain
 import pytest
 from tiny import byte_tokenizer, random_lists
 
-from alro_fast.data.records import Item, RankingList
+from alro_fast.data.records import Item, RankingList, Signal
 from alro_fast.errors import AlroFastError
 from alro_fast.prompts import add_item_tokens
 from alro_fast.prompts.recranker.prompts import IDENTIFIERS, Ask, RecRankerPrompts
@@ -69,6 +69,24 @@ def test_hints_that_are_unknown_or_missing():
     assert not any("Hint" in text for text, _ in PROMPTS.text(everything(make_list(hints=()))))
 
 
+def test_pairs_are_hinted_by_the_retriever_where_a_list_has_its_places():
+    """The other tasks show the predicted ratings; without them, pairs are hinted all the same."""
+    places = (0.1, 0.9, 0.9, NAN, 0.5, 0.2)
+    told = make_list(signals=(Signal("retriever", (), places),))
+    plain, shown = PROMPTS.text(everything(make_list())), PROMPTS.text(everything(told))
+    pairs = [(i, j) for i in range(6) for j in range(6) if i != j]
+    for (i, j), (text, answer), (before, as_before) in zip(pairs, shown[6:-2], plain[6:-2], strict=True):
+        a, b = places[i], places[j]
+        hint = "Unknown." if NAN in (a, b) or a == b else "Yes" if a > b else "No"
+        assert text.endswith(f"?\nHint: {hint}\nAnswer:")
+        assert text.partition("Hint")[0] == before.partition("Hint")[0]
+        assert answer == as_before
+    assert shown[:6] + shown[-2:] == plain[:6] + plain[-2:]
+    alone = PROMPTS.text(everything(replace(told, hints=())))
+    assert alone[6:-2] == shown[6:-2]
+    assert not any("Hint" in text for text, _ in alone[:6] + alone[-2:])
+
+
 @pytest.mark.parametrize("identifiers", ["letters", "titles"])
 def test_hints_can_be_left_out(tmp_path, identifiers):
     """Every question is that of a list without hints; the folder remembers, and one of before shows them."""
@@ -76,7 +94,7 @@ def test_hints_can_be_left_out(tmp_path, identifiers):
     shown = RecRankerPrompts(TOKENIZER, "movies", identifiers=identifiers)
     assert prompts.text(everything(make_list())) == shown.text(everything(make_list(hints=())))
     assert prompts.text(everything(make_list())) != shown.text(everything(make_list()))
-    assert (prompts.signals, shown.signals) == ({}, {"candidates": ("hint",)})
+    assert (prompts.signals, shown.signals) == ({}, {"candidates": ("hint", "retriever")})
     prompts.save(tmp_path)
     assert RecRankerPrompts.load(tmp_path, TOKENIZER).hints is False
     shown.save(tmp_path)

@@ -7,6 +7,7 @@ lists are functions of the training ratings of likes.py alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -17,7 +18,7 @@ from ..prepared import FileOptions, Stages, check_output, manifest_of, read_file
 from ..records import RankingList
 from ..sources.interactions import Interactions
 from ..windows import TIE_RULE
-from .hints import FoldedModels
+from .hints import FoldedModels, FoldedRetrievers
 from .likes import LIKE_SPLIT_RULE, LikeSplit, split_likes
 from .list_maker import ListMaker
 from .options import HintOptions
@@ -39,7 +40,9 @@ EVAL_RULE = (
 )
 HINT_RULE = (
     "biased matrix factorisation of training ratings; training candidates by the model that has not seen their fold "
-    "(a hash of user and item), other candidates by the model of all training ratings"
+    "(a hash of user and item), other candidates by the model of all training ratings; candidate_retriever: the "
+    "share of the items that the retriever can score which it ranks no higher; of training candidates by a retriever "
+    "that has not seen the likes of their fold"
 )
 
 
@@ -100,13 +103,15 @@ def build_hinted(
     has = split.target["test"] >= 0
     retrieval = {name: _figures(one, has, options.num_candidates) for name, one in found.items()}
     done(f"fitted {options.retriever}: " + ", ".join(f"{k} {v:.4f}" for k, v in retrieval["valid"].items() if "@" in k))
+    refit = partial(fit_retriever, options.retriever, options=options.of_retriever, seed=options.seed)
     models = FoldedModels(split, options.folds, options.seed)
+    retrievers = FoldedRetrievers(split, options.folds, options.seed, retriever, refit)
     done(f"fitted rating models: root mean square error {models.error:.4f} out of fold")
     sample = sample_users(
         split.like_count, retriever.embeddings, options.num_samples, seed=options.seed,
         parts=parse_parts(options.sampling),
     )  # fmt: skip
-    maker = ListMaker(interactions, split, models, options)
+    maker = ListMaker(interactions, split, models, retrievers, options)
     train, how = maker.train(sample.drawn)
     lists = {"train": train, **{name: maker.ranked(name, one) for name, one in found.items()}}
     counts = _counts(split, retriever, lists, options, notice) | how

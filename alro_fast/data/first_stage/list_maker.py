@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -11,9 +12,9 @@ import numpy as np
 from ...errors import AlroFastError
 from .. import seeds
 from ..item_draws import first_new
-from ..records import Item, RankingList
+from ..records import Item, RankingList, Signal
 from ..sources.interactions import Interactions
-from .hints import FoldedModels
+from .hints import FoldedModels, FoldedRetrievers, places
 from .likes import LikeSplit
 from .retrieval import Retrieved
 
@@ -36,8 +37,15 @@ class Drawn(NamedTuple):
 class ListMaker:
     """Rows of a LikeSplit -> ranking lists with hints, by TRAIN_RULE and EVAL_RULE of build.py."""
 
-    def __init__(self, interactions: Interactions, split: LikeSplit, models: FoldedModels, options: HintOptions):
-        self.split, self.models, self.options = split, models, options
+    def __init__(
+        self,
+        interactions: Interactions,
+        split: LikeSplit,
+        models: FoldedModels,
+        retrievers: FoldedRetrievers,
+        options: HintOptions,
+    ):
+        self.split, self.models, self.retrievers, self.options = split, models, retrievers, options
         self.user_ids = interactions.user_ids.to_list()
         columns = (interactions.items[name].to_list() for name in ("item_id", "title", "category"))
         self.items = [Item(index, *cells) for index, cells in enumerate(zip(*columns))]
@@ -75,7 +83,8 @@ class ListMaker:
             if not len(items):
                 continue
             ratings = np.where(items == split.target[name][user], split.target_rating[name][user], np.nan)
-            hints = self.models.whole.predict(np.full(len(items), user), items)
+            users = np.full(len(items), user)
+            hints = self.models.whole.predict(users, items), places(self.retrievers.whole, users, items)
             rows = np.arange(*split.offsets[user : user + 2])[-self.options.history_length :]
             records.append(self._record(f"{self.user_ids[user]}-{name}", user, rows, items, ratings, hints))
         return records
@@ -124,13 +133,15 @@ class ListMaker:
             shuffled.append((name, user, past, items[order], ratings[order]))
         sizes = [len(items) for *_, items, _ in shuffled]
         user_of_each = np.repeat([user for _, user, *_ in shuffled], sizes)
-        predicted = self.models.out_of_fold(user_of_each, np.concatenate([items for *_, items, _ in shuffled]))
-        hints = np.split(predicted, np.cumsum(sizes)[:-1])
-        return [self._record(*one, hint) for one, hint in zip(shuffled, hints, strict=True)]
+        items, ends = np.concatenate([items for *_, items, _ in shuffled]), np.cumsum(sizes)[:-1]
+        hints = np.split(self.models.out_of_fold(user_of_each, items), ends)
+        shares = np.split(self.retrievers.out_of_fold(user_of_each, items), ends)
+        return [self._record(*one, both) for one, *both in zip(shuffled, hints, shares, strict=True)]
 
     def _record(
-        self, name: str, user: int, past: np.ndarray, items: np.ndarray, ratings: np.ndarray, hints: np.ndarray
+        self, name: str, user: int, past: np.ndarray, items: np.ndarray, ratings: np.ndarray, said: Sequence[np.ndarray]
     ) -> RankingList:
+        """said: predicted ratings, and places with the retriever, of each candidate."""
         return RankingList(
             list_id=name,
             user_id=self.user_ids[user],
@@ -138,7 +149,8 @@ class ListMaker:
             history_ratings=tuple(self.split.rating[past].tolist()),
             candidates=tuple(self.items[i] for i in items.tolist()),
             ratings=tuple(ratings.tolist()),
-            hints=tuple(hints.tolist()),
+            hints=tuple(said[0].tolist()),
+            signals=(Signal("retriever", (), tuple(said[1].tolist())),),
         )
 
     def _generator(self, name: str, purpose: str | int) -> np.random.Generator:

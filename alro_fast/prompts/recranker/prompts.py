@@ -82,7 +82,8 @@ class RecRankerPrompts(SavedPrompts):
         max_length: longest prompt and answer together, in tokens; oldest history items are dropped to keep to it.
         items: the catalogue, for "items": each must have its token.
         like, dislike: thresholds of liked and disliked ratings; None: the template's.
-        hints: False leaves out the line of the hint, whatever hints a list has.
+        hints: False leaves out the line of the hint, whatever hints a list has. A pair's hint compares the candidates'
+            places with the retriever, where the list has them, else their hints; the other two tasks show hints.
         rated_items, liked_items, disliked_items: the newest so many of each are shown; 50, 50 and 10 are those of the
             authors' released prompt/make_train_prompt.py.
 
@@ -151,7 +152,7 @@ class RecRankerPrompts(SavedPrompts):
     @property
     def signals(self) -> dict[str, tuple[str, ...]]:
         """Names of the signals that prompts show, where a list has them."""
-        return {"candidates": ("hint",)} if self.hints else {}
+        return {"candidates": ("hint", "retriever")} if self.hints else {}
 
     @property
     def max_candidates(self) -> int:
@@ -210,8 +211,8 @@ class RecRankerPrompts(SavedPrompts):
     def _ask_pair(self, source: RankingList, first: int, second: int) -> Question:
         ids = self._pair.ids(source.candidates[first], source.candidates[second])
         words = self.template["pair.first"], self.template["pair.second"]
-        if self.hints and source.hints:
-            a, b = source.hints[first], source.hints[second]
+        if self.hints and (hints := source.signal("retriever").candidates or source.hints):
+            a, b = hints[first], hints[second]
             unknown = math.isnan(a) or math.isnan(b) or a == b
             ids += self._pair_hint.ids(self.template["unknown"] if unknown else words[a < b])
         ratings = [-math.inf if math.isnan(source.ratings[i]) else source.ratings[i] for i in (first, second)]
