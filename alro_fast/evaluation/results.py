@@ -101,7 +101,7 @@ class Results:
             lines.append((row + self.difference_cells(mine, ranker, self.headline)).rstrip())
         lines += ["", *self.verdict(self.headline)]
         lines += [
-            f"order sensitivity of {name}: mean Kendall tau {tau:.3f} between presentations (1: order never matters)"
+            f"order sensitivity, {name}: mean Kendall tau {tau:.3f} (1: order never matters)"
             for name, tau in self.sensitivity.items()
         ]
         lines += [*self.repeating(), *self.speed()]
@@ -146,7 +146,7 @@ class Results:
     def repeating(self) -> list[str]:
         """Lines that say how far each ranker repeats the order shown."""
         return [
-            f"order shown and order of {name}: mean Kendall tau {tau:+.3f} (1: it repeats what it is shown)"
+            f"order shown against {name}: mean Kendall tau {tau:+.3f} (1: it repeats it)"
             for name, tau in self.repeated.items()
             if name in ("untuned", "tuned", "fused")
         ]
