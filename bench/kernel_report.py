@@ -41,7 +41,7 @@ INSTRUCTIONS = {
 # Types of arguments by name; integers not named here are i32, and 1 where they are the stride along a row.
 _HALF = {"hidden", "weight", "bias", "p", "out", "p_out", "mixed_out", "spread_out", "grad_out", "source"}
 _INT64 = {
-    "rows_a", "rows_b", "pair_rows", "order", "bounds", "second", "first", "order_first", "bounds_first",
+    "rows_a", "rows_b", "pair_rows", "begins", "order", "bounds", "second", "first", "order_first", "bounds_first",
     "order_second", "bounds_second", "rows", "ids", "keys", "ends", "places", "ranks", "sizes", "twin",
 }  # fmt: skip
 _INT32 = {"live", "kept", "kept_count"}
@@ -161,8 +161,9 @@ def _small_cases() -> Iterator[Case]:
     for columns in (1, 16):
         constants = {"BLOCK_C": columns, "BLOCK_H": 256, "HAS_BIAS": True, "HAS_CAP": True}
         yield Case(gather.gather_logits_kernel, f"C {columns}", constants, 4, 3, False, "bf16")
-    constants = {"BLOCK_E": 4, "BLOCK_H": 256, "HAS_CAP": True}
-    yield Case(gather.scatter_kernel, "", constants, 4, 3, False, "bf16")
+    for parts in (True, False):
+        constants = {"BLOCK_E": 4, "BLOCK_H": 256, "HAS_CAP": True, "SEGMENT": gather.SEGMENT, "PARTS": parts}
+        yield Case(gather.scatter_kernel, "segments" if parts else "rows", constants, 4, 3, False, "bf16")
 
 
 def compile_case(case: Case, architecture: str) -> Report:
