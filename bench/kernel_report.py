@@ -152,9 +152,7 @@ def _small_cases() -> Iterator[Case]:
                 }  # fmt: skip
                 label = f"{form} M {size} divergence {divergence}"
                 warps = listwise.num_warps(max(size, columns))
-                yield Case(
-                    listwise.listwise_kernel, label, constants, warps, 3, False, "fp32", listwise.REGISTERS
-                )
+                yield Case(listwise.listwise_kernel, label, constants, warps, 3, False, "fp32", listwise.REGISTERS)
     for pairs in (False, True):
         constants = {"BLOCK_N": 4, "BLOCK_S": 256, "PAIRS": pairs}
         yield Case(vocab_stats.combine_kernel, "pairs" if pairs else "rows", constants, 4, 3, False, "bf16")
@@ -163,7 +161,8 @@ def _small_cases() -> Iterator[Case]:
         yield Case(gather.gather_logits_kernel, f"C {columns}", constants, 4, 3, False, "bf16")
     for parts in (True, False):
         constants = {"BLOCK_E": 4, "BLOCK_H": 256, "HAS_CAP": True, "SEGMENT": gather.SEGMENT, "PARTS": parts}
-        yield Case(gather.scatter_kernel, "segments" if parts else "rows", constants, 4, 3, False, "bf16")
+        label = "segments" if parts else "rows"
+        yield Case(gather.scatter_kernel, label, constants, 4, 3, False, "bf16", gather.REGISTERS)
 
 
 def compile_case(case: Case, architecture: str) -> Report:
@@ -270,8 +269,10 @@ def main(arguments: list[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         print("error: TRITON_INTERPRET is set; kernels are compiled only without it", file=sys.stderr)
         return 2
-    print(f"# Kernels, compiled offline by Triton {triton.__version__}\n\n`python -m bench.kernel_report`, on a machine without")
-    print("a GPU. registers: of a thread; shared: bytes of a block; spills: bytes of a thread.\n")
+    print(
+        f"# Kernels, compiled offline by Triton {triton.__version__}\n\n`python -m bench.kernel_report`, without a GPU."
+    )
+    print("registers: of a thread; shared: bytes of a block; spills: bytes of a thread.\n")
     print("| arch | kernel | configuration | registers | shared | spills | instructions |")
     print("| --- | --- | --- | ---: | ---: | ---: | --- |")
     compiled = failures = 0
@@ -287,8 +288,8 @@ def main(arguments: list[str] | None = None) -> int:
                 flush=True,
             )
     print(
-        f"\nOf {compiled} kernels {failures or 'none'} break a rule: no spill, no more shared memory than a block may have, "
-        "matrix products of half precision on tensor cores."
+        f"\nOf {compiled} kernels {failures or 'none'} break a rule: no spill, no more shared memory than a block may "
+        "have, matrix products of half precision on tensor cores."
     )
     return 1 if options.check and failures else 0
 

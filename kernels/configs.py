@@ -49,14 +49,14 @@ def _ampere(programs: int) -> tuple[Tiles, Tiles]:
         ),
         (
             StatsConfig(64, 128, 16, 8, 2, programs, registers=168),
-            StatsConfig(32, 128, 32, 8, 2, programs, registers=192),
+            StatsConfig(32, 128, 16, 8, 2, programs, registers=192),
             ExpectedConfig(64, 128, 32, 64, 32, 8, 2, registers=192),
         ),
     )
 
 
-# Per architecture: tiles of half-precision inputs, tiles of float32 inputs. programs: two for each multiprocessor of the
-# largest device (gfx942: one); registers: by which no compiler from Triton 3.6 to 3.9 spills.
+# Per architecture: tiles of half-precision inputs, tiles of float32 inputs. programs: two for each multiprocessor of
+# the largest device (gfx942: one); registers: by which neither Triton 3.6 nor 3.9 spills.
 _TILES = {
     "sm80": _ampere(216),
     "sm86": _ampere(168),
@@ -69,7 +69,7 @@ _TILES = {
         ),
         (
             StatsConfig(64, 128, 16, 8, 2, 264, registers=168),
-            StatsConfig(32, 128, 32, 8, 2, 264, registers=192),
+            StatsConfig(32, 128, 16, 8, 2, 264, registers=192),
             ExpectedConfig(64, 128, 32, 64, 32, 8, 2, registers=192),
         ),
     ),
@@ -112,7 +112,7 @@ _TILES = {
 def cuda_architecture(major: int, minor: int, shared: int | None = None) -> str | None:
     """The table's name for a compute capability where a block may have `shared` bytes of shared memory (None: unknown).
 
-    A device with less than its generation's takes the rows that need least. None: older than 8.0, or too little for any.
+    A device with less than its generation's takes the rows that need least. None: before 8.0, or too little for any.
     """
     if major < 8:
         return None
@@ -134,11 +134,11 @@ def small_rows(config: HeadConfig, num_warps: int) -> HeadConfig:
 def head_config(architecture: str, hidden_size: int, rows: int, element_size: int) -> HeadConfig:
     """The configuration for `rows` rows of `hidden_size` elements of `element_size` bytes.
 
-    `columns`, `chunk`: wide tiles keep launches few (a tile takes 5 to 10 operations, which the host must queue), narrow
-    ones keep the buffer small: 4 bytes x chunk x columns is 32 MB, which L2 holds. Of such shapes 2048 x 4096 moves the
-    fewest bytes: sums and rows pass once per tile (10 H bytes a row), both uses of the weight once per chunk (4 H bytes a
-    column), so R rows x T columns take N V H (10 / T + 4 / R) bytes. Where the hidden size leaves a device little to do
-    per tile, up to 4096 rows are one chunk, of 64 MB.
+    `columns`, `chunk`: wide tiles keep launches few (a tile takes 5 to 10 operations, which the host must queue),
+    narrow ones keep the buffer small: 4 bytes x chunk x columns is 32 MB, which L2 holds. Of such shapes 2048 x 4096
+    moves the fewest bytes: sums and rows pass once per tile (10 H bytes a row), both uses of the weight once per chunk
+    (4 H bytes a column), so R rows x T columns take N V H (10 / T + 4 / R) bytes. Where the hidden size leaves a device
+    little to do per tile, up to 4096 rows are one chunk, of 64 MB.
     """
     if architecture not in _TILES:
         raise ValueError(f"no kernel configurations for {architecture!r}; expected one of {', '.join(_TILES)}")

@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .head_tile import slope_of, to_logits
+from .head_tile import register_limit, slope_of, to_logits
 
+REGISTERS = 128  # that a thread of a scatter may take
 SEGMENT = 128  # entries of one row that a program adds up; a frequent token has thousands
 
 
@@ -56,9 +57,9 @@ def scatter_kernel(
 ):  # fmt: skip
     """target[key] += sum over entries e of that key, sum_j q[e, j] source[places[group(e), j]].
 
-    Entries are sorted by key, and a key's are cut into segments. PARTS: the program of a segment's first entry adds it up
-    into parts[entry // SEGMENT], but for each key's last segment; whole segments never share that place. Without: the
-    program of a key's first entry adds up its parts and its last segment. The others leave at once.
+    Entries are sorted by key, and a key's are cut into segments. PARTS: the program of a segment's first entry adds it
+    up into parts[entry // SEGMENT], but for each key's last segment; whole segments never share that place. Without:
+    the program of a key's first entry adds up its parts and its last segment. The others leave at once.
     """
     entry = tl.program_id(0).to(tl.int64)
     key = tl.load(keys + entry)
@@ -176,6 +177,7 @@ def _scatter(source, target, keys, places, grad, logits, strides, softcap, scale
             source, target, parts, order, ordered, begins, ends, places, grad, logits, size_inner, size_h,
             *strides, per_group * size_inner, source.stride(0), source.stride(1), scale, softcap or 1.0, per_group,
             BLOCK_E=4, BLOCK_H=block_h, HAS_CAP=softcap is not None, SEGMENT=SEGMENT, PARTS=to_parts, num_warps=4,
+            **register_limit(REGISTERS),
         )  # fmt: skip
 
 

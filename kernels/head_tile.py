@@ -16,8 +16,8 @@ LOWEST = -3.0e38  # stands for "no logit yet"; finite, so that differences of tw
 def register_limit(registers: int) -> dict[str, int]:
     """The launch option that lets a thread take up to `registers`.
 
-    Without one, ptxas of CUDA 12.8 (Triton 3.6) spills a few bytes where that lets one more block run side by side. AMD's
-    compiler has no such option.
+    Without one, ptxas of CUDA 12.8 (Triton 3.6) spills a few bytes where that lets one more block run side by side.
+    AMD's compiler has no such option.
     """
     return {} if torch.version.hip else {"maxnreg": registers}
 

@@ -45,8 +45,9 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str = 
     for label, dtype in ((name, hidden.dtype), ("bias", weight.dtype if bias is None else bias.dtype)):
         if dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
             raise AlroFastError(f"{label} has dtype {dtype} and weight {weight.dtype}; expected one dtype")
-    if weight.dtype == torch.float32 and torch.is_autocast_enabled(hidden.device.type) and not torch.compiler.is_compiling():
-        _say_once_wide(torch.get_autocast_dtype(hidden.device.type))
+    kind = hidden.device.type
+    if weight.dtype == torch.float32 and torch.is_autocast_enabled(kind) and not torch.compiler.is_compiling():
+        _say_once_wide(torch.get_autocast_dtype(kind))
     return hidden.to(weight.dtype)
 
 

@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from devices import DEVICES
 from tree_models import FAMILIES, assert_same, branch_by_branch, make_model, make_trees, plain_copy
 
 from alro_fast.modeling.attention import tree_hidden_states, use_tree_attention
 from alro_fast.modeling.packing import collate
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]  # the CPU proves what a GPU runs
 
 
 @pytest.mark.parametrize("device", DEVICES)

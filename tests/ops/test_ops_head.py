@@ -198,8 +198,9 @@ def test_products_are_in_the_dtype_of_the_weight_and_no_tf32(backend, dtype, mon
     seen = []
     module = ops.resolve_backend(backend, torch.device("cpu"), dtype)
     for name in ("vocab_pass", "weight_grad"):
+        plain = getattr(module, name)
 
-        def spied(hidden, weight, *rest, plain=getattr(module, name), **options):
+        def spied(hidden, weight, *rest, plain=plain, **options):
             precision = torch.backends.cuda.matmul.fp32_precision
             seen.append((hidden.dtype, weight.dtype, torch.is_autocast_enabled("cpu"), precision))
             return plain(hidden, weight, *rest, **options)

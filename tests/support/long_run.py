@@ -48,8 +48,8 @@ def train(
     options = {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 99, "optim": "adamw_torch"} | options
     options = {"learning_rate": 0.01} | options
     args = RankerTrainingArguments(
-        output_dir=str(folder), use_cpu=device == "cpu", disable_tqdm=True, num_train_epochs=epochs, tokens_per_batch=budget,
-        gradient_accumulation_steps=accumulation, logging_steps=50, report_to=[], **options,
+        output_dir=str(folder), use_cpu=device == "cpu", disable_tqdm=True, num_train_epochs=epochs,
+        tokens_per_batch=budget, gradient_accumulation_steps=accumulation, logging_steps=50, report_to=[], **options,
     )  # fmt: skip
     data = TreeDataset(random_lists(lists, range(2, 6), seed=3, history=0), objective)
     trainer = RankerTrainer(model, args, objective, data, callbacks=[_StopAt(stop)])

