@@ -67,16 +67,15 @@ def test_one_row_adds_up_200_entries(to: str) -> None:
     assert torch.allclose(got[3].double(), wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 5, 60])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("vocab", "dtype"), [(1, torch.float32), (5, torch.bfloat16), (30, torch.float16)])
 def test_segments_of_frequent_and_of_rare_tokens_add_up(
     vocab: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Segments of 8: keys of none, of a few and of many entries beside each other, pads, ends on a segment's edge."""
     monkeypatch.setattr(kernel, "SEGMENT", 8)
-    case = head(7, 45, vocab, dtype, softcap=4.0, seed=vocab)
+    case = head(7, 19, vocab, dtype, softcap=4.0, seed=vocab)
     generator = torch.Generator().manual_seed(vocab)
-    for count in (8, 9, 16, 61):
+    for count in (8, 9, 41):
         rows = torch.randint(-1, 7, (count, 2), generator=generator).to(DEVICE)
         ids = torch.randint(-1, vocab, (count, 1), generator=generator).to(DEVICE)
         upstream = torch.randn(count, 2, 1, generator=generator).to(DEVICE)
