@@ -97,7 +97,11 @@ class Measurement(NamedTuple):
 def interleave(
     contestants: list[Contestant], *, rounds: int, warmup: int = 2, seconds: float = 60.0
 ) -> dict[str, Measurement | str]:
-    """Medians of every contestant, or the reason why none. After `seconds` no further round, but three at least."""
+    """Medians of every contestant, or the reason why none. After `seconds` no further round, but three at least.
+
+    A dry run takes one round and warms nothing up.
+    """
+    rounds, warmup = (1, 0) if DRY else (rounds, warmup)
     ready, outcome, peaks = {}, {}, {}
     for name, prepare in contestants:
         try:

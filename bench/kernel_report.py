@@ -24,13 +24,11 @@ from triton.compiler import ASTSource
 from alro_fast.kernels import configs, expected, gather, listwise, row_kernel, vocab_stats
 
 TARGETS = {
-    "sm80": GPUTarget("cuda", 80, 32),
-    "sm90": GPUTarget("cuda", 90, 32),
-    "sm100": GPUTarget("cuda", 100, 32),
+    **{f"sm{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 100, 120)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TENSOR_CORES = {  # the architecture's own first; the others serve tiles of less than 64 rows
-    "sm80": ("mma.sync",),
+    **dict.fromkeys(("sm80", "sm86", "sm89", "sm120"), ("mma.sync",)),
     "sm90": ("wgmma.mma", "mma.sync"),
     "sm100": ("tcgen05.mma", "mma.sync"),
     "gfx942": ("v_mfma",),
@@ -43,7 +41,7 @@ INSTRUCTIONS = {
 # Types of arguments by name; integers not named here are i32, and 1 where they are the stride along a row.
 _HALF = {"hidden", "weight", "bias", "p", "out", "p_out", "mixed_out", "spread_out", "grad_out", "source"}
 _INT64 = {
-    "rows_a", "rows_b", "pair_rows", "order", "bounds", "second", "first", "order_first", "bounds_first",
+    "rows_a", "rows_b", "pair_rows", "begins", "order", "bounds", "second", "first", "order_first", "bounds_first",
     "order_second", "bounds_second", "rows", "ids", "keys", "ends", "places", "ranks", "sizes", "twin",
 }  # fmt: skip
 _INT32 = {"live", "kept", "kept_count"}
@@ -67,6 +65,7 @@ class Case(NamedTuple):
     num_stages: int
     matrix: bool  # must use tensor cores
     element: str  # Triton's name of the element type
+    registers: int | None = None  # that a thread may take
 
 
 class Report(NamedTuple):
@@ -85,7 +84,7 @@ def cases(architecture: str) -> Iterator[Case]:
     seen = set()
 
     def distinct(case: Case) -> Iterator[Case]:
-        key = (case.kernel.__name__, case.element, case.num_warps, case.num_stages, tuple(case.constants.items()))
+        key = (case.kernel.__name__, *case[3:], tuple(case.constants.items()))
         if key not in seen:
             seen.add(key)
             yield case
@@ -110,16 +109,19 @@ def _head_cases(label: str, config: configs.HeadConfig, element: str, full: bool
             "EVEN_H": not full, "PAIRED": paired, "ENTROPY": True, "HAS_LIVE": not paired, **extras, "TILE_STATS": full,
         }  # fmt: skip
         name = f"{label} {'paired' if paired else 'single'}"
-        yield Case(vocab_stats.vocab_stats_kernel, name, constants, stats.num_warps, stats.num_stages, matrix, element)
+        yield Case(
+            vocab_stats.vocab_stats_kernel, name, constants, stats.num_warps, stats.num_stages, matrix, element,
+            stats.registers,
+        )  # fmt: skip
     e = config.expected
     shape = {"BLOCK_M": e.block_m, "BLOCK_V": e.block_v}
     yield Case(
         expected.probability_kernel, label, {**shape, "BLOCK_H": e.block_h, "EVEN_H": not full, **extras},
-        e.num_warps, e.num_stages, matrix, element,
+        e.num_warps, e.num_stages, matrix, element, e.registers,
     )  # fmt: skip
     yield Case(
         expected.accumulate_kernel, label, {**shape, "BLOCK_U": e.block_u, "BLOCK_K": e.block_k, "PACKED": full},
-        e.num_warps, e.num_stages, matrix, element,
+        e.num_warps, e.num_stages, matrix, element, e.registers,
     )  # fmt: skip
     yield Case(
         expected.select_kernel, label,
@@ -150,15 +152,17 @@ def _small_cases() -> Iterator[Case]:
                 }  # fmt: skip
                 label = f"{form} M {size} divergence {divergence}"
                 warps = listwise.num_warps(max(size, columns))
-                yield Case(listwise.listwise_kernel, label, constants, warps, 3, False, "fp32")
+                yield Case(listwise.listwise_kernel, label, constants, warps, 3, False, "fp32", listwise.REGISTERS)
     for pairs in (False, True):
         constants = {"BLOCK_N": 4, "BLOCK_S": 256, "PAIRS": pairs}
         yield Case(vocab_stats.combine_kernel, "pairs" if pairs else "rows", constants, 4, 3, False, "bf16")
     for columns in (1, 16):
         constants = {"BLOCK_C": columns, "BLOCK_H": 256, "HAS_BIAS": True, "HAS_CAP": True}
         yield Case(gather.gather_logits_kernel, f"C {columns}", constants, 4, 3, False, "bf16")
-    constants = {"BLOCK_E": 4, "BLOCK_H": 256, "HAS_CAP": True}
-    yield Case(gather.scatter_kernel, "", constants, 4, 3, False, "bf16")
+    for parts in (True, False):
+        constants = {"BLOCK_E": 4, "BLOCK_H": 256, "HAS_CAP": True, "SEGMENT": gather.SEGMENT, "PARTS": parts}
+        label = "segments" if parts else "rows"
+        yield Case(gather.scatter_kernel, label, constants, 4, 3, False, "bf16", gather.REGISTERS)
 
 
 def compile_case(case: Case, architecture: str) -> Report:
@@ -172,10 +176,11 @@ def compile_case(case: Case, architecture: str) -> Report:
             constants[argument] = 1
         if kind != "constexpr" and (kind.startswith("*") or argument.startswith("stride") or argument == "size_h"):
             attributes[(position,)] = [["tt.divisibility", 16]]
+    limit = {"maxnreg": case.registers} if case.registers and target.backend == "cuda" else {}
     compiled = triton.compile(
         ASTSource(case.kernel, signature, constants, attrs=attributes),
         target=target,
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        options={"num_warps": case.num_warps, "num_stages": case.num_stages, **limit},
     )
     if target.backend == "cuda":
         text = compiled.asm["ptx"]
@@ -264,21 +269,28 @@ def main(arguments: list[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         print("error: TRITON_INTERPRET is set; kernels are compiled only without it", file=sys.stderr)
         return 2
+    print(
+        f"# Kernels, compiled offline by Triton {triton.__version__}\n\n`python -m bench.kernel_report`, without a GPU."
+    )
+    print("registers: of a thread; shared: bytes of a block; spills: bytes of a thread.\n")
     print("| arch | kernel | configuration | registers | shared | spills | instructions |")
     print("| --- | --- | --- | ---: | ---: | ---: | --- |")
-    failures = 0
+    compiled = failures = 0
     for architecture in options.arch:
         every = list(cases(architecture))
         for case in sample(every) if options.sample else every:
             report = compile_case(case, architecture)
-            failures += bool(report.problems)
+            compiled, failures = compiled + 1, failures + bool(report.problems)
             mix = " ".join(f"{key} {count}" for key, count in report.instructions.items())
             print(
                 f"| {architecture} | {report.kernel} | {report.label} | {report.registers} | {report.shared} | "
                 f"{report.spills} | {mix}{' **' + ', '.join(report.problems) + '**' if report.problems else ''} |",
                 flush=True,
             )
-    print(f"\n{failures} kernels break a rule", file=sys.stderr)
+    print(
+        f"\nOf {compiled} kernels {failures or 'none'} break a rule: no spill, no more shared memory than a block may "
+        "have, matrix products of half precision on tensor cores."
+    )
     return 1 if options.check and failures else 0
 
 

@@ -20,13 +20,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .head_tile import add_product, product_tile, slope_of, to_logits
+from .head_tile import add_product, product_tile, register_limit, slope_of, to_logits
 
 SELECT_WIDTH = 64  # tiles looked at together by select_kernel
 
 
 class ExpectedConfig(NamedTuple):
-    """Launch shapes. block_m rows and block_v columns of a tile; block_h of the logit product; block_u columns of U."""
+    """Launch shapes. block_m rows and block_v columns of a tile; block_h of the logit product; block_u columns of U.
+
+    `registers` that a thread may take, see `head_tile.register_limit`.
+    """
 
     block_m: int
     block_v: int
@@ -36,6 +39,7 @@ class ExpectedConfig(NamedTuple):
     num_warps: int
     num_stages: int
     slots: int = 32  # kept tiles per round of probability + accumulate
+    registers: int = 255
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -209,7 +213,7 @@ def accumulate(
         first_slot, selection.kept.shape[1] if slots is None else slots,
         p.stride(0), selection.kept.stride(0), weight.stride(0), weight.stride(1),
         BLOCK_M=config.block_m, BLOCK_V=config.block_v, BLOCK_U=config.block_u, BLOCK_K=config.block_k, PACKED=packed,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **register_limit(config.registers),
     )  # fmt: skip
 
 
@@ -248,7 +252,7 @@ def expected(
             selection.kept.stride(0), p.stride(0), scale, softcap or 1.0,
             BLOCK_M=config.block_m, BLOCK_V=config.block_v, BLOCK_H=config.block_h,
             EVEN_H=size_h % config.block_h == 0, HAS_BIAS=bias is not None, HAS_CAP=softcap is not None,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, **register_limit(config.registers),
         )  # fmt: skip
         accumulate(p, weight, selection, sums, config, packed=True, first_slot=first_slot, slots=slots)
     return sums.mul_((scale * torch.exp(row_max - lse))[:, None]), selection.kept_count

@@ -5,14 +5,18 @@
     q = upstream * scale * (1 - (z / cap)^2)
 
 FLOPs: 2 G S C H each. Bytes: (1 + C) H per (g, s), mostly from L2; no [G, C, H] copy of the columns is made.
-Deterministic without atomics: the targets of a scatter are sorted, one program adds up all that goes to one row.
+Deterministic without atomics: the targets of a scatter are sorted; a row's entries are added up in their order, SEGMENT
+at a time by programs side by side, then the segments by one.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .head_tile import slope_of, to_logits
+from .head_tile import register_limit, slope_of, to_logits
+
+REGISTERS = 128  # that a thread of a scatter may take
+SEGMENT = 128  # entries of one row that a program adds up; a frequent token has thousands
 
 
 @triton.jit(do_not_specialize=["size_s", "size_c"])
@@ -46,24 +50,33 @@ def gather_logits_kernel(
 
 @triton.jit(do_not_specialize=["size_inner", "stride_place", "stride_inner", "stride_group", "per_group"])
 def scatter_kernel(
-    source, target, order, keys, ends, places, grad, logits, size_inner, size_h,
+    source, target, parts, order, keys, begins, ends, places, grad, logits, size_inner, size_h,
     stride_place, stride_inner, stride_group, stride_sn, stride_sk, scale, cap,
     per_group,
-    BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr, HAS_CAP: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr, HAS_CAP: tl.constexpr, SEGMENT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """target[key] += sum over entries e of that key, sum_j q[e, j] source[places[group(e), j]].
 
-    Entries are sorted by key; the program of a key's first entry adds up all of them, the others leave at once.
+    Entries are sorted by key, and a key's are cut into segments. PARTS: the program of a segment's first entry adds it
+    up into parts[entry // SEGMENT], but for each key's last segment; whole segments never share that place. Without:
+    the program of a key's first entry adds up its parts and its last segment. The others leave at once.
     """
     entry = tl.program_id(0).to(tl.int64)
     key = tl.load(keys + entry)
-    before = tl.load(keys + entry - 1, mask=entry > 0, other=-1)
-    if (key < 0) | (key == before):
-        return
+    begin = tl.load(begins + entry)
+    end = tl.load(ends + entry)
+    if PARTS:
+        if (key < 0) | ((entry - begin) % SEGMENT != 0) | (entry + SEGMENT >= end):
+            return
+        start = entry
+        end = entry + SEGMENT
+    else:
+        if (key < 0) | (entry != begin):
+            return
+        start = begin + (end - begin - 1) // SEGMENT * SEGMENT
     k = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H).to(tl.int64)
     total = tl.zeros((BLOCK_E, BLOCK_H), tl.float32)
-    end = tl.load(ends + entry)
-    for first in range(entry, end, BLOCK_E):
+    for first in range(start, end, BLOCK_E):
         lane = first + tl.arange(0, BLOCK_E)
         held = lane < end
         item = tl.load(order + lane, mask=held, other=0)
@@ -81,8 +94,14 @@ def scatter_kernel(
                 other=0.0,
             )
             total += q[:, None] * x.to(tl.float32)
-    at = target + key * size_h + k
-    tl.store(at, tl.load(at, mask=k < size_h, other=0.0) + tl.sum(total, axis=0), mask=k < size_h)
+    added = tl.sum(total, axis=0)
+    if PARTS:
+        tl.store(parts + entry // SEGMENT * size_h + k, added, mask=k < size_h)
+    else:
+        for segment in range(begin // SEGMENT, begin // SEGMENT + (start - begin) // SEGMENT):
+            added += tl.load(parts + segment * size_h + k, mask=k < size_h, other=0.0)
+        at = target + key * size_h + k
+        tl.store(at, tl.load(at, mask=k < size_h, other=0.0) + added, mask=k < size_h)
 
 
 def gather_logits(
@@ -148,14 +167,18 @@ def _scatter(source, target, keys, places, grad, logits, strides, softcap, scale
         raise ValueError("gradients must be contiguous float32 tensors")
     per_group, size_inner = keys.shape[1], places.shape[1]
     ordered, order = torch.sort(keys.flatten(), stable=True)
-    ends = torch.searchsorted(ordered, ordered, right=True)
+    begins, ends = (torch.searchsorted(ordered, ordered, right=right) for right in (False, True))
     size_h = target.shape[1]
     block_h = min(triton.next_power_of_2(size_h), 256)
-    scatter_kernel[(len(ordered), triton.cdiv(size_h, block_h))](
-        source, target, order, ordered, ends, places, grad, logits, size_inner, size_h,
-        *strides, per_group * size_inner, source.stride(0), source.stride(1), scale, softcap or 1.0, per_group,
-        BLOCK_E=4, BLOCK_H=block_h, HAS_CAP=softcap is not None, num_warps=4,
-    )  # fmt: skip
+    whole = len(ordered) > SEGMENT  # else no row has a segment and more
+    parts = target.new_empty(len(ordered) // SEGMENT, size_h) if whole else target
+    for to_parts in (True, False) if whole else (False,):
+        scatter_kernel[(len(ordered), triton.cdiv(size_h, block_h))](
+            source, target, parts, order, ordered, begins, ends, places, grad, logits, size_inner, size_h,
+            *strides, per_group * size_inner, source.stride(0), source.stride(1), scale, softcap or 1.0, per_group,
+            BLOCK_E=4, BLOCK_H=block_h, HAS_CAP=softcap is not None, SEGMENT=SEGMENT, PARTS=to_parts, num_warps=4,
+            **register_limit(REGISTERS),
+        )  # fmt: skip
 
 
 def _check(rows: torch.Tensor, ids: torch.Tensor) -> None:

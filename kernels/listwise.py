@@ -19,7 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .head_tile import register_limit
+
 MAX_SIZE = 128
+REGISTERS = 128  # a thread may take: a list of 128 has 16 warps
 CHUNK = 8  # rows of logits, and candidates compared with all others, at a time
 DIVERGENCES = {"none": 0, "kl": 1, "ce": 2, "symmetric": 3}
 _LOWEST = tl.constexpr(-3.0e38)
@@ -274,7 +277,7 @@ def listwise(
             expected, pull, d_soft_lambda, d_student, logits if d_teacher is None else d_teacher, size_m, size_r,
             size_c, gamma, sigma, BLOCK_M=block_m, BLOCK_C=block_c, CHUNK=CHUNK, RANKING=values is None,
             NORMALISE=normalise, DIVERGENCE=DIVERGENCES[divergence], DETACH=detach, MASK_EMITTED=mask_emitted,
-            num_warps=num_warps(max(block_m, block_c)),
+            num_warps=num_warps(max(block_m, block_c)), **register_limit(REGISTERS),
         )  # fmt: skip
     return soft_lambda, permutation, expected, d_soft_lambda, d_student, d_teacher
 

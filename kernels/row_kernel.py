@@ -270,8 +270,8 @@ def differentiate(
 
 
 def num_warps(block: int) -> int:
-    """Warps for a row of `block` columns: 32 columns per thread and matrix."""
-    return max(block // 1024, 4)
+    """Warps for a row of `block` columns: 16 columns per thread and matrix."""
+    return max(block // 512, 4)
 
 
 def _or(tensor: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Tensor:

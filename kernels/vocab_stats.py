@@ -19,13 +19,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .head_tile import LOWEST, add_product, product_tile, to_logits
+from .head_tile import LOWEST, add_product, product_tile, register_limit, to_logits
 
 _LOWEST = tl.constexpr(LOWEST)
 
 
 class StatsConfig(NamedTuple):
-    """Launch shape: tile of rows (of pairs, when paired) x vocabulary x hidden; `programs` to aim for on the device."""
+    """Launch shape: tile of rows (of pairs, when paired) x vocabulary x hidden; `programs` to aim for on the device.
+
+    `registers` that a thread may take, see `head_tile.register_limit`.
+    """
 
     block_m: int
     block_v: int
@@ -34,6 +37,7 @@ class StatsConfig(NamedTuple):
     num_stages: int
     programs: int
     group: int = 8
+    registers: int = 255
 
 
 @triton.jit(do_not_specialize=["slots", "tiles_per_split", "splits"])
@@ -226,7 +230,7 @@ def vocab_stats(
             BLOCK_M=config.block_m, BLOCK_V=config.block_v, BLOCK_H=config.block_h, GROUP=config.group,
             EVEN_H=size_h % config.block_h == 0, PAIRED=rows_b is not None, ENTROPY=entropy,
             HAS_LIVE=live is not None, HAS_BIAS=bias is not None, HAS_CAP=softcap is not None, TILE_STATS=tile_stats,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, **register_limit(config.registers),
         )  # fmt: skip
 
     if pair_count:

@@ -9,7 +9,9 @@ can serve the tensors at hand and logs its choice once; calls that its declarati
 
 With a frozen head the backward pass holds no [V, H] buffer and does no product with the vocabulary: the forward keeps
 U = d lse / d hidden, and d logprob(c) / d hidden = w_c - U. A trainable head recomputes its logits tile by tile.
-Results are float32 (float64 for float64 input). Under autocast the ops compute in the dtype of `weight`.
+Results are float32 (float64 for float64 input). One rule for every engine: products are in the dtype of `weight`, under
+autocast as well (float32 weights are said once then), summed in float32; float32 products are no TF32, whatever torch
+allows (`--tf32` is for the trunk).
 
 Values of index tensors (targets, relabelled ids, ranks) are checked where that costs no device synchronisation: on the
 CPU, outside torch.compile. On CUDA an id outside the vocabulary is a device-side assertion or undefined.

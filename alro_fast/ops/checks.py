@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 
 import torch
 from torch import Tensor
 
 from ..errors import AlroFastError
+
+log = logging.getLogger("alro_fast.ops")
 
 
 def check_number(name: str, value: float, ok: bool, expected: str) -> None:
@@ -41,7 +45,19 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str = 
     for label, dtype in ((name, hidden.dtype), ("bias", weight.dtype if bias is None else bias.dtype)):
         if dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
             raise AlroFastError(f"{label} has dtype {dtype} and weight {weight.dtype}; expected one dtype")
+    kind = hidden.device.type
+    if weight.dtype == torch.float32 and torch.is_autocast_enabled(kind) and not torch.compiler.is_compiling():
+        _say_once_wide(torch.get_autocast_dtype(kind))
     return hidden.to(weight.dtype)
+
+
+@functools.cache
+def _say_once_wide(autocast: torch.dtype) -> None:
+    log.warning(
+        "the LM head is float32, and so are its products, under autocast to %s as well; load the model in that type "
+        "(--dtype bfloat16) for products on tensor cores",
+        str(autocast).removeprefix("torch."),
+    )
 
 
 def check_index(name: str, index: Tensor, other: Tensor, other_name: str = "hidden") -> None:

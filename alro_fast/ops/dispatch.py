@@ -95,10 +95,22 @@ def _reason_against(name: str, device: torch.device, dtype: torch.dtype) -> str 
 
 @contextlib.contextmanager
 def as_given(tensor: Tensor) -> Iterator[None]:
-    """Backends compute in the dtypes they are given, on the device of `tensor`: Triton launches on the current one."""
+    """Backends compute in the dtypes they are given, on the device of `tensor`: Triton launches on the current one.
+
+    float32 is float32: TF32, which Triton's kernels do not use, is off for the library's products beside them as well.
+    """
     device = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+    products: Any = torch.backends.cuda.matmul
+    allowed = products.fp32_precision
     with torch.autocast(tensor.device.type, enabled=False), device:
-        yield
+        if allowed != "tf32":
+            yield
+            return
+        products.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            products.fp32_precision = allowed
 
 
 def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:

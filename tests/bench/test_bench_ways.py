@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import bench_dmpo, bench_step
+from bench import bench_dmpo, bench_step, common
 
 
 def test_alro_step_ours_and_the_ordinary_way():
@@ -19,6 +19,16 @@ def test_dmpo_step_ours_and_padded(monkeypatch):
     for name, value in {"VOCAB": 300, "HIDDEN": 32, "NEGATIVES": 3, "PROMPT": 30, "ANSWER": 4}.items():
         monkeypatch.setattr(bench_dmpo, name, value)
     bench_dmpo.agree(bench_dmpo.Ours(), bench_dmpo.Padded())
+
+
+@pytest.mark.parametrize(("dry", "runs"), [(True, 3), (False, 2 + 1 + 4 + 1)])
+def test_a_dry_run_takes_one_round(monkeypatch, dry, runs):
+    """Once for the peak, once for a time, once for the result; else as often as asked, warmed up."""
+    monkeypatch.setattr(common, "DRY", dry)
+    calls = []
+    made = common.interleave([common.Contestant("one", lambda: lambda: calls.append(1) or len(calls))], rounds=4)
+    assert len(calls) == made["one"].result == runs
+    assert made["one"].fastest <= made["one"].median <= made["one"].slowest
 
 
 def test_every_contestant_multiplies_in_the_same_precision(monkeypatch):

@@ -1,4 +1,4 @@
-"""Kernels compiled for four architectures without a GPU: spills, shared memory, tensor cores.
+"""Kernels compiled for every generation without a GPU: spills, shared memory, tensor cores.
 
 One configuration per kernel here; `python -m bench.kernel_report --check` takes all of them.
 """
@@ -14,6 +14,10 @@ import pytest
 from places import ROOT
 
 pytest.importorskip("triton")
+KIB = 1024  # of shared memory that a block may have, by the vendors' manuals
+LIMITS = {
+    "sm80": 163 * KIB, "sm89": 99 * KIB, "sm90": 227 * KIB, "sm100": 227 * KIB, "sm120": 99 * KIB, "gfx942": 64 * KIB,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,7 @@ def report(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("architecture", ["sm80", "sm90", "sm100", "gfx942"])
+@pytest.mark.parametrize("architecture", ["sm80", "sm89", "sm90", "sm100", "sm120", "gfx942"])  # sm86 is sm89's
 def test_no_kernel_breaks_a_rule(cache: Path, architecture: str) -> None:
     result = report(cache, "--sample", "--check", "--arch", architecture)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -40,18 +44,26 @@ def test_no_kernel_breaks_a_rule(cache: Path, architecture: str) -> None:
         "vocab_stats_kernel", "combine_kernel", "select_kernel", "probability_kernel", "accumulate_kernel",
         "advance_kernel", "differentiate_kernel", "listwise_kernel", "gather_logits_kernel", "scatter_kernel",
     }  # fmt: skip
+    assert all(int(row.split("|")[5]) <= LIMITS[architecture] for row in rows)
 
 
-def test_the_check_can_fail(cache: Path, tmp_path: Path) -> None:
-    """A tile too large for the registers is reported, and ends with status 1."""
+@pytest.mark.parametrize(
+    ("architecture", "change", "said"),
+    [
+        ("sm90", "half[0], half[1]._replace(block_m=128), half[2]", "spilled"),  # a tile too large for the registers
+        ("sm89", "*half[:2], half[2]._replace(block_h=64, num_stages=5)", "shared memory over 101376"),
+    ],
+)
+def test_the_check_can_fail(cache: Path, tmp_path: Path, architecture: str, change: str, said: str) -> None:
+    """What breaks a rule is reported, and ends with status 1."""
     script = tmp_path / "broken.py"
     script.write_text(
         "import sys\n"
         "from alro_fast.kernels import configs\n"
         "from bench import kernel_report\n"
-        "half, full = configs._TILES['sm90']\n"
-        "configs._TILES['sm90'] = ((half[0], half[1]._replace(block_m=128), half[2]), full)\n"
-        "sys.exit(kernel_report.main(['--sample', '--check', '--arch', 'sm90']))\n"
+        f"half, full = configs._TILES['{architecture}']\n"
+        f"configs._TILES['{architecture}'] = (({change}), full)\n"
+        f"sys.exit(kernel_report.main(['--sample', '--check', '--arch', '{architecture}']))\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
@@ -59,7 +71,7 @@ def test_the_check_can_fail(cache: Path, tmp_path: Path) -> None:
         [sys.executable, script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 1, result.stdout + result.stderr
-    assert "spilled" in result.stdout
+    assert said in result.stdout
 
 
 def test_interpreted_kernels_are_refused() -> None:

@@ -67,6 +67,49 @@ def test_one_row_adds_up_200_entries(to: str) -> None:
     assert torch.allclose(got[3].double(), wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize(("vocab", "dtype"), [(1, torch.float32), (5, torch.bfloat16), (30, torch.float16)])
+def test_segments_of_frequent_and_of_rare_tokens_add_up(
+    vocab: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Segments of 8: keys of none, of a few and of many entries beside each other, pads, ends on a segment's edge."""
+    monkeypatch.setattr(kernel, "SEGMENT", 8)
+    case = head(7, 19, vocab, dtype, softcap=4.0, seed=vocab)
+    generator = torch.Generator().manual_seed(vocab)
+    for count in (8, 9, 41):
+        rows = torch.randint(-1, 7, (count, 2), generator=generator).to(DEVICE)
+        ids = torch.randint(-1, vocab, (count, 1), generator=generator).to(DEVICE)
+        upstream = torch.randn(count, 2, 1, generator=generator).to(DEVICE)
+        leaves = [tensor.double().requires_grad_() for tensor in (case.hidden, case.weight)]
+        zeros = case.weight.new_zeros(vocab, dtype=torch.float64)
+        by_definition(case, rows, ids, [*leaves, zeros]).backward(upstream.double())
+        logits = kernel.gather_logits(*case.arguments, rows, ids)
+        made = []
+        for _ in range(2):
+            sums = [torch.zeros(leaf.shape, device=DEVICE) for leaf in leaves]
+            kernel.gather_backward(case.hidden, case.weight, 4.0, 1.0, rows, ids, logits, upstream, *sums, None)
+            made.append(sums)
+        for total, again, leaf in zip(*made, leaves):
+            assert torch.equal(total, again)
+            assert torch.allclose(total.double(), leaf.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_no_program_adds_up_all_entries_of_a_frequent_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2,000 entries of one row: a program adds up a segment, or the segments."""
+    launches = []
+
+    class Spy:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: launches.append((arguments[2].shape, options["PARTS"]))
+
+    monkeypatch.setattr(kernel, "scatter_kernel", Spy())
+    case, count = head(5, 32, 9), 2000
+    zeros = torch.zeros(count, 1, dtype=torch.int64, device=DEVICE)
+    grad = torch.zeros(count, 1, 1, device=DEVICE)
+    d_weight = torch.zeros(9, 32, device=DEVICE)
+    kernel.gather_backward(case.hidden, case.weight, None, 1.0, zeros, zeros, grad, grad, None, d_weight, None)
+    assert launches == [((count // kernel.SEGMENT, 32), True), ((count // kernel.SEGMENT, 32), False)]
+
+
 def test_gradients_that_are_not_wanted_are_left_out_and_bits_repeat() -> None:
     case = head(6, 32, 40)
     rows = torch.zeros(8, 2, dtype=torch.int64, device=DEVICE)  # everything goes to one row

@@ -312,12 +312,86 @@ def test_a_step_compiles_nothing_that_warmup_has_not(monkeypatch: pytest.MonkeyP
     assert compiled - divergences <= warm
 
 
-@pytest.mark.parametrize("architecture", ["sm80", "sm90", "sm100", "gfx942"])
+@pytest.mark.parametrize("architecture", backend.configs.ARCHITECTURES)
 def test_tile_buffers_stay_small(architecture: str) -> None:
-    """At most 5 % of float32 logits with U, from 2048 rows on."""
+    """32 MB, or 64 where H is small and rows are few; at most 5 % of float32 logits with U, from 4096 rows on."""
     for size_h, vocab in ((896, 151936), (2560, 151936), (4096, 128256)):
-        for rows in (2048, 16384):
+        for rows in (1, 64, 700, 1024, 2048, 4096, 5000, 16384, 100_000):
             config = backend.configs.head_config(architecture, size_h, rows, 2)
-            assert config.columns + size_h + vocab // config.expected.block_v // 8 <= 0.05 * vocab
+            held = 4 * min(rows, config.chunk) * config.columns
+            assert held <= 2**26 if size_h <= 2560 and 2048 < rows <= 4096 else held <= 2**25
+            if rows >= 4096:
+                assert held + 4 * rows * size_h <= 0.05 * 4 * rows * vocab
     with pytest.raises(ValueError, match="sm70"):
         backend.configs.head_config("sm70", 896, 64, 2)
+
+
+def traffic(rows: int, size_h: int, vocab: int, monkeypatch: pytest.MonkeyPatch, architecture: str = "sm90") -> int:
+    """Bytes that a pass with U moves to and from memory on a device of 40 MB of L2, by the shapes it multiplies.
+
+    Weights and sums pass once per product; products and p~ (4 and 2 bytes, each written and read) where their buffer is
+    larger than L2.
+    """
+    moved, l2 = [0], 40 * 2**20
+
+    def product(a, b, out) -> None:
+        moved[0] += 2 * b.numel() + 2 * a.numel() + (8 * out.numel() if out.numel() * 4 > l2 else 0)
+
+    def add_product(a, b, total) -> None:
+        moved[0] += 8 * total.numel() + 2 * b.numel() + (4 * a.numel() if a.numel() * 4 > l2 else 0)
+
+    monkeypatch.setattr(backend, "_product", product)
+    monkeypatch.setattr(backend, "_add_product", add_product)
+    monkeypatch.setattr(backend.row_kernel, "advance", lambda *arguments, **options: None)
+    hidden, weight = (torch.empty(n, size_h, dtype=torch.bfloat16, device="meta") for n in (rows, vocab))
+    config = backend.configs.head_config(architecture, size_h, rows, 2)
+    backend.vocab_pass(hidden, weight, None, None, 1.0, want_expected=True, mass_bound=0.0, config=config)
+    return moved[0]
+
+
+@pytest.mark.parametrize(("size_h", "vocab"), [(896, 151936), (4096, 128256)])
+def test_products_of_many_rows_stay_in_the_cache(size_h: int, vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100,000 rows: what the table says, and no chunk of another size, nor all rows at once, moves less."""
+    rows = 100_000
+    moved = traffic(rows, size_h, vocab, monkeypatch)
+    assert moved < 1.02 * rows * vocab * size_h * (10 / 4096 + 4 / 2048)
+    for chunk, columns in ((rows, 4096), (rows, 2048), (4096, 2048), (1024, 8192)):
+        other = backend.configs.head_config("sm90", size_h, rows, 2)._replace(chunk=chunk, columns=columns)
+        monkeypatch.setattr(backend.configs, "head_config", lambda *_, other=other: other)
+        assert traffic(rows, size_h, vocab, monkeypatch) > 1.04 * moved
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("mass_bound", [0.0, 1e-3])
+@pytest.mark.parametrize("rows", [1, 16, 17, 70])
+def test_chunks_of_rows_give_what_all_rows_give(rows: int, mass_bound: float) -> None:
+    case = head(rows, 24, 700, torch.bfloat16, bias=True, softcap=8.0, spread=3.0, seed=rows)
+    config = backend._config(case.hidden)._replace(columns=128)
+    whole = run(case, engine="tiled", config=config)
+    parts = run(case, engine="tiled", config=config._replace(chunk=16), mass_bound=mass_bound)
+    assert torch.allclose(parts.lse, whole.lse, atol=1e-6)
+    lost = mass_bound * float(case.weight.norm(dim=1).max())
+    assert ((parts.expected.double() - case.expected()).abs() <= case.expected_error(case.hidden.dtype) + lost).all()
+
+
+@pytest.mark.parametrize(("rows", "most"), [(0, 4096), (1, 4096), (4096, 4096), (4097, 4096), (99_999, 4096), (70, 16)])
+def test_chunks_are_of_one_size(rows: int, most: int) -> None:
+    chunks = backend._chunks(rows, most)
+    sizes = [stop - start for start, stop in chunks]
+    assert sum(sizes) == rows
+    assert [start for start, _ in chunks] == [0, *(stop for _, stop in chunks)][: len(chunks)]
+    assert max(sizes, default=0) <= most
+    assert most < 64 or min(sizes, default=most) >= min(rows, 0.4 * most)
+
+
+def test_devices_take_the_rows_that_fit_them() -> None:
+    named = backend.configs.cuda_architecture
+    limit = backend.configs.SHARED_LIMIT
+    for capability, name in {
+        (7, 5): None, (8, 0): "sm80", (8, 6): "sm86", (8, 7): "sm80", (8, 9): "sm89", (9, 0): "sm90", (10, 3): "sm100",
+    }.items():  # fmt: skip
+        assert named(*capability) == name
+    assert named(12, 0) == named(12, 1) == named(13, 0) == "sm120"
+    assert named(9, 0, limit["sm90"]) == "sm90"
+    assert named(9, 0, limit["sm90"] - 1) == "sm86"
+    assert named(9, 0, limit["sm86"] - 1) is None

@@ -12,6 +12,7 @@ from head_runs import HEADS, SHAPES, affordable, assert_agree, logprobs_of, make
 from alro_fast import ops
 from alro_fast.errors import AlroFastError
 from alro_fast.losses import reference
+from alro_fast.ops import checks
 
 # ---- log-probs
 
@@ -189,6 +190,39 @@ def test_autocast_computes_in_the_head_dtype(backend):
     assert_agree(mixed, rounded, grads=5e-3)
     with pytest.raises(AlroFastError, match=r"hidden has dtype torch.bfloat16 and weight torch.float32"):
         ops.linear_logprobs(hidden.bfloat16(), weight, targets, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_in_the_dtype_of_the_weight_and_no_tf32(backend, dtype, monkeypatch, caplog):
+    """What the backend sees, forward and backward, under autocast and with TF32 allowed; float32 is said once."""
+    seen = []
+    module = ops.resolve_backend(backend, torch.device("cpu"), dtype)
+    for name in ("vocab_pass", "weight_grad"):
+        plain = getattr(module, name)
+
+        def spied(hidden, weight, *rest, plain=plain, **options):
+            precision = torch.backends.cuda.matmul.fp32_precision
+            seen.append((hidden.dtype, weight.dtype, torch.is_autocast_enabled("cpu"), precision))
+            return plain(hidden, weight, *rest, **options)
+
+        monkeypatch.setattr(module, name, spied)
+    hidden, weight, _ = make_head(5, 32, 101)
+    hidden, weight = (tensor.to(dtype).requires_grad_() for tensor in (hidden, weight))
+    checks._say_once_wide.cache_clear()
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "tf32"
+    try:
+        with caplog.at_level("WARNING"):
+            for _ in range(2):
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = ops.linear_logprobs(hidden, weight, torch.arange(5), backend=backend)[0].sum()
+                loss.backward()
+        assert products.fp32_precision == "tf32"
+    finally:
+        products.fp32_precision = before
+    assert set(seen) == {(dtype, dtype, False, "ieee")}
+    assert len(seen) == 4
+    assert caplog.text.count("the LM head is float32") == (dtype == torch.float32)
 
 
 def test_double_backward_is_refused(backend):

@@ -31,22 +31,25 @@ class _StopAt(TrainerCallback):
 
 
 def train(
-    folder: Path, *, lists=400, epochs=3, stop=0, resume=None, dropout=0.0, budget=600, accumulation=4, **options
-):
+    folder: Path, *, lists=400, epochs=3, stop=0, resume=None, dropout=0.0, budget=600, accumulation=4, device="cpu",
+    objective="sft", backend="auto", **options,
+):  # fmt: skip
     """Train to the end, or to optimiser step `stop`, where a checkpoint is left as after every 20 steps.
 
     Returns the trainer, and [(epoch, list_id)] of what this process trained, in order.
     """
     tokenizer = byte_tokenizer()
     objective = build_objective(
-        ObjectiveArguments(objective="sft"), PromptBuilder(tokenizer, "movies"), answer="ranking", seed=0
-    )
+        ObjectiveArguments(objective=objective, backend=backend), PromptBuilder(tokenizer, "movies"), answer="ranking",
+        seed=0,
+    )  # fmt: skip
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, lora_dropout=dropout)
     model = get_peft_model(tiny_llama(len(tokenizer), **SMALL), lora)
     options = {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 99, "optim": "adamw_torch"} | options
+    options = {"learning_rate": 0.01} | options
     args = RankerTrainingArguments(
-        output_dir=str(folder), use_cpu=True, disable_tqdm=True, num_train_epochs=epochs, tokens_per_batch=budget,
-        gradient_accumulation_steps=accumulation, learning_rate=0.01, logging_steps=50, report_to=[], **options,
+        output_dir=str(folder), use_cpu=device == "cpu", disable_tqdm=True, num_train_epochs=epochs,
+        tokens_per_batch=budget, gradient_accumulation_steps=accumulation, logging_steps=50, report_to=[], **options,
     )  # fmt: skip
     data = TreeDataset(random_lists(lists, range(2, 6), seed=3, history=0), objective)
     trainer = RankerTrainer(model, args, objective, data, callbacks=[_StopAt(stop)])
@@ -63,7 +66,7 @@ def train(
 
 
 def weights(trainer: RankerTrainer) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+    return torch.cat([p.detach().cpu().flatten() for p in trainer.model.parameters() if p.requires_grad])
 
 
 if __name__ == "__main__":

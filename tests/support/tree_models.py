@@ -85,9 +85,9 @@ def plain_copy(model):
 
 def branch_by_branch(plain, trees):
     """The rows of `tree_hidden_states`, each branch in a plain forward of its own."""
-    rows = []
+    rows, device = [], next(plain.parameters()).device
     for ids, start in itertools.chain(*(zip(tree.ids, tree.answer_starts) for tree in trees)):
-        output = trunk_of(plain)(input_ids=torch.as_tensor(ids)[None], use_cache=False)
+        output = trunk_of(plain)(input_ids=torch.as_tensor(ids, device=device)[None], use_cache=False)
         rows.append(output.last_hidden_state[0, start - 1 : -1])
     return torch.cat(rows)
 
@@ -96,7 +96,7 @@ def gradients(model, hidden):
     """Gradients of a loss with a different weight on every element."""
     torch.manual_seed(1)
     model.zero_grad()
-    (hidden * torch.randn(hidden.shape, dtype=hidden.dtype)).sum().div(len(hidden)).backward()
+    (hidden * torch.randn(hidden.shape, dtype=hidden.dtype).to(hidden.device)).sum().div(len(hidden)).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -104,7 +104,7 @@ def assert_same(model, trees, tolerance=1e-5):
     plain = plain_copy(model)
     expected = branch_by_branch(plain, trees)
     expected_gradients = gradients(plain, expected)
-    hidden = tree_hidden_states(model, collate(trees, range(len(trees))))
+    hidden = tree_hidden_states(model, collate(trees, range(len(trees))).to(expected.device))
     assert hidden.dtype == expected.dtype
     torch.testing.assert_close(hidden, expected, atol=tolerance, rtol=tolerance)
     found = gradients(model, hidden)

@@ -72,6 +72,18 @@ def test_steps_of_other_size_still_train_every_list_once(tmp_path, capsys, epoch
     assert said in capsys.readouterr().out
 
 
+def test_workers_build_the_same_batches_and_leave_the_place_exact(tmp_path):
+    """Batches built ahead by two workers: the same weights bit by bit, also of a run that was stopped among them."""
+    small = {"lists": 60, "epochs": 2, "dropout": 0.1}
+    ahead = {**small, "dataloader_num_workers": 2, "dataloader_prefetch_factor": 3}
+    trainer, expected = long_run.train(tmp_path / "whole", **small)
+    _, seen = long_run.train(tmp_path / "ahead", **ahead, stop=4)
+    resumed, rest = long_run.train(tmp_path / "ahead", **ahead, resume=tmp_path / "ahead" / "checkpoint-4")
+    assert resumed.get_train_dataloader().prefetch_factor == 3
+    assert seen + rest == expected
+    assert torch.equal(long_run.weights(resumed), long_run.weights(trainer))
+
+
 def two_processes(folder, **options):
     """What each of two processes trained."""
     words = [f"{key}={value}" for key, value in options.items()]

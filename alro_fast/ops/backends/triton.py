@@ -2,9 +2,9 @@
 
 Two engines serve `vocab_pass`; `kernels/configs.py` says which, per architecture, hidden size and rows:
 
-    tiled  a tile of 2k-8k vocabulary columns at a time: library GEMM -> row kernel -> GEMM into U, all in one buffer
-           that stays in L2. 2 products with the vocabulary per row with U, 1 without. With mass_bound > 0 the second
-           product takes only the sub-tiles of 128 columns that matter.
+    tiled  a tile of 4k-8k vocabulary columns at a time: library GEMM -> row kernel -> GEMM into U, all in one buffer
+           that stays in L2: of many rows without pairs 2k at a time. 2 products with the vocabulary per row with U, 1
+           without. With mass_bound > 0 the second product takes only the sub-tiles of 128 columns that matter.
     fused  statistics in one kernel, no logits stored, then U from the tiles that matter, logits recomputed:
            1 + 2 f products for a kept share f. Serves statistics without U for few rows.
 
@@ -55,7 +55,8 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return None if triton.knobs.runtime.interpret else "Triton runs on the CPU only with TRITON_INTERPRET=1"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return None if _architecture(device) is not None else "its kernels need compute capability 8.0 or later"
+    needs = "its kernels need compute capability 8.0 or later, and 99 KB of shared memory for a block"
+    return None if _architecture(device) is not None else needs
 
 
 def vocab_pass(
@@ -75,9 +76,17 @@ def vocab_pass(
     head = hidden, weight, bias, softcap, scale
     if (engine or ("tiled" if want_expected or len(hidden) > config.stats_rows else "fused")) == "fused":
         passed = _fused(*head, None, None, False, want_expected, mass_bound, config)
-    else:
-        passed = _tiled(*head, None, None, False, want_expected, False, False, mass_bound, config)
-    return VocabPass(passed.lse, passed.expected)
+        return VocabPass(passed.lse, passed.expected)
+    rows, size_h = hidden.shape
+    lse = hidden.new_empty(rows, dtype=torch.float32)
+    sums = hidden.new_zeros(rows, size_h, dtype=torch.float32) if want_expected else None
+    for start, stop in _chunks(rows, config.chunk):
+        passed = _tiled(
+            hidden[start:stop], weight, bias, softcap, scale, None, None, False, want_expected, False, False,
+            mass_bound, config, sums=None if sums is None else sums[start:stop],
+        )  # fmt: skip
+        lse[start:stop] = passed.lse
+    return VocabPass(lse, sums)
 
 
 def paired_vocab_pass(
@@ -250,12 +259,16 @@ def _tiled(
     want_spread: bool,
     mass_bound: float,
     config: configs.HeadConfig,
+    *,
+    sums: Tensor | None = None,
 ) -> PairedVocabPass:
     """The tiled engine: one buffer of [N, T] products that every tile of the vocabulary goes through in turn.
 
     A tile takes three steps: its products (GEMM); the row kernel, which turns them into p~ = exp(z - row maximum so
     far) and carries the statistics along; p~ @ W, added to the sums. What was summed under an older maximum is rescaled
     by the row kernel where the maximum moves; dividing by the final sum comes last.
+
+    sums: zeros [N, H] float32, contiguous, to make `expected` in. Rows of pairs, which meet, come all in one call.
     """
     rows, size_h = hidden.shape
     size_v = weight.shape[0]
@@ -263,9 +276,10 @@ def _tiled(
     pairs = None if first is None or rows == 0 else row_kernel.pair_table(first, second, rows)
     skipping = want_expected and mass_bound > 0 and rows > 0
     running = row_kernel.new_running(
-        rows, size_h, pair_count, hidden.device, expected=want_expected, tile_stats=skipping, mixed=want_mixed,
-        spread=want_spread,
+        rows, size_h, pair_count, hidden.device, expected=want_expected and sums is None, tile_stats=skipping,
+        mixed=want_mixed, spread=want_spread,
     )  # fmt: skip
+    running = running._replace(sums=running.sums if sums is None else sums)
     columns = min(config.columns, triton.next_power_of_2(size_v))
     # p~ takes the bytes of the products it came from, but for pairs: their first row reads the second's products, which
     # another program would have overwritten.
@@ -309,9 +323,9 @@ def _tiled(
         elif want_expected:
             _add_product(p[:, :width], w, running.sums)
             gemm_work.count("embedding", rows, width)
-        for out, sums in ((mixed_out, running.mixed), (spread_out, running.spread)):
+        for out, of_pairs in ((mixed_out, running.mixed), (spread_out, running.spread)):
             if out is not None and pair_count is not None:
-                _add_product(out[:, :width], w, sums)
+                _add_product(out[:, :width], w, of_pairs)
                 gemm_work.count("pairs", pair_count, width)
 
     # Sums are of p~ and unscaled columns: U = scale * sum / row_sum; a pair's by its first row, the teacher.
@@ -321,9 +335,9 @@ def _tiled(
     if pairs is not None and first is not None:
         row = first.clamp(min=0)  # a pad's sums are zeros, whatever they are divided by
         running.cross.div_(running.row_sum[row])
-        for sums in (running.mixed, running.spread):
-            if sums is not None:
-                sums.mul_(factor[row][:, None])
+        for of_pairs in (running.mixed, running.spread):
+            if of_pairs is not None:
+                of_pairs.mul_(factor[row][:, None])
     return PairedVocabPass(
         running.row_max + running.row_sum.log(), running.sums, running.cross, running.mixed, running.spread
     )
@@ -426,6 +440,12 @@ def _tile_buffers(hidden: Tensor, columns: int, *, shared: bool) -> tuple[Tensor
     return products, hidden.new_empty(len(hidden), columns)
 
 
+def _chunks(rows: int, most: int) -> list[tuple[int, int]]:
+    """Ranges of at most `most` rows, all of one size but the last, so that none is a few rows alone."""
+    size = triton.cdiv(triton.cdiv(rows, max(triton.cdiv(rows, most), 1)), 64) * 64
+    return [(start, min(start + min(size, most), rows)) for start in range(0, rows, min(size, most) or 1)]
+
+
 def _tiles(size_v: int, columns: int) -> list[tuple[int, int]]:
     return [(start, min(start + columns, size_v)) for start in range(0, size_v, columns)]
 
@@ -475,5 +495,6 @@ def _architecture(device: torch.device) -> str | None:
         return "interpreter"
     if torch.version.hip:
         return "gfx942"
-    major = torch.cuda.get_device_capability(device)[0]
-    return None if major < 8 else {8: "sm80", 9: "sm90"}.get(major, "sm100")
+    got: Any = torch.cuda.get_device_properties(device)
+    shared = getattr(got, "shared_memory_per_block_optin", None)
+    return configs.cuda_architecture(got.major, got.minor, shared)  # type: ignore[no-any-return]

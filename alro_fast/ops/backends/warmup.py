@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels import row_kernel
+from ...kernels import gather, row_kernel
 from . import triton
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,8 @@ def _warm_lists(weight: Tensor, bias: Tensor | None, softcap: float | None, size
         for tensor in (hidden, weight if trainable else None, bias if trainable else None)
     )
     slots = torch.arange(size, device=weight.device)
-    for rows, ids in ((slots[:, None], slots[:, None]), (slots[None], slots[None])):
+    labels = torch.arange(max(size, gather.SEGMENT + 1), device=weight.device)[:, None] % size  # of two segments
+    for rows, ids in ((labels, labels), (slots[None], slots[None])):
         ids = ids % len(weight)
         logits = triton.gather_logits(hidden, weight, bias, softcap, 1.0, rows, ids)
         triton.gather_backward(hidden, weight, softcap, 1.0, rows, ids, logits, logits, d_hidden, d_weight, d_bias)
