@@ -72,7 +72,7 @@ def test_unknown_identifiers_are_refused():
 
 
 def test_grades_must_be_single_tokens_and_cover_the_ratings():
-    source = (TEMPLATES / "movies.yaml").read_text().replace('"9": 5', '"10": 5')
+    source = (TEMPLATES / "movies.yaml").read_text().replace('"9": 5', '"917": 5')
     template = parse_template(source, name="ten", origin="ten.yaml")
     builder = PromptBuilder(tokenizer_of("gpt2"), template)
     builder.ranking(make_list())
