@@ -284,6 +284,7 @@ def test_the_movielens_script_runs_from_ratings_to_evaluation(shared_data, tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     for row in ("retriever", "hints", "pointwise", "pairwise", "listwise", "tuned", "ceiling"):
         assert done.stdout.count(f"\n{row} ") >= 2
-    assert "method hybrid (figure constants, pairing all)" in done.stdout
+    about = json.loads((tmp_path / "evaluation" / "results.json").read_text())["about"]
+    assert about["conventions"]["rankings"].startswith("method hybrid (code constants, pairing all")
     prompts = (tmp_path / "run" / "recranker.json").read_text()
     assert json.loads(prompts)["options"]["like"] == 4.0
