@@ -93,7 +93,9 @@ def add_signals(
     """Split -> its frame with SIGNAL_COLUMNS of lists.py, for the signals that the options name."""
     from threadpoolctl import threadpool_limits
 
-    timeline = built.timeline
+    timeline, users = built.timeline, len(interactions.user_ids)
+    if options.folds > users:
+        raise AlroFastError(f"--signal_folds {options.folds} is more than the {users:,} users; lower it")
     if "near" in options.names:
         check_cells(len(interactions.user_ids), interactions.items.height)
     user_of_rating = np.repeat(np.arange(len(timeline.offsets) - 1), np.diff(timeline.offsets))
@@ -231,6 +233,8 @@ def _predicted(
 ) -> np.ndarray:
     """float64, all candidates of all lists end to end; lists stand by user, then time."""
     values, cuts = np.empty(len(rows.items)), np.concatenate([[0], np.cumsum(rows.lengths)])
+    if not len(users):
+        return values
     first_lists = np.flatnonzero(np.diff(users, prepend=-1))
     of_user = np.stack([first_lists, np.append(first_lists[1:], len(users))], axis=1)
     for k, side in enumerate(sides):

@@ -131,6 +131,10 @@ def build_lists(interactions: Interactions, options: ListOptions, notice: Callab
     negatives = _Negatives(timeline, items["train_count"].to_numpy(), item_hash, options) if options.negatives else None
     cutter = _Cutter(timeline, interactions.user_ids, user_hash, item_hash, options, negatives)
     lists = {split: cutter.frame(*windows[split]) for split in SPLITS}
+    empty = [split for split in SPLITS if not lists[split].height]
+    if empty:
+        sizes = f"--list_size {options.list_size}, --test_lists {options.test_lists}"
+        notice(f"no {' and no '.join(empty)} lists: users have too few ratings for {sizes}; lower them")
     same_time = np.diff(timeline.time) == 0
     same_time[timeline.offsets[1:-1] - 1] = False  # the last rating of a user and the first of the next
     counts = {

@@ -9,8 +9,9 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +59,10 @@ def evaluate_rankings(options: argparse.Namespace, how: RankingOptions) -> None:
         )
     if options.adapter is not None and ranker.prompts.identifiers == "items":
         check_catalogue(Path(options.adapter), prepared)
+    if missing := unknown_signals(ranker.prompts, split.signals):
+        print(f"note: {options.lists} has no {', '.join(missing)}, which the model was tuned to read: shown as unknown")
+    if fusion is not None and options.split == "valid":
+        print("note: --fuse was fitted on validation lists: on them, the row `fused` flatters")
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -109,6 +114,12 @@ def evaluate_rankings(options: argparse.Namespace, how: RankingOptions) -> None:
     trec = ", run.trec, qrels.trec" if (folder / "qrels.trec").is_file() else ""
     print(f"written to {folder}: results.json, predictions.jsonl{trec}")
     print(report_line(folder, options.adapter))
+
+
+def unknown_signals(prompts: Any, carried: Collection[str]) -> list[str]:
+    """Signals that tokens of the prompts stand for, and lists do not carry."""
+    vocabulary = getattr(prompts, "vocabulary", None)
+    return [] if vocabulary is None else [name for name in vocabulary.names if name not in carried]
 
 
 def check_catalogue(adapter: Path, prepared: PreparedData) -> None:

@@ -119,7 +119,7 @@ class Results:
         if other in (mine, "oracle") or mine not in self.per_list or self.lists == self.all_equal:
             return ""
         change = self.compare(mine, other, metric)
-        return f"{change.difference:>+11.4f}{change.p_value:>7.1g}"
+        return f"{change.difference:>+11.4f}{_p(change.p_value):>7}"
 
     def verdict(self, metric: str) -> list[str]:
         """What the rows say of the ranker they are about, and of `fused`, in a sentence each."""
@@ -347,6 +347,10 @@ def row_of(name: str) -> tuple[int, str]:
 def name_cell(ranker: str) -> str:
     """The first cell of a ranker's row."""
     return f"{LABELS.get(ranker, ranker):<15}"
+
+
+def _p(value: float) -> str:
+    return "<.001" if value < 0.001 else f"{value:.3f}".removeprefix("0")
 
 
 def _short(value: float) -> str:

@@ -14,6 +14,7 @@ which is convex (a logistic regression on differences, as RankNet's loss is: Bur
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,9 +85,17 @@ class Fusion:
             made = cls(tuple(weights)[1:], tuple(map(float, weights.values())), told["lists"], told["pairs"])
         except (ValueError, KeyError, TypeError, AttributeError):
             made = None
-        if made is None or next(iter(weights)) != "model" or not set(made.signals) <= set(FUSED):
+        if made is None or not made.sound or next(iter(weights)) != "model":
             raise AlroFastError(f"{path} is damaged: expected the weights that training fitted; restore the file")
         return made
+
+    @property
+    def sound(self) -> bool:
+        """Whether it is one that `fit` could have made."""
+        counted = all(isinstance(number, int) and number > 0 for number in (self.lists, self.pairs))
+        return (
+            counted and bool(self.weights) and set(self.signals) <= set(FUSED) and all(map(math.isfinite, self.weights))
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write fusion.json: the weights by name, and what they are fitted on."""

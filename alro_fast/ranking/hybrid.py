@@ -87,6 +87,27 @@ def constants_of(hybrid: str) -> Constants:
     return constants
 
 
+def of_tasks(hybrid: str, task_weights: Sequence[float]) -> str:
+    """The same constants without those of a task whose weight in training (pointwise, pairwise, listwise) is 0.
+
+    AlroFastError where none of a task that was trained is left.
+    """
+    constants = constants_of(hybrid)
+    of_each = zip((constants.grade, constants.win, constants.place), task_weights, strict=True)
+    grade, win, place = (value if weight else 0.0 for value, weight in of_each)
+    left = constants._replace(grade=grade, win=win, place=place)
+    if left == constants:
+        return hybrid
+    if not (left.grade or left.win or left.place):
+        raise AlroFastError(
+            f"--hybrid {hybrid} reads only tasks that --task_weights leaves out; give one that reads a trained task"
+        )
+    spelled = [
+        f"{name}={getattr(left, name):.12g}" for name in ("grade", "win", "order", "place") if getattr(left, name)
+    ]
+    return ",".join([*spelled, f"top={'all' if left.top is None else left.top}"])
+
+
 def _weight(name: str, value: str, hybrid: str) -> float:
     try:
         number = float(value)

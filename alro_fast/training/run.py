@@ -90,7 +90,10 @@ class Run:
         }
         self.lists = {name: draw(lists, limits[name], self.training.seed) for name, lists in self.splits().items()}
         if not self.lists["train"]:
-            raise AlroFastError(f"{self.prepared.path} holds no training lists; prepare it with a smaller --list_size")
+            raise AlroFastError(
+                f"{self.prepared.path} holds no training lists; prepare it with a smaller --list_size, or fewer "
+                "--test_lists"
+            )
         if config.data.fuse:
             fused_signals(self.prepared)
             check_fittable(self.fitted)

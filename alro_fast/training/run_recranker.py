@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from ..data.records import RankingList
 from ..errors import AlroFastError
 from ..objectives.base import LEARNED, Objective, build_objective
-from ..objectives.recranker import RecRankerObjective
+from ..objectives.recranker import RecRankerObjective, parse_weights
 from ..prompts.recranker import RecRankerPrompts
-from ..ranking.hybrid import constants_of
+from ..ranking.hybrid import of_tasks
 from ..ranking.orders import Ranking
 from ..ranking.ranker import Ranker
 from ..ranking.tasks import TASK_METHODS
@@ -28,8 +28,9 @@ class RecRankerRun(Run):
 
     @staticmethod
     def settle(config: Config) -> None:
-        """AlroFastError for constants that no hybrid has."""
-        constants_of(config.objective.hybrid)
+        """The hybrid adds up trained tasks alone; AlroFastError for constants that no hybrid has."""
+        chosen = config.objective
+        chosen.hybrid = of_tasks(chosen.hybrid, parse_weights(chosen.task_weights))
 
     @property
     def answers(self) -> str:

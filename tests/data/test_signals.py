@@ -16,7 +16,7 @@ from alro_fast.data import signals as module
 from alro_fast.data.lists import open_prepared, write_prepared
 from alro_fast.data.near import Residuals
 from alro_fast.data.records import Signal
-from alro_fast.data.signal_table import SIGNALS, bucket
+from alro_fast.data.signal_table import PREPARED, bucket
 from alro_fast.data.signals import AVERAGE_PRIOR, ItemSide, SignalOptions, add_signals, item_attributes
 from alro_fast.data.windows import ListOptions, build_lists, hash_ids, splitmix64
 from alro_fast.errors import AlroFastError
@@ -71,7 +71,7 @@ def test_every_signal_tells_something_of_real_tastes(built):
 def test_no_signal_beats_chance_on_shuffled_ratings(seed):
     _, frames = made(shuffled(seed))
     for split in ("train", "valid", "test"):
-        for name in SIGNALS:
+        for name in PREPARED:
             assert abs(above_chance(frames[split], name)) < 3.3, (split, name)
 
 
@@ -302,7 +302,7 @@ def test_records_with_signals_come_back(ratings_file, tmp_path):
         assert repr(one.signal("near")) == repr(other.signal("near"))
         assert repr(one.hints) == repr(other.hints)
     turned = lists[0].select([2, 0])
-    for name in SIGNALS:
+    for name in PREPARED:
         assert turned.signal(name).candidates == tuple(lists[0].signal(name).candidates[i] for i in (2, 0))
         assert turned.signal(name).history == lists[0].signal(name).history
 
@@ -325,5 +325,17 @@ def test_mistakes_are_named_before_anything_is_read(more, said, ratings_file, tm
 
 def test_one_user_has_nobody_to_learn_from(tmp_path):
     rows = [(0, i, 1 + i % 5, i) for i in range(40)]
-    with pytest.raises(AlroFastError, match="no rating is left to compute --signals with"):
+    with pytest.raises(AlroFastError, match="--signal_folds 4 is more than the 1 users; lower it"):
         made(rows)
+
+
+def test_a_split_without_lists_has_signals_of_none():
+    """So many test lists that nothing is left to train on: said when lists are cut, and no mistake of the signals."""
+    notes = []
+    data = interactions(ROWS, ITEMS)
+    options = replace(OPTIONS, test_lists=50)
+    cut = build_lists(data, options, notice=notes.append)
+    assert any(note.startswith("no train and no valid lists: users have too few ratings for") for note in notes)
+    frames = add_signals(cut, data, ALL, options)
+    assert [frames[split].height for split in ("train", "valid")] == [0, 0]
+    assert frames["test"].height == cut.lists["test"].height > 0

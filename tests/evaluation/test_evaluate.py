@@ -21,7 +21,7 @@ from alro_fast.errors import AlroFastError
 from alro_fast.evaluation import metrics
 from alro_fast.evaluation.baselines import baseline_scores
 from alro_fast.evaluation.rankings import order_sensitivity
-from alro_fast.evaluation.results import LABELS, evaluate_lists, write_trec
+from alro_fast.evaluation.results import LABELS, _p, evaluate_lists, write_trec
 from alro_fast.prompts import PromptBuilder, add_item_tokens
 from alro_fast.ranking.orders import Ranking
 from alro_fast.ranking.ranker import Ranker
@@ -95,7 +95,7 @@ def test_the_table_fits_a_terminal_and_says_who_is_ahead(lists, prepared):
     for other in (*CHEAP, "untuned"):
         change = found.compare("tuned", other, "ndcg@3")
         row = next(line for line in table.splitlines() if line.startswith(f"{LABELS.get(other, other):<15}"))
-        assert row.split()[-2:] == [f"{change.difference:+.4f}", f"{change.p_value:.1g}"]
+        assert row.split()[-2:] == [f"{change.difference:+.4f}", _p(change.p_value)]
         side = "not told apart from" if change.p_value >= 0.05 else "above" if change.difference > 0 else "below"
         sides[side].append(LABELS.get(other, other))
     said = "; ".join(f"{side} {', '.join(names)}" for side, names in sides.items() if names)

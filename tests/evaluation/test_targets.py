@@ -70,7 +70,7 @@ def test_the_table_and_the_file_say_who_was_counted(tmp_path):
     for row in ("retriever", "hints", "untuned", "tuned", "ceiling"):
         assert f"\n{row}" in text
     shown = {line[:15].strip(): line.split() for line in text.splitlines()}
-    assert shown["retriever"][-2:] == ["+0.0000", "1"]
+    assert shown["retriever"][-2:] == ["+0.0000", "1.000"]
     assert shown["untuned"][-2] == f"{found.compare('tuned', 'untuned', 'ndcg@5').difference:+.4f}"
     assert "NDCG@5, tuned - row, paired over users: tuned is not told apart from" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80

@@ -114,3 +114,21 @@ def test_the_file_holds_the_weights_and_what_is_wrong_with_one_is_said(tmp_path)
         (tmp_path / "fusion.json").write_text(text)
         with pytest.raises(AlroFastError, match=r"fusion.json is damaged"):
             Fusion.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"weights": {}, "lists": 1, "pairs": 1}',
+        '{"weights": {"model": 1.0}, "lists": "x", "pairs": 1}',
+        '{"weights": {"model": NaN, "hint": 1.0}, "lists": 1, "pairs": 1}',
+        '{"weights": {"hint": 1.0}, "lists": 1, "pairs": 1}',
+        '{"weights": {"model": 1.0, "count": 1.0}, "lists": 1, "pairs": 1}',
+        '{"weights": [1], "lists": 1, "pairs": 1}',
+        "{",
+    ],
+)
+def test_weights_that_no_fit_made_are_one_line(tmp_path, text):
+    (tmp_path / "fusion.json").write_text(text)
+    with pytest.raises(AlroFastError, match=r"fusion.json is damaged: expected the weights that training fitted"):
+        Fusion.load(tmp_path)

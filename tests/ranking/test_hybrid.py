@@ -12,6 +12,7 @@ from alro_fast.ranking.hybrid import (
     Constants,
     constants_of,
     first_shares,
+    of_tasks,
     pairs_of,
     places_of,
     utilities,
@@ -105,3 +106,19 @@ def test_unknown_names_are_refused():
         pairs_of(4, "some", np.random.default_rng(0))
     with pytest.raises(AlroFastError, match="--pair_orders 'two' is unknown; expected one of both, one"):
         ways_of([], "two")
+
+
+def test_the_hybrid_adds_up_trained_tasks_alone():
+    assert of_tasks("code", (1, 1, 1)) == "code"
+    assert of_tasks("grade=2,order=1", (1, 0, 0)) == "grade=2,order=1"
+    for weights, left in (
+        ((0, 1, 1), Constants(win=0.5, order=0.05, place=0.025)),
+        ((1, 0, 1), Constants(grade=1, order=0.05, place=0.025)),
+        ((1, 1, 0), Constants(grade=1, win=0.5, order=0.05)),
+    ):
+        spelled = of_tasks("code", weights)
+        assert constants_of(spelled) == left
+        assert of_tasks(spelled, weights) == spelled  # as a resumed run reads it
+    assert constants_of(of_tasks("figure", (1, 1, 0))) == Constants(grade=1 / 3, win=2 / 3, top=None)
+    with pytest.raises(AlroFastError, match="reads only tasks that --task_weights leaves out"):
+        of_tasks("win=1,order=1", (1, 0, 1))
