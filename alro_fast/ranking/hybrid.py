@@ -102,9 +102,7 @@ def of_tasks(hybrid: str, task_weights: Sequence[float]) -> str:
         raise AlroFastError(
             f"--hybrid {hybrid} reads only tasks that --task_weights leaves out; give one that reads a trained task"
         )
-    spelled = [
-        f"{name}={getattr(left, name)!r}" for name in ("grade", "win", "order", "place") if getattr(left, name)
-    ]
+    spelled = [f"{name}={getattr(left, name)!r}" for name in ("grade", "win", "order", "place") if getattr(left, name)]
     return ",".join([*spelled, f"top={'all' if left.top is None else left.top}"])
 
 

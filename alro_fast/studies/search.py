@@ -25,7 +25,7 @@ TRIAL = {"eval_strategy": "epoch", "max_test_lists": 1, "baselines": "none"}  # 
 
 @dataclass(frozen=True)
 class Space:
-    """options: name -> choices, or {low, high, log}; trials: how many, those of an earlier session among them."""
+    """options: name -> choices, or {low, high, log}; trials: how many, those made before among them."""
 
     options: dict[str, Any]
     trials: int
