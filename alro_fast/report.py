@@ -20,6 +20,10 @@ def main(argv: Sequence[str]) -> None:
         raise AlroFastError(
             f"--run {options.run} holds no {' or '.join(OF_TRAINING)}; give a folder of alro_fast.train"
         )
+    if Path(options.folder).is_file():
+        raise AlroFastError(
+            f"{options.folder} is a file; expected a folder with results.json and predictions.jsonl, or of a study"
+        )
     study = is_study(options.folder)
     if study and options.run is not None:
         raise AlroFastError(f"--run is no option of a study ({options.folder} is one); leave it out")

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from .errors import AlroFastError
-from .studies.plan import parse_seeds, plan, read_study, study_names
+from .studies.plan import as_told, parse_seeds, plan, read_study, study_names
 from .studies.progress import Progress
 from .studies.report import write_study_report
 from .studies.runs import PLAN, check_folder, commands_of, execute
@@ -48,19 +48,23 @@ def main(argv: Sequence[str]) -> None:
     print(f"{len(study.runs) - len(waiting)} of {len(study.runs)} runs are finished", flush=True)
     if options.dry_run:
         for name, each in study.variants.items():
-            print(f"  {name}: {' '.join(f'--{key} {value}' for key, value in each.items()) or 'base'}")
+            print(f"  {name}: {as_told(each) or 'base'}")
         return
     study.folder.mkdir(parents=True, exist_ok=True)
     (study.folder / PLAN).write_text(yaml.safe_dump(study.described(), sort_keys=False), encoding="utf-8")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as by Ctrl-C: the runs under way end with the study
     failed = execute(study, options.processes, Progress(study, len(waiting), options.processes))
-    measured = table(study)
+    measured, unread = table(study)
+    told = {each.title for each in failed}
+    for title in (title for title in unread if title not in told):  # finished before
+        print(f"{title}: {unread[title]}")
     if measured:
         paths = write(study, measured)
         print(f"\n{to_markdown(study, measured)}\nwritten to {study.folder}: {', '.join(path.name for path in paths)}")
         print(f"report: {write_study_report(study.folder)}")
-    if failed:
-        print(f"{len(failed)} of {len(study.runs)} runs failed: {'; '.join(each.title for each in failed)}")
+    titles = [each.title for each in study.runs if each.title in told | unread.keys()]
+    if titles:
+        print(f"{len(titles)} of {len(study.runs)} runs failed: {'; '.join(titles)}")
         raise SystemExit(1)
 
 

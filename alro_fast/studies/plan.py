@@ -13,12 +13,14 @@ from typing import Any, cast
 import yaml
 
 from ..errors import AlroFastError
-from ..training.config import RECIPES, RECORDED, as_flags, parse
+from ..ranking.options import TASK_METHODS
+from ..training.config import RECIPES, RECORDED, Config, as_flags, parse
 from ..training.kinds import kind_of, stages
 
 READY = RECIPES / "studies"
 KEYS = (
-    "name", "needs", "base", "variants", "grid", "search", "seeds", "metric", "ranker", "on", "baseline", "evaluate"
+    "name", "needs", "base", "variants", "grid", "search", "seeds", "metric", "ranker", "measured_on", "baseline",
+    "evaluate",
 )  # fmt: skip
 OURS = {  # options that a study sets for each of its runs -> where they are said instead
     "seed": "give seeds:, or --seeds",
@@ -66,8 +68,8 @@ class PlannedRun:
 class Study:
     """Runs in the order they are begun: seed by seed, so that a broken-off study compares all variants on some seeds.
 
-    on: which of several preference files is measured; None: the first. evaluate: options of `alro_fast.evaluate` after
-    every run; empty: none is made.
+    measured_on: which of several preference files is measured; None: the first. evaluate: options of
+    `alro_fast.evaluate` after every run; empty: none is made.
     """
 
     name: str
@@ -77,7 +79,7 @@ class Study:
     seeds: tuple[int, ...]
     metric: str
     ranker: str
-    on: str | None
+    measured_on: str | None
     baseline: str
     evaluate: dict[str, int]
     ranks_lists: bool
@@ -93,7 +95,7 @@ class Study:
         told = {"name": self.name, "base": self.base, "variants": self.variants, "seeds": list(self.seeds)}
         told |= {"metric": self.metric, "ranker": self.ranker, "baseline": self.baseline}
         told |= {"evaluate": self.evaluate} if self.evaluate else {}
-        return told | ({"on": self.on} if self.on else {})
+        return told | ({"measured_on": self.measured_on} if self.measured_on else {})
 
 
 def study_names() -> list[str]:
@@ -117,6 +119,7 @@ def read_study(name: str) -> dict[str, Any]:
         if key not in KEYS:
             close = difflib.get_close_matches(str(key), KEYS, n=1)
             hint = f" (did you mean {close[0]}?)" if close else f"; expected some of {', '.join(KEYS)}"
+            hint = f", as YAML reads a bare `on` or `yes`{hint}" if key is True else hint
             raise AlroFastError(f"{name}: unknown key {key!r}{hint}")
     return {"name": path.stem} | document
 
@@ -149,10 +152,11 @@ def plan(
     for variant, options in (("base", base), *((f"variant {name}", each) for name, each in variants.items())):
         for key in options.keys() & OURS.keys():
             raise AlroFastError(f"{variant}: {key} is the study's own; {OURS[key]}")
-    runs, kinds = [], {}
+    runs, ends = [], {}
     for seed, (variant, options) in itertools.product(chosen, variants.items()):
-        run, kinds[variant] = _planned(variant, seed, base | options, folder)
+        run, ends[variant] = _planned(variant, seed, base | options, folder)
         runs.append(run)
+    kinds = {name: last.description.ranks_lists for name, last in ends.items()}
     if len(set(kinds.values())) > 1:
         one, other = (next(name for name, kind in kinds.items() if kind is ranks) for ranks in (True, False))
         raise AlroFastError(f"{one} ranks lists, {other} is measured on preferences: no metric compares them")
@@ -162,14 +166,44 @@ def plan(
     if not known:
         offered = "ndcg@ or hr@ 1, 3, 5 or 10, or mrr" if ranks_lists else f"one of {', '.join(PREFERENCE_METRICS)}"
         raise AlroFastError(f"metric: {metric!r} is unknown; expected {offered}")
+    ranker, data = document.get("ranker", "tuned"), document.get("measured_on")
+    evaluation = _evaluation(document, ranks_lists)
+    for variant, last in ends.items():
+        _check_compared(variant, last, ranker, data, bool(evaluation))
     return Study(
-        name, folder, variants, base, chosen, metric, document.get("ranker", "tuned"), document.get("on"), baseline,
-        _evaluation(document, ranks_lists), ranks_lists, tuple(runs),
-    )  # fmt: skip
+        name, folder, variants, base, chosen, metric, ranker, data, baseline, evaluation, ranks_lists, tuple(runs)
+    )
 
 
-def _planned(variant: str, seed: int, options: Mapping[str, Any], folder: Path) -> tuple[PlannedRun, bool]:
-    """A run, and whether it ends with rankings."""
+def _check_compared(variant: str, last: Config, ranker: Any, data: Any, evaluates: bool) -> None:
+    """AlroFastError where the predictions of a run, by its last stage, will not hold what is to be compared."""
+    if last.description.ranks_lists:
+        offered = ["untuned", "tuned", *(TASK_METHODS[:-1] if last.description.run == "tasks" else ())]
+        if evaluates and not last.model.use_peft:
+            offered.remove("untuned")
+        if last.data.fuse and not evaluates:
+            offered.append("fused")
+        hint = " (fused: with the option fuse: true, and without evaluate:)" if ranker == "fused" else ""
+    else:
+        offered, hint = ["tuned", "untuned" if last.model.init_adapter is None else "earlier stage"], ""
+    if ranker not in offered:
+        raise AlroFastError(
+            f"ranker: {ranker!r} is no row of variant {variant}; expected one of {', '.join(offered)}{hint}"
+        )
+    if data is None:
+        return
+    names = [Path(file).stem for file in last.data.eval_preferences]
+    if not names:
+        raise AlroFastError(f"measured_on: is for runs with eval_preferences; variant {variant} has none, leave it out")
+    if data not in names:
+        raise AlroFastError(
+            f"measured_on: {data!r} is none of the eval_preferences of variant {variant}; expected one of "
+            f"{', '.join(names)}"
+        )
+
+
+def _planned(variant: str, seed: int, options: Mapping[str, Any], folder: Path) -> tuple[PlannedRun, Config]:
+    """A run, and the configuration of its last stage."""
     place = folder / "runs" / _folder_name(variant) / f"seed-{seed}"
     words = [*itertools.chain(*(as_flags(key, value) for key, value in options.items())), "--seed", str(seed)]
     with_folder = [*words, "--output_dir", str(place)]
@@ -183,7 +217,12 @@ def _planned(variant: str, seed: int, options: Mapping[str, Any], folder: Path) 
             recorded[Path(cast(str, stage.training.output_dir))] = told_apart(stage.to_dict())
     except AlroFastError as error:
         raise AlroFastError(f"variant {variant}: {error}") from error
-    return PlannedRun(variant, seed, place, tuple(words), recorded), stage.description.ranks_lists
+    return PlannedRun(variant, seed, place, tuple(words), recorded), stage
+
+
+def as_told(options: Mapping[str, Any]) -> str:
+    """Options as words of a command line; those that are taken back are named."""
+    return " ".join(" ".join(as_flags(key, value)) or f"(without --{key})" for key, value in options.items())
 
 
 def told_apart(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
+
+from jinja2 import TemplateError
 
 from ..errors import AlroFastError
 from ..evaluation.plots import Picture
@@ -26,35 +29,36 @@ def write_study_report(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     try:
-        told = json.loads((folder / TABLE).read_text(encoding="utf-8"))
-        study, measures, untuned = told["study"], told["measures"], told["untuned"]
-    except (ValueError, KeyError, TypeError):
+        page = _page(folder, json.loads((folder / TABLE).read_text(encoding="utf-8")))
+    except (ValueError, LookupError, TypeError, AttributeError, TemplateError):
         raise AlroFastError(f"{folder / TABLE} is damaged; run alro_fast.study again, which writes it anew") from None
-    picture = None
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _page(folder: Path, told: dict[str, Any]) -> str:
+    study, picture = told["study"], None
     if (folder / PICTURE).is_file():
         code = base64.b64encode((folder / PICTURE).read_bytes()).decode()
         picture = Picture(f"Differences to {study['baseline']}", f"data:image/png;base64,{code}")
     runs = [path.relative_to(folder) for path in sorted((folder / "runs").glob("*/seed-*/**/report.html"))]
     runs = [path for path in runs if "evaluation" not in path.parts]
-    page = (
+    return (
         pages()
         .get_template("study.html.jinja")
         .render(
             title=f"Study: {study['name']}",
             **{key: study[key] for key in ("metric", "ranker", "baseline", "seeds", "base")},
             variants={name: _options(options) for name, options in study["variants"].items()},
-            measures=measures,
-            untuned=untuned,
+            measures=told["measures"],
+            untuned=told["untuned"],
             picture=picture,
-            runs={
-                "/".join(path.parts[1:-1]): quote(path.as_posix()) for path in runs if "evaluation" not in path.parts
-            },
+            runs={"/".join(path.parts[1:-1]): quote(path.as_posix()) for path in runs},
         )
     )
-    path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
 
 
 def _options(options: dict | None) -> str:
-    return ", ".join(f"{key} {value}" for key, value in (options or {}).items()) or "as the base"
+    told = (f"without {key}" if value is None else f"{key} {value}" for key, value in (options or {}).items())
+    return ", ".join(told) or "as the base"

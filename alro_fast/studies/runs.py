@@ -17,6 +17,7 @@ from .plan import PlannedRun, Study, told_apart
 RESULTS = {True: "results.json", False: "preference_results.json"}  # written last, by whether the run ranks lists
 PLAN = "study.yaml"
 PATIENCE = 10.0  # seconds that a process has to end once it was asked to
+Done = Callable[[PlannedRun, float, str | None], str | None]  # see `execute`
 
 
 @dataclass
@@ -55,11 +56,12 @@ def evaluated(study: Study, run: PlannedRun) -> bool:
     return not study.evaluate or (study.evaluation(run) / "results.json").is_file()
 
 
-def execute(study: Study, processes: int, done: Callable[[PlannedRun, float, str | None], None]) -> list[PlannedRun]:
+def execute(study: Study, processes: int, done: Done) -> list[PlannedRun]:
     """Run what is not finished, `processes` at a time, in the study's order; the runs that failed.
 
-    done(run, seconds, complaint): called as each ends; complaint: the last line of its log where it failed. An
-    interruption ends the processes at once: what they had finished stays, and checkpoints are gone on from.
+    done(run, seconds, complaint): called as each ends; complaint: the last line of its log where it failed. What it
+    returns is that complaint, or one of its own, by which the run counts as failed too. An interruption ends the
+    processes at once: what they had finished stays, and checkpoints are gone on from.
     """
     waiting = [Job(run, commands) for run in study.runs if (commands := commands_of(study, run))]
     running: list[Job] = []
@@ -82,8 +84,8 @@ def execute(study: Study, processes: int, done: Callable[[PlannedRun, float, str
                     _next(job, environment)
                     continue
                 running.remove(job)
+                complaint = done(job.run, time.monotonic() - job.started, complaint)
                 failed += [job.run] if complaint is not None else []
-                done(job.run, time.monotonic() - job.started, complaint)
     except BaseException:
         _stop(running)
         raise

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from ..errors import AlroFastError
+from .figures import intact
 from .plan import PlannedRun, Study, plan
 from .runs import PLAN, check_folder, execute, last_line
 
@@ -44,6 +45,8 @@ class Space:
         if type(seed) is not int or seed < 0:
             raise AlroFastError(f"search: seed: {seed!r}; expected a whole number of at least 0")
         for name, values in options.items():
+            if name in TRIAL:
+                raise AlroFastError(f"search: {name} is {TRIAL[name]} in every trial; leave it out of options:")
             _check_values(name, values)
         return cls(options, trials, seed)
 
@@ -76,10 +79,12 @@ def search(document: dict[str, Any], given: Mapping[str, Any], processes: int, d
             f"search: goes by ndcg@1, 3, 5 or 10 of `tuned` on the validation lists; given {corners.metric} of "
             f"`{corners.ranker}`"
         )
+    without = {key: value for key, value in document.items() if key != "search"}
+    base = plan(without | {"variants": {"base": {}}}, **given)
     print(f"{corners.name}: {space.trials} trials x {len(corners.seeds)} seeds in {corners.folder}", flush=True)
     if dry_run:
         return None
-    check_folder(plan(bare | {"variants": {"base": {}}}, **given))
+    check_folder(base)
     corners.folder.mkdir(parents=True, exist_ok=True)
     (corners.folder / PLAN).write_text(yaml.safe_dump({"search": document["search"]}, sort_keys=False))
     found = _opened(optuna, space, corners)
@@ -92,7 +97,7 @@ def search(document: dict[str, Any], given: Mapping[str, Any], processes: int, d
         variants = _as_trials({f"trial-{trial.number}": space.suggest(trial) for trial in waiting})
         study = plan(bare | {"variants": variants}, **given)
         check_folder(study)
-        failed = {run.variant: run for run in execute(study, processes, lambda *_: None)}
+        failed = {run.variant: run for run in execute(study, processes, lambda _run, _seconds, complaint: complaint)}
         for trial in waiting:
             _tell(optuna, found, trial, study, failed.get(f"trial-{trial.number}"), space)
         waiting = []
@@ -100,7 +105,7 @@ def search(document: dict[str, Any], given: Mapping[str, Any], processes: int, d
         raise AlroFastError(f"every trial of the search failed; the logs are in {corners.folder / 'runs'}")
     best = found.best_trial
     left = {"variants": {"base": {}, f"best-{best.number}": dict(best.params)}, "baseline": "base"}
-    left = {key: value for key, value in document.items() if key != "search"} | left
+    left = without | left
     (corners.folder / BEST).write_text(yaml.safe_dump(left, sort_keys=False), encoding="utf-8")
     print(f"best: trial {best.number}, {corners.metric} {best.value:.4f} on the validation lists")
     print(f"{yaml.safe_dump(left, sort_keys=False)}written to {corners.folder / BEST}", flush=True)
@@ -110,20 +115,26 @@ def search(document: dict[str, Any], given: Mapping[str, Any], processes: int, d
 def validated(run: PlannedRun, metric: str) -> float:
     """The metric on the validation lists as training ended; AlroFastError where the run has none."""
     path = run.measured / "trainer_state.json"
-    history = json.loads(path.read_text(encoding="utf-8"))["log_history"] if path.is_file() else []
-    values = [entry[f"eval_{metric}"] for entry in history if f"eval_{metric}" in entry]
+    values = []
+    if path.is_file():
+        with intact(path):
+            history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+            values = [float(entry[f"eval_{metric}"]) for entry in history if f"eval_{metric}" in entry]
     if not values:
         raise AlroFastError(f"{run.title} has not been measured on validation lists; prepare some, for search: goes by")
-    return float(values[-1])
+    return values[-1]
 
 
 def _tell(optuna: Any, found: Any, trial: Any, study: Study, failed: PlannedRun | None, space: Space) -> None:
     name = f"trial-{trial.number}"
-    if failed is not None:
+    try:
+        if failed is not None:
+            raise AlroFastError(f"{last_line(failed.log)} ({failed.log})")
+        values = [validated(run, study.metric) for run in study.runs if run.variant == name]
+    except AlroFastError as error:
         found.tell(trial, state=optuna.trial.TrialState.FAIL)
-        print(f"{name}: failed: {last_line(failed.log)} ({failed.log})", flush=True)
+        print(f"{name}: failed: {error}", flush=True)
         return
-    values = [validated(run, study.metric) for run in study.runs if run.variant == name]
     found.tell(trial, sum(values) / len(values))
     options = ", ".join(f"{key} {trial.params[key]}" for key in space.options)
     print(f"{name}: {study.metric} {sum(values) / len(values):.4f} on the validation lists with {options}", flush=True)
@@ -131,20 +142,38 @@ def _tell(optuna: Any, found: Any, trial: Any, study: Study, failed: PlannedRun 
 
 def _opened(optuna: Any, space: Space, study: Study) -> Any:
     """Optuna's study in the folder, new or gone on with; the sampler draws anew from where it is."""
-    journal = optuna.storages.journal.JournalFileBackend(str(study.folder / JOURNAL))
-    storage = optuna.storages.JournalStorage(journal)
-    found = optuna.create_study(study_name="search", storage=storage, direction="maximize", load_if_exists=True)
-    told = {"options": space.options, "metric": study.metric, "seeds": list(study.seeds)}
-    before = found.user_attrs.get("search", told)
-    for key in told:
-        if json.dumps(before[key]) != json.dumps(told[key]):
+    path = study.folder / JOURNAL
+    base = json.loads(json.dumps(study.base, default=str))
+    told = {"options": space.options, "metric": study.metric, "seeds": list(study.seeds), "base": base}
+    try:
+        if path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            raise ValueError("cut within a line")
+        journal = optuna.storages.journal.JournalFileBackend(str(path))
+        storage = optuna.storages.JournalStorage(journal)
+        found = optuna.create_study(study_name="search", storage=storage, direction="maximize", load_if_exists=True)
+        before = dict(found.user_attrs.get("search", told))
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError):
+        raise AlroFastError(
+            f"{path} is damaged; restore it (where only its last line is cut, remove that line), or give another "
+            "--output_dir"
+        ) from None
+    for key, now in told.items():
+        if json.dumps(before.get(key), sort_keys=True) != json.dumps(now, sort_keys=True):
+            was, now = _differing(before.get(key), now)
             raise AlroFastError(
-                f"{study.folder} holds a search with {key} {before[key]}, and now has {told[key]}: give another "
-                "--output_dir"
+                f"{study.folder} holds a search with {key} {was}, and now has {now}: give another --output_dir"
             )
     found.set_user_attr("search", told)
     found.sampler = optuna.samplers.TPESampler(seed=space.seed + len(found.trials))
     return found
+
+
+def _differing(was: Any, now: Any) -> tuple[Any, Any]:
+    """Of two mappings what they do not share, for a complaint; anything else as it is."""
+    if not isinstance(was, dict) or not isinstance(now, dict):
+        return was, now
+    changed = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+    return tuple({key: one[key] for key in changed if key in one} for one in (was, now))
 
 
 def _as_trials(variants: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

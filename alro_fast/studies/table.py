@@ -10,14 +10,16 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from ..errors import AlroFastError
 from ..evaluation import metrics
 from ..evaluation.results import plain
-from .figures import AGREEMENT, Figures, by_user, figures
+from .figures import AGREEMENT, Figures, by_user, figures, intact
 from .plan import Study
 from .runs import finished
 
@@ -58,26 +60,34 @@ def untuned(study: Study) -> dict[str, float]:
             (study.metric, run.measured / "results.json", study.metric),
             (AGREEMENT, study.evaluation(run) / "results.json", "order_kendall_tau"),
         ):
-            told = json.loads(file.read_text(encoding="utf-8")).get("untuned", {}) if file.is_file() else {}
-            if told.get(key) is not None:
-                means.setdefault(measure, []).append(told[key])
-    return {measure: float(np.mean(values)) for measure, values in means.items()}
+            if file.is_file():
+                with suppress(AlroFastError), intact(file):  # `table` has complained of it
+                    value = json.loads(file.read_text(encoding="utf-8")).get("untuned", {}).get(key)
+                    means.setdefault(measure, []).extend([] if value is None else [float(value)])
+    return {measure: float(np.mean(values)) for measure, values in means.items() if values}
 
 
-def table(study: Study) -> dict[str, list[Row]]:
-    """Measure -> a row per variant with a finished run, the baseline's first."""
+def table(study: Study) -> tuple[dict[str, list[Row]], dict[str, str]]:
+    """Measure -> a row per variant with a finished run, the baseline's first; and, of runs whose files cannot be read
+    and which are left out, title -> why."""
     found: dict[str, dict[str, dict[int, Figures]]] = {}
+    unread: dict[str, str] = {}
     for run in study.runs:
-        if finished(study, run):
+        if not finished(study, run):
+            continue
+        try:
             for measure, each in figures(study, run).items():
                 found.setdefault(measure, {}).setdefault(run.variant, {})[run.seed] = each
+        except AlroFastError as error:
+            unread[run.title] = str(error)
     order = sorted(study.variants, key=lambda variant: variant != study.baseline)
-    return {
+    rows = {
         measure: [
             row(name, seeds[name], seeds.get(study.baseline, {}), study.baseline) for name in order if name in seeds
         ]
         for measure, seeds in found.items()
     }
+    return rows, unread
 
 
 def row(variant: str, mine: Mapping[int, Figures], base: Mapping[int, Figures], baseline: str) -> Row:

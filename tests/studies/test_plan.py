@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+from places import ROOT
 from tiny import catalogue, random_lists
 
 from alro_fast.data.lists import write_prepared
 from alro_fast.errors import AlroFastError
-from alro_fast.studies.plan import READY, parse_seeds, plan, read_study, study_names
+from alro_fast.studies.plan import KEYS, READY, as_told, parse_seeds, plan, read_study, study_names
 from alro_fast.study import main
 
 TWO = {"name": "two", "base": {"config": "demo"}, "variants": {"sft": {"alpha": 0, "beta": 0}, "both": None}}
@@ -153,6 +155,45 @@ def test_files_are_read_or_refused(tmp_path):
         read_study(str(file))
     with pytest.raises(AlroFastError, match=r"no such file or study; ready studies: .*alro-parts"):
         read_study("nowhere")
+
+
+def test_every_documented_key_can_be_written_in_a_file(tmp_path):
+    """As YAML: a bare `on` would be read as True."""
+    table = (ROOT / "docs" / "studies.md").read_text().split("## A file")[1].split("## A search")[0]
+    keys = re.findall(r"^(\w+):", table, re.MULTILINE)
+    keys += [key for line in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE) for key in re.findall(r"`(\w+)`", line)]
+    assert {"name", "base", "evaluate", "grid", "measured_on", "needs"} <= set(keys)
+    assert set(keys) == set(KEYS) - {"search"}
+    file = tmp_path / "mine.yaml"
+    file.write_text("".join(f"{key}: 1\n" for key in keys))
+    assert read_study(str(file)) == dict.fromkeys(keys, 1)
+    file.write_text("on: games\n")
+    with pytest.raises(
+        AlroFastError, match=r"unknown key True, as YAML reads a bare `on` or `yes`; expected .*measured_on"
+    ):
+        read_study(str(file))
+
+
+def test_what_no_run_will_write_is_refused_before_any(tmp_path, preferences):
+    assert refused(tmp_path, ranker="fused").startswith("ranker: 'fused' is no row of variant sft; expected one of unt")
+    assert "expected one of untuned, tuned" in refused(tmp_path, ranker="hints")
+    assert refused(tmp_path, measured_on="games").startswith("measured_on: is for runs with eval_preferences")
+    fused = {"variants": {"sft": {"fuse": True}}, "ranker": "fused"}
+    assert planned(tmp_path, **fused).ranker == "fused"
+    assert "without evaluate:" in refused(tmp_path, **fused, evaluate={"shuffles": 2})
+    files = {"preferences": str(preferences), "eval_preferences": [str(preferences)]}
+    dmpo = {"base": files, "variants": {"dmpo": {"objective": "dmpo"}}}
+    assert planned(tmp_path, **dmpo, measured_on="rows", ranker="untuned").measured_on == "rows"
+    with pytest.raises(
+        AlroFastError, match=r"measured_on: 'nosuch' is none of the .* variant dmpo; expected one of rows$"
+    ):
+        planned(tmp_path, **dmpo, measured_on="nosuch")
+    with pytest.raises(AlroFastError, match=r"expected one of tuned, earlier stage$"):
+        planned(tmp_path, base=files, variants={"two": {"stages": "sft,dmpo"}}, ranker="untuned")
+
+
+def test_options_as_a_command_line_would_have_them():
+    assert as_told({"alpha": 0.5, "beta": None}) == "--alpha 0.5 (without --beta)"
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from alro_fast.data.lists import write_prepared
 from alro_fast.errors import AlroFastError
 from alro_fast.studies import runs
 from alro_fast.studies.plan import plan
+from alro_fast.studies.progress import Progress
 
 PRETEND = """
 import json, pathlib, sys, time
@@ -54,7 +55,12 @@ def planned(folder, *, variants=None, seeds=(0, 1), **keys):
 def executed(study, processes=1):
     """The runs that failed, and what was told of each."""
     told = []
-    failed = runs.execute(study, processes, lambda run, seconds, complaint: told.append((run.title, complaint)))
+
+    def done(run, seconds, complaint):
+        told.append((run.title, complaint))
+        return complaint
+
+    failed = runs.execute(study, processes, done)
     return [run.title for run in failed], told
 
 
@@ -103,6 +109,15 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, pretend):
     assert told[1] == ("empty, seed 0", "it left no results.json: there is nothing to test on")
     assert told[2] == ("good, seed 0", None)
     assert "begun train" in study.runs[0].log.read_text()
+
+
+def test_a_run_whose_figures_cannot_be_read_fails_alone(tmp_path, pretend, capsys):
+    study = planned(tmp_path / "s", variants={"one": {}, "two": {}}, seeds=[0])  # what they pretend is no measurement
+    failed = runs.execute(study, 1, Progress(study, 2, 1))
+    assert [run.title for run in failed] == ["one, seed 0", "two, seed 0"]
+    printed = capsys.readouterr().out
+    assert "[2/2] two, seed 0: failed: " in printed
+    assert "results.json is damaged; remove the run's folder" in printed
 
 
 def test_interrupted_processes_end_and_the_rest_is_left_to_go_on_with(tmp_path, pretend):

@@ -115,6 +115,38 @@ def test_another_space_in_the_same_folder_is_refused(file, pretend):
         searched(file, options={"alpha": [0.1, 0.2]})
 
 
+def test_another_base_in_the_same_folder_is_refused(file, pretend):
+    searched(file, trials=1)
+    document, given = read_study(str(file)), {"seeds": None, "output_dir": file.parent / "out"}
+    with pytest.raises(
+        AlroFastError, match=r"holds a search with base {}, and now has {'weight_decay': 0.2}"
+    ) as caught:
+        search(document, given | {"changes": {"weight_decay": 0.2}}, 1, dry_run=False)
+    assert "\n" not in str(caught.value)
+    assert len(alphas(file.parent / "out")) == 1
+
+
+@pytest.mark.parametrize("damage", [lambda text: "garbage\n", lambda text: text[:-9], lambda text: "{}\n" + text])
+def test_a_damaged_journal_is_one_line(file, pretend, damage):
+    searched(file, trials=1)
+    journal = file.parent / "out" / "search.journal"
+    journal.write_text(damage(journal.read_text()))
+    with pytest.raises(AlroFastError, match=r"search.journal is damaged; restore it"):
+        searched(file, trials=2)
+
+
+def test_a_trial_whose_figure_cannot_be_read_is_a_failed_one(file, pretend, monkeypatch, capsys):
+    cut = '"{" * ("trial-0" in str(folder)) + json.dumps({"log'
+    broken = PRETEND.replace('json.dumps({"log', cut)
+    assert broken != PRETEND
+    monkeypatch.setattr(runs, "_module", lambda name: [sys.executable, "-c", broken, name])
+    searched(file, trials=2)
+    printed = capsys.readouterr().out
+    assert "trial-0: failed: " in printed
+    assert "trainer_state.json is damaged" in printed
+    assert "best: trial 1" in printed
+
+
 def test_a_run_without_validation_lists_is_named(tmp_path):
     run = plan({"name": "s", "base": {"config": "demo"}, "variants": {"one": {}}}, output_dir=tmp_path).runs[0]
     with pytest.raises(AlroFastError, match="one, seed 0 has not been measured on validation lists"):
@@ -133,6 +165,7 @@ def test_a_run_without_validation_lists_is_named(tmp_path):
         ({"options": {}, "trials": 3}, "search: needs options:"),
         ({"options": {"alpha": [1]}}, "search: trials: None; expected a whole number"),
         ({"options": {"alpha": [1]}, "trials": 1, "seed": -1}, "search: seed: -1"),
+        ({"options": {"max_test_lists": [1, 2]}, "trials": 1}, "search: max_test_lists is 1 in every trial"),
         ({"options": {"alpha": [1, 1]}, "trials": 1}, "search: alpha: [1, 1]; expected a list of different choices"),
         ({"options": {"alpha": {"low": 1}}, "trials": 1}, "search: alpha: {'low': 1}; expected"),
         ({"options": {"alpha": {"low": 2, "high": 1}}, "trials": 1}, "search: alpha: "),
@@ -153,6 +186,7 @@ def test_mistakes_are_found_before_the_first_trial(file, monkeypatch, capsys):
         ({"search": {"options": {"alhpa": [1, 2]}, "trials": 1}}, r"variant alhpa=1: unknown option '--alhpa'"),
         ({"search": {"options": {"score": ["logprob", "odd"]}, "trials": 1}}, r"variant score=odd: "),
         ({"variants": {"one": {}}}, r"search: stands in place of variants:"),
+        ({"evaluate": {"shufles": 2}}, r"evaluate: unknown option 'shufles'"),
         ({"metric": "mrr"}, r"goes by ndcg@1, 3, 5 or 10 of `tuned` on the validation lists; given mrr"),
     ):
         (file.parent / "bad.yaml").write_text(yaml.safe_dump(SEARCH | change))

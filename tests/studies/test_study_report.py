@@ -55,4 +55,11 @@ def test_what_is_no_study_or_a_damaged_one_is_said(folder, tmp_path_factory):
     (folder / "table.json").write_text("{}")
     with pytest.raises(AlroFastError, match=r"table.json is damaged"):
         write_study_report(folder)
+    for wrong in ("a row", [ROW, "a row"], [ROW, {**BESIDE, "p_value": "small"}], [{"variant": "plain"}], 3):
+        told = {"study": STUDY, "untuned": {}, "measures": {"ndcg@3": wrong}}
+        (folder / "table.json").write_text(json.dumps(told))
+        with pytest.raises(AlroFastError, match=r"table.json is damaged"):
+            write_study_report(folder)
+    with pytest.raises(AlroFastError, match=r"table.json is a file; expected a folder with results.json"):
+        report.main([str(folder / "table.json")])
     assert not is_study(tmp_path_factory.mktemp("other"))

@@ -70,8 +70,8 @@ def test_other_lists_are_paired_by_user():
 def study_of(folder, runs, **changes):
     keys = {
         "name": "made", "folder": folder, "variants": {"base": {}, "mine": {"alpha": 1}}, "base": {}, "seeds": (0,),
-        "metric": "ndcg@3", "ranker": "tuned", "on": None, "baseline": "base", "evaluate": {}, "ranks_lists": True,
-        "runs": tuple(runs),
+        "metric": "ndcg@3", "ranker": "tuned", "measured_on": None, "baseline": "base", "evaluate": {},
+        "ranks_lists": True, "runs": tuple(runs),
     }  # fmt: skip
     return Study(**keys | changes)
 
@@ -106,7 +106,8 @@ def test_from_the_files_of_runs_to_the_tables(tmp_path):
     lay_rankings(base.folder, [[1, 2, 3], [3, 2, 1], [1, 2, 3]], {"ndcg@3": (turned + best) / 2})
     lay_rankings(mine.folder, [[3, 2, 1], [3, 2, 1], [1, 2, 3]], {"ndcg@3": best})
     study = study_of(tmp_path, [base, mine])
-    measured = table(study)
+    measured, unread = table(study)
+    assert not unread
     assert list(measured) == ["ndcg@3"]
     first, second = measured["ndcg@3"]
     assert (first.variant, second.variant) == ("base", "mine")
@@ -132,7 +133,7 @@ def test_from_the_files_of_runs_to_the_tables(tmp_path):
 def test_a_table_of_what_is_there_where_runs_failed(tmp_path):
     base, mine = planned(tmp_path, "base"), planned(tmp_path, "mine")
     lay_rankings(mine.folder, [[3, 2, 1], [3, 2, 1], [1, 2, 3]], {"ndcg@3": 1.0})
-    measured = table(study_of(tmp_path, [base, mine]))
+    measured, _ = table(study_of(tmp_path, [base, mine]))
     assert [one.variant for one in measured["ndcg@3"]] == ["mine"]
     assert write(study_of(tmp_path, [base, mine]), measured)
 
@@ -146,7 +147,7 @@ def test_agreement_is_the_mean_tau_of_all_pairs_of_presentations(tmp_path):
     lay_rankings(study.evaluation(run), [[3, 2, 1]] * 3, reported, presentations=presented)
     found = figures(study, run)[AGREEMENT]
     assert found.values == pytest.approx({"l0": (1 + 1 / 3 + 1 / 3) / 3, "l1": 5 / 9, "l2": 5 / 9})
-    assert "Untuned: 0.5556." in to_markdown(study, table(study))
+    assert "Untuned: 0.5556." in to_markdown(study, table(study)[0])
 
 
 @pytest.mark.parametrize(
@@ -175,8 +176,8 @@ def test_preference_figures_by_hand(tmp_path, metric, values):
     found = figures(study, run)[metric]
     assert found.values == pytest.approx(values)
     assert found.catalogue == "films"
-    with pytest.raises(AlroFastError, match=r"on: 'games' was not measured by .*: it has films"):
-        figures(study_of(tmp_path, [run], ranks_lists=False, metric=metric, on="games"), run)
+    with pytest.raises(AlroFastError, match=r"measured_on: 'games' was not measured by .*: it has films"):
+        figures(study_of(tmp_path, [run], ranks_lists=False, metric=metric, measured_on="games"), run)
 
 
 def test_files_that_disagree_or_lack_what_is_asked_for(tmp_path):
@@ -189,3 +190,19 @@ def test_files_that_disagree_or_lack_what_is_asked_for(tmp_path):
     (run.folder / "predictions.jsonl").unlink()
     with pytest.raises(AlroFastError, match="is gone; remove the run's folder"):
         figures(study_of(tmp_path, [run]), run)
+
+
+@pytest.mark.parametrize("name", ["predictions.jsonl", "results.json", "data_manifest.json"])
+@pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: "[]\n", lambda text: "{}\n", lambda text: ""])
+def test_a_damaged_file_of_one_run_is_named_and_the_others_are_compared(tmp_path, name, damage):
+    base, mine = planned(tmp_path, "base"), planned(tmp_path, "mine")
+    for run in (base, mine):
+        lay_rankings(run.folder, [[3, 2, 1], [3, 2, 1], [1, 2, 3]], {"ndcg@3": 1.0})
+    (base.folder / name).write_text(damage((base.folder / name).read_text()))
+    study = study_of(tmp_path, [base, mine])
+    measured, unread = table(study)
+    assert [one.variant for one in measured["ndcg@3"]] == ["mine"]
+    assert list(unread) == ["base, seed 0"]
+    assert name in unread["base, seed 0"]
+    assert unread["base, seed 0"].endswith("remove the run's folder, and it is run again")
+    assert write(study, measured)
