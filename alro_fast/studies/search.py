@@ -173,7 +173,7 @@ def _differing(was: Any, now: Any) -> tuple[Any, Any]:
     if not isinstance(was, dict) or not isinstance(now, dict):
         return was, now
     changed = [key for key in {**was, **now} if was.get(key) != now.get(key)]
-    return tuple({key: one[key] for key in changed if key in one} for one in (was, now))
+    return {key: was[key] for key in changed if key in was}, {key: now[key] for key in changed if key in now}
 
 
 def _as_trials(variants: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
