@@ -347,7 +347,8 @@ def _list_frame(lists: Sequence[RankingList] | pl.DataFrame) -> pl.DataFrame:
             }  # fmt: skip
             for column, part in columns.items():
                 values = [_nan_to_none(getattr(signal, part)) or None for signal in found]
-                beside[column] = pl.Series(values, dtype=SIGNAL_COLUMNS[column])
+                if any(values):
+                    beside[column] = pl.Series(values, dtype=SIGNAL_COLUMNS[column])
     return pl.DataFrame(rows, schema=LIST_SCHEMA, orient="row").with_columns(**beside)
 
 

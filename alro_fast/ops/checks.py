@@ -46,7 +46,8 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str = 
         if dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
             raise AlroFastError(f"{label} has dtype {dtype} and weight {weight.dtype}; expected one dtype")
     kind = hidden.device.type
-    if weight.dtype == torch.float32 and torch.is_autocast_enabled(kind) and not torch.compiler.is_compiling():
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if weight.dtype == torch.float32 and casts and not torch.compiler.is_compiling():
         _say_once_wide(torch.get_autocast_dtype(kind))
     return hidden.to(weight.dtype)
 

@@ -116,7 +116,12 @@ class Run:
 
     def check_ratings(self) -> None:
         """AlroFastError where no training list holds two ratings, so that none has an order to learn."""
-        if self.config.description.run == "lists" and all(one.all_equal for one in self.lists["train"]):
+        train, grades = self.lists["train"], self.config.data.answer == "ratings"
+        if self.config.description.run != "lists" or (grades and not with_ratings(train)):  # `asked` says so of those
+            return
+        if has_targets(self.prepared, "test"):  # there a rated candidate comes before those without a rating
+            return
+        if all(one.all_equal for one in train):
             raise AlroFastError(
                 f"{self.prepared.path}: no training list has candidates with different ratings, so there is nothing to "
                 "rank; where ratings are all one, as of clicks and purchases, prepare it with --negatives N --ungraded "

@@ -63,7 +63,8 @@ def test_stages_folder_and_manifest(ratings, tmp_path, capsys):
     assert data.targets.schema == TARGET_SCHEMA
     assert data.targets.height == 80
     for split in ("train", "valid", "test"):
-        assert pl.read_parquet(out / f"lists-{split}.parquet").schema == LIST_SCHEMA | {"hints": pl.List(pl.Float32)}
+        beside = dict.fromkeys(("hints", "candidate_retriever"), pl.List(pl.Float32))
+        assert pl.read_parquet(out / f"lists-{split}.parquet").schema == LIST_SCHEMA | beside
     hits = sum(any(not math.isnan(r) for r in one.ratings) for one in data.lists("test"))
     places = data.targets.filter(pl.col("split") == "test")["place"]
     assert hits == (places <= 10).sum()

@@ -153,13 +153,14 @@ def test_evaluate_measures_every_task_and_the_generated_answers(run, capsys):
     document = json.loads((run / "evaluation" / "results.json").read_text())
     assert {"pointwise", "pairwise", "listwise", "tuned", "generate", "retriever"} <= document.keys()
     printed = capsys.readouterr().out
-    assert "rankings: method hybrid (code constants, pairing matching), seed 0" in printed
+    assert document["about"]["conventions"]["rankings"] == "method hybrid (code constants, pairing matching), seed 0"
     assert "of the answers could not be read in full" in printed
     qrels = [line.split() for line in (run / "evaluation" / "qrels.trec").read_text().splitlines()]
     assert sorted(grade for *_, grade in qrels) == ["0"] * 108 + ["1"] * 12
     evaluate.main([*words, "--limit", "12", "--method", "hybrid", "--hybrid", "figure", "--pairing", "all"])
     printed = capsys.readouterr().out
-    assert "method hybrid (figure constants, pairing all)" in printed
+    document = json.loads((run / "evaluation" / "results.json").read_text())
+    assert document["about"]["conventions"]["rankings"].startswith("method hybrid (figure constants, pairing all)")
     assert "pointwise" not in printed
 
 
@@ -259,7 +260,7 @@ def test_mistakes_before_any_work(tmp_path):
         ("", "holds no training list with a rated candidate"),
         ("--task_weights 1,1", "--task_weights '1,1': expected three numbers"),
         ("--answer ratings", "--answer has no meaning for --objective recranker"),
-        ("--template film", "no prompt template 'film' for objective recranker: expected one of compact"),
+        ("--template film", "no prompt template 'film' for objective recranker: expected one of books, compact"),
         ("--points_per_list -1", "--points_per_list is -1"),
     ):
         with pytest.raises(AlroFastError, match=said):
