@@ -25,6 +25,7 @@ from alro_fast.data.lists import TARGET_SCHEMA, open_prepared, write_prepared
 from alro_fast.data.records import RankingList
 from alro_fast.errors import AlroFastError
 from alro_fast.prompts.recranker.prompts import Ask, RecRankerPrompts
+from alro_fast.ranking.fusion import Fusion
 from alro_fast.ranking.ranker import Ranker
 
 NAN = math.nan
@@ -162,6 +163,26 @@ def test_evaluate_measures_every_task_and_the_generated_answers(run, capsys):
     document = json.loads((run / "evaluation" / "results.json").read_text())
     assert document["about"]["conventions"]["rankings"].startswith("method hybrid (figure constants, pairing all)")
     assert "pointwise" not in printed
+
+
+def test_fused_on_lists_of_one_target_takes_the_target_for_1_and_the_others_for_0(tmp_path):
+    """Weights by hand from the predictions of the validation lists, the row from those of the test lists."""
+    lists, folder = prepare(tmp_path / "lists", leak=1.0), tmp_path / "run"
+    words = f"{SCRATCH} --data_dir {lists} --output_dir {folder} --max_steps 2 --max_test_lists 30 --fuse true"
+    train.main(words.split())
+    evaluate.main(f"--adapter {folder} --lists {lists} --split valid --fuse --output_dir {tmp_path / 'valid'}".split())
+    rows = [json.loads(line) for line in (tmp_path / "valid" / "predictions.jsonl").read_text().splitlines()]
+    valid = open_prepared(lists).lists("valid")
+    graded = [replace(one, ratings=tuple(0.0 if math.isnan(r) else 1.0 for r in one.ratings)) for one in valid]
+    scores = [np.array(row["rankings"]["tuned"]["scores"]) for row in rows]
+    again, kept = Fusion.fit(graded, scores, ["hint"]), Fusion.load(folder)
+    assert kept.signals == ("hint",)
+    assert kept.weights == pytest.approx(again.weights, rel=1e-4, abs=1e-6)
+    assert (kept.lists, kept.pairs) == (10, 90)
+    for one, row, own in zip(valid, rows, scores, strict=True):
+        assert row["rankings"]["fused"]["scores"] == pytest.approx(list(kept.scores(one, own)), abs=1e-6)
+    results = json.loads((folder / "results.json").read_text())
+    assert {"fused", "tuned", "retriever"} <= results.keys()
 
 
 @pytest.mark.parametrize("identifiers", ["letters", "titles"])
