@@ -190,9 +190,11 @@ def _check_compared(variant: str, last: Config, ranker: Any, data: Any, evaluate
         raise AlroFastError(
             f"ranker: {ranker!r} is no row of variant {variant}; expected one of {', '.join(offered)}{hint}"
         )
+    names = [Path(file).stem for file in last.data.eval_preferences]
+    if not last.description.ranks_lists and last.data.preferences is not None and not names:
+        raise AlroFastError(f"variant {variant} has nothing to measure: give eval_preferences: [FILE]")
     if data is None:
         return
-    names = [Path(file).stem for file in last.data.eval_preferences]
     if not names:
         raise AlroFastError(f"measured_on: is for runs with eval_preferences; variant {variant} has none, leave it out")
     if data not in names:

@@ -188,6 +188,8 @@ def test_what_no_run_will_write_is_refused_before_any(tmp_path, preferences):
         AlroFastError, match=r"measured_on: 'nosuch' is none of the .* variant dmpo; expected one of rows$"
     ):
         planned(tmp_path, **dmpo, measured_on="nosuch")
+    with pytest.raises(AlroFastError, match=r"variant dmpo has nothing to measure: give eval_preferences"):
+        planned(tmp_path, **dmpo | {"base": {"preferences": str(preferences)}})
     with pytest.raises(AlroFastError, match=r"expected one of tuned, earlier stage$"):
         planned(tmp_path, base=files, variants={"two": {"stages": "sft,dmpo"}}, ranker="untuned")
 
