@@ -292,7 +292,7 @@ class RankerTrainingArguments(TrainingArguments):
         None,
         "A checkpoint to go on from; true: the newest whole one in output_dir; auto: that if there is one, or begin.",
     )
-    dry_run: bool = option(False, "Check everything, print the plan (lists, tokens, steps, memory), train nothing.")
+    dry_run: bool = option(False, "Check everything, print the plan (lists, tokens, steps, memory) and a prompt, train nothing.")
     overwrite_output_dir: bool = option(False, "Replace an earlier run of alro_fast in output_dir.")
     log_json: bool = option(False, "Print objects of JSON, one a line, in place of plan, progress bar and table.")
     learning_rate: float = option(2e-4, "Peak learning rate of AdamW.")

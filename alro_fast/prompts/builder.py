@@ -175,6 +175,7 @@ class PromptBuilder(SavedPrompts):
             "template": self.template.name,
             "max_length": self.max_length,
             "tokenizer": {"name": self._encoder.name, "fingerprint": self._encoder.fingerprint()},
+            "turns": self._turns.record(),
             "labels": list(self.labels),
             "token_ids": list(self._answers.ids),
             "line_token_ids": self._page.label_ids[: len(self.labels)],

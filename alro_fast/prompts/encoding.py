@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from datetime import datetime
 from typing import Generic, TypeVar, cast
 
 from tokenizers import Tokenizer
@@ -13,6 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import AlroFastError
 
 CACHED_PIECES = 1 << 17  # pieces of about 20 tokens, some 100 MB at most
+TODAY = datetime(2024, 7, 26)  # for chat templates that write today's date: what Llama 3's own has where it knows none
+FIXED_DATE = (  # a template's own strftime_now comes before the one it is given, which tells the time
+    "{%- macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('%{code}', '{TODAY.strftime(f'%{code}')}')" for code in "aAbBcdHIjmMpSUwWxXyYzZ")
+    + " }}{% endmacro +%}"
+)
 PROBE = "Rank: A B C\n- Plan 9 (1959) | Sci-Fi | 4.5 stars\n  Été ＡＢ ﬁn, naïve №1\t<b>x</b> 12345"
 
 
@@ -71,10 +78,13 @@ class Encoder:
         return cast(str, self.tokenizer.decode(list(ids)))
 
     def rendered(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Turns as the chat template writes them; what it raises where it does not take them."""
+        """Turns as the chat template writes them, on the same day every day (TODAY): else prompts would change over
+        night, and what was learned or measured on them. Raises what the template raises where it does not take them."""
+        template = self.tokenizer.get_chat_template()
         rendered = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
-        )
+            messages, chat_template=FIXED_DATE + template if "strftime_now" in template else template, tokenize=False,
+            add_generation_prompt=add_generation_prompt, enable_thinking=False,
+        )  # fmt: skip
         return cast(str, rendered)
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:

@@ -75,6 +75,7 @@ class SavedPrompts:
         make: Any = cls
         prompts: Self = make(tokenizer, template, **options)
         again = json.loads(json.dumps(prompts.record()))
-        if again | {"tokenizer": known} != record:  # the tokenizer's folder may have moved
+        record.setdefault("turns", again.get("turns"))  # which version 0.1.0 did not record
+        if again | {"tokenizer": known, "turns": again.get("turns")} != record:  # the tokenizer's folder may have moved
             raise AlroFastError(f"{directory / cls.FILE} does not fit {TEMPLATE_FILE} beside it; restore both")
         return prompts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -24,6 +24,10 @@ class Turns(NamedTuple):
     between: str
     end: int
     markers: frozenset[str] = frozenset()
+
+    def record(self) -> dict[str, Any]:
+        """The fixed text, for a run's folder."""
+        return {"start": self.start, "before": self.before, "between": self.between, "end": self.end}
 
 
 def find_turns(encoder: Encoder, system: str) -> Turns:

@@ -1,7 +1,7 @@
 """What a training run says while it runs: for people a plan, one progress line and a table; for machines lines of JSON.
 
 `python -m alro_fast.train --log_json true` prints nothing but objects of one line each, told apart by "event": plan,
-step, validation, results, done; the keys of a step are those of the Trainer's log.
+example (of a dry run), step, validation, results, done; the keys of a step are those of the Trainer's log.
 """
 
 from __future__ import annotations
@@ -26,6 +26,20 @@ def show_plan(rows: Mapping[str, str], as_json: bool) -> None:
         return
     for name, text in rows.items():
         print(f"{name:<10} {text}", flush=True)
+
+
+def show_example(prompt: str, answer: str, as_json: bool) -> None:
+    """One prompt and its answer as the model gets them, special tokens included; what is no print is escaped."""
+    shown = {"prompt": _printable(prompt), "answer": _printable(answer)}
+    if as_json:
+        print_json("example", shown)
+        return
+    print(f"\nthe first prompt of the first training list:\n{shown['prompt'].rstrip()}", flush=True)
+    print(f"\nand its answer:\n{shown['answer']}\n", flush=True)
+
+
+def _printable(text: str) -> str:
+    return "".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text)
 
 
 def show_results(text: str, document: Mapping[str, Any], as_json: bool) -> None:

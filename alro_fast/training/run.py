@@ -45,7 +45,7 @@ from ..ranking.ranker import Ranker
 from ..run_folder import BEFORE_THE_FIRST_STEP, LEFT_BY_A_RUN, check_writable
 from .checkpoints import check_same_data, find_checkpoint, settle_auto
 from .config import Config
-from .console import NonFiniteLoss, show_end, show_plan, show_results
+from .console import NonFiniteLoss, show_end, show_example, show_plan, show_results
 from .signals import signal_vocabulary, signals_shown
 from .stages import merge_adapter, stack_adapters, write_merged_base
 from .trainer import RankerTrainer, TreeDataset
@@ -276,6 +276,8 @@ class Run:
             rows["histories"] = f"{data.dropped_history:,} oldest items dropped to fit --max_length"
         if self.training.process_index == 0:
             show_plan(rows, self.training.log_json)
+            if self.training.dry_run:
+                show_example(*data.example(self.tokenizer), self.training.log_json)
 
     def estimate_memory(self) -> int:
         """Bytes, roughly: weights, gradients, Adam's moments and the activations of one packed batch."""

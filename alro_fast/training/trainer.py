@@ -62,6 +62,12 @@ class TreeDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.lists)
 
+    def example(self, tokenizer: Any) -> tuple[str, str]:
+        """The first prompt of the first list and its answer, decoded."""
+        tree = self.objective.examples([self.lists[0]], [0], epoch=0)[0].trees[0]
+        ids, start = tree.ids[0].tolist(), tree.answer_starts[0]
+        return tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])
+
     def check(self, token_budget: int, option: str = "--tokens_per_batch") -> None:
         """AlroFastError, naming the list, when one list alone exceeds the budget that `option` sets."""
         longest = max(range(len(self.sizes)), key=self.sizes.__getitem__, default=None)

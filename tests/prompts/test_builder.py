@@ -214,6 +214,29 @@ def test_loading_refuses_another_tokenizer_and_damaged_files(tmp_path):
         PromptBuilder.load(tmp_path, tokenizer_of("qwen"))
 
 
+DATED = (  # as Llama 3 has it, and as templates that take no date for an argument
+    "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}{% else %}{% set day = 'none' %}{% endif %}"
+    "{{ bos_token }}Today Date: {{ day }}\n"
+) + LLAMA3.removeprefix("{{ bos_token }}")
+
+
+def test_prompts_of_a_template_that_writes_the_date_are_the_same_on_every_day(tmp_path):
+    tokenizer = new_tokenizer("llama3", chat_template=DATED)
+    builder = PromptBuilder(tokenizer, "movies")
+    assert "Today Date: 26 Jul 2024\n" in tokenizer.decode(builder.ranking(make_list()).prompt_ids)
+    builder.save(tmp_path)
+    recorded = json.loads((tmp_path / "identifiers.json").read_text())
+    assert "26 Jul 2024" in recorded["turns"]["before"]
+    assert PromptBuilder.load(tmp_path, tokenizer).ranking(make_list()) == builder.ranking(make_list())
+    recorded["turns"]["before"] = recorded["turns"]["before"].replace("26 Jul 2024", "27 Jul 2024")
+    (tmp_path / "identifiers.json").write_text(json.dumps(recorded))
+    with pytest.raises(AlroFastError, match="does not fit"):
+        PromptBuilder.load(tmp_path, tokenizer)
+    del recorded["turns"]  # of version 0.1.0
+    (tmp_path / "identifiers.json").write_text(json.dumps(recorded))
+    assert PromptBuilder.load(tmp_path, tokenizer).ranking(make_list()) == builder.ranking(make_list())
+
+
 def test_a_builder_travels_to_worker_processes():
     copy = pickle.loads(pickle.dumps(builder_of("qwen")))
     assert copy.ranking(make_list()) == builder_of("qwen").ranking(make_list())

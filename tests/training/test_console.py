@@ -8,7 +8,7 @@ import math
 import pytest
 
 from alro_fast import train
-from alro_fast.training.console import described, print_json
+from alro_fast.training.console import described, print_json, show_example
 
 SMALL = "--max_train_lists 40 --max_test_lists 20 --max_eval_lists 10 --logging_steps 1 --report_to none"
 
@@ -60,6 +60,26 @@ def test_numbers_that_json_does_not_have_are_null(capsys):
     assert json.loads(capsys.readouterr().out) == {
         "event": "step", "loss": None, "each": [None, 1.5], "more": {"a": None},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("more", ["", "--objective dmpo", "--answer ratings"])
+def test_a_dry_run_shows_a_prompt_with_its_answer(tmp_path, capfd, more):
+    said = run(f"{SMALL} --dry_run true {more}", tmp_path, capfd).out
+    shown, answer = said.split("the first prompt of the first training list:\n")[1].split("\nand its answer:\n")
+    assert shown.startswith("History : \n ")
+    assert "Candidates : \n" in shown
+    assert answer.strip().endswith("</s>") or (more == "--answer ratings" and answer.strip() in "12345")
+    said = run(f"{SMALL} --dry_run true --log_json true {more}", tmp_path, capfd).out
+    example = [json.loads(line) for line in said.splitlines()][-1]
+    assert (example["event"], example["answer"]) == ("example", answer.rstrip("\n"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_print_is_escaped(capsys):
+    show_example("a\x1b[2Jb\nc", "d\u202e", as_json=False)
+    said = capsys.readouterr().out
+    assert "a\\x1b[2Jb\nc" in said
+    assert "d\\u202e" in said
 
 
 @pytest.mark.parametrize("logs", [{"train_runtime": 1.0}, {"epoch": 1.0}])

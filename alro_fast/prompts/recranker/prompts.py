@@ -352,6 +352,7 @@ class RecRankerPrompts(SavedPrompts):
         return {
             "template": self.template.name,
             "tokenizer": self._encoder.fingerprint(),
+            "turns": self._turns.record(),
             "options": {name: getattr(self, name) for name in names} | ({} if self.hints else {"hints": False}),
             "grade_ids": self.grade_ids,
             "choice_ids": self.choice_ids,
