@@ -146,7 +146,9 @@ class DataArguments:
     train_stride: int | None = option(
         None, "Rated items between two training windows. Default: list_size.", read=PREPARING
     )
-    template: str = option("movies", "Prompt template: the name of a ready one, or a YAML file.", read=WORDS)
+    template: str | None = option(
+        None, "Prompt template: the name of a ready one, or a YAML file. Default: by the data set.", read=WORDS
+    )
     identifiers: str = option(
         "letters",
         "How candidates are named: letters of the page, one token per item, or signals: a token for every bin of their "

@@ -160,13 +160,26 @@ class PreparedData:
     def __init__(self, path: Path, manifest: dict):
         self.path = path
         self.manifest = manifest
+        files = manifest.get("files")
+        if not isinstance(files, dict):
+            raise AlroFastError(f"{path / 'manifest.json'} is damaged: it names no files; prepare the data again")
         frame = self._read("items.parquet", ITEM_SCHEMA)
+        _check_items(frame, str(path / "items.parquet"))
         columns = (frame[name].to_list() for name in ("item_id", "title", "category"))
         self.items: list[Item] = [Item(index, *cells) for index, cells in enumerate(zip(*columns))]
         self.train_count: np.ndarray = frame["train_count"].to_numpy()
         self.train_mean: np.ndarray = frame["train_mean"].fill_null(math.nan).to_numpy()
         has_targets = "targets.parquet" in manifest["files"]
         self.targets: pl.DataFrame | None = self._read("targets.parquet", TARGET_SCHEMA) if has_targets else None
+        for split in SPLITS:  # now, not when work is done; the lists are read again when they are asked for
+            file = self._checked(f"lists-{split}.parquet", LIST_SCHEMA, SIGNAL_COLUMNS)
+            check_list_values(pl.scan_parquet(file), len(self.items), str(file))
+        for name, schema, column in (
+            ("targets.parquet", TARGET_SCHEMA, "item"),
+            ("seen.parquet", SEEN_SCHEMA, "items"),
+        ):
+            if name in files:
+                _check_known(pl.scan_parquet(self._checked(name, schema)), column, len(self.items), str(path / name))
         self._lists: dict[str, Lists] = {}
 
     def lists(self, split: str) -> Lists:
@@ -177,6 +190,13 @@ class PreparedData:
             frame = self._read(f"lists-{split}.parquet", LIST_SCHEMA, SIGNAL_COLUMNS)
             self._lists[split] = Lists(self.items, frame)
         return self._lists[split]
+
+    def rating_values(self) -> tuple[list[float], list[float]]:
+        """The different ratings in histories and those of candidates, ascending, over all splits."""
+        frames = [self.lists(split).frame for split in SPLITS]
+        columns = ([frame[name].explode() for frame in frames] for name in ("history_ratings", "ratings"))
+        shown, graded = (pl.concat(parts).drop_nulls().drop_nans().unique().sort().to_list() for parts in columns)
+        return shown, graded
 
     def known_ratings(self, split: str) -> pl.DataFrame:
         """user_id, item, rating: what the lists say of ratings before the candidates of "valid" or "test": those of
@@ -194,17 +214,25 @@ class PreparedData:
         return dict(zip(frame["user_id"].to_list(), np.split(items, offsets[1:-1])))
 
     def _read(self, name: str, schema: Mapping, optional: Mapping = MappingProxyType({})) -> pl.DataFrame:
+        return pl.read_parquet(self._checked(name, schema, optional))
+
+    def _checked(self, name: str, schema: Mapping, optional: Mapping = MappingProxyType({})) -> Path:
+        """The path of a file that is the one its manifest speaks of, with the columns it should have."""
         file = self.path / name
         if not file.is_file():
             raise AlroFastError(f"{self.path} lacks {name}; prepare the data again")
         with file.open("rb") as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
-        if found != self.manifest["files"].get(name, {}).get("sha256"):
+        known = self.manifest["files"].get(name)
+        if not isinstance(known, dict) or found != known.get("sha256"):
             raise AlroFastError(f"{file} is not the file its manifest.json speaks of; prepare the data again")
-        frame = pl.read_parquet(file)
-        if not _fits(frame, schema, optional):
-            raise AlroFastError(f"{file} has columns {frame.columns}; expected {list(schema)}: prepare the data again")
-        return frame
+        try:
+            columns = pl.read_parquet_schema(file)
+        except (pl.exceptions.PolarsError, OSError):
+            raise AlroFastError(f"{file} is no Parquet file; prepare the data again") from None
+        if not _fits(columns, schema, optional):
+            raise AlroFastError(f"{file} has columns {list(columns)}; expected {list(schema)}: prepare the data again")
+        return file
 
 
 def open_prepared(path: str | Path) -> PreparedData:
@@ -258,6 +286,11 @@ def write_prepared(
             f"ratings reach {highest:g}, and gains are 2^rating - 1: bring them to a scale that ends at "
             f"{LARGEST_RATING:g} or below, such as 1 to 5"
         )
+    for index, item in enumerate(() if isinstance(items, pl.DataFrame) else items):
+        if item.index != index:
+            raise AlroFastError(f"item {item.item_id!r} has index {item.index} at position {index}; they must agree")
+    for split, frame in frames.items():
+        check_list_values(frame.lazy(), len(items), f"lists of split {split}")
     if not isinstance(items, pl.DataFrame):
         items = _item_frame(items, frames)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -321,7 +354,7 @@ def _flat(column: pl.Series, dtype: type) -> tuple[np.ndarray, np.ndarray]:
 
 def _list_frame(lists: Sequence[RankingList] | pl.DataFrame) -> pl.DataFrame:
     if isinstance(lists, pl.DataFrame):
-        if not _fits(lists, LIST_SCHEMA, SIGNAL_COLUMNS):
+        if not _fits(lists.schema, LIST_SCHEMA, SIGNAL_COLUMNS):
             raise AlroFastError(f"list frame has columns {dict(lists.schema)}; expected {LIST_SCHEMA}")
         return lists
     rows = [
@@ -352,12 +385,75 @@ def _list_frame(lists: Sequence[RankingList] | pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=LIST_SCHEMA, orient="row").with_columns(**beside)
 
 
-def _fits(frame: pl.DataFrame, schema: Mapping, optional: Mapping) -> bool:
+def _fits(columns: Mapping, schema: Mapping, optional: Mapping) -> bool:
     """Whether the columns are those of `schema` and, beyond them, some of `optional`."""
-    beyond = {name: kind for name, kind in frame.schema.items() if name not in schema}
+    beyond = {name: kind for name, kind in columns.items() if name not in schema}
     return all(optional.get(name) == kind for name, kind in beyond.items()) and all(
-        frame.schema.get(name) == kind for name, kind in schema.items()
+        columns.get(name) == kind for name, kind in schema.items()
     )
+
+
+def check_list_values(lists: pl.LazyFrame, items: int, place: str) -> None:
+    """AlroFastError, naming the first list, for values that no list of a catalogue of so many items can have."""
+    beside = [name for name in lists.collect_schema().names() if name in SIGNAL_COLUMNS]
+    part = {name: "history" if name.startswith("history_") else "candidates" for name in beside}
+    aligned = {"history_ratings": "history", "ratings": "candidates"} | part
+    column, size = pl.col, {name: pl.col(name).list.len() for name in ("history", "candidates", *aligned)}
+    faults = {
+        "has no name, no user or no all_equal": pl.any_horizontal(
+            column(name).is_null() for name in ("list_id", "user_id", "all_equal")
+        ),
+        "has no candidates": (size["candidates"] == 0) | size["candidates"].is_null(),
+        "has no history (an empty one is a list)": size["history"].is_null(),
+        **{
+            f"has {name} of another length than its {of}": (size[name] != size[of]) | size[name].is_null()
+            for name, of in aligned.items() if name not in beside
+        },
+        **{f"has {name} of another length than its {part[name]}": size[name] != size[part[name]] for name in beside},
+        **{
+            f"has an item in its {name} that is none of the {items:,} of items.parquet":
+            (column(name).list.max() >= items) | (column(name).list.drop_nulls().list.len() != size[name])
+            for name in ("history", "candidates")
+        },
+        "names a candidate twice": column("candidates").list.n_unique() != size["candidates"],
+        **{f"has a negative rating among its {name}": column(name).list.min() < 0 for name in ("history_ratings", "ratings")},
+        **{f"has a rating among its {name} that is infinite or above {LARGEST_RATING:g}":
+           column(name).list.max() > LARGEST_RATING for name in ("history_ratings", "ratings")},
+    }  # fmt: skip
+    found = lists.select(expression.fill_null(False).any().alias(name) for name, expression in faults.items()).collect()
+    for fault, expression in faults.items():
+        if found[fault].item():
+            first = lists.filter(expression.fill_null(False)).select("list_id").head(1).collect().item()
+            raise AlroFastError(f"{place}: list {first!r} {fault}; prepare the data again")
+
+
+def _check_items(frame: pl.DataFrame, place: str) -> None:
+    """AlroFastError for items without an id, a title or a category (empty ones are texts), or with impossible counts."""
+    means = frame["train_mean"].drop_nulls()
+    faults = {
+        "an item without an id, a title or a category": frame.select("item_id", "title", "category")
+        .null_count()
+        .row(0),
+        "an item_id twice": (frame["item_id"].n_unique() < frame.height,),
+        "a train_count that is missing or negative": (
+            frame["train_count"].null_count(),
+            (frame["train_count"] < 0).any(),
+        ),
+        "a train_mean that is negative or no number": ((means < 0).any(), (~means.is_finite()).any()),
+    }
+    for fault, found in faults.items():
+        if any(found):
+            raise AlroFastError(f"{place} has {fault}; prepare the data again")
+
+
+def _check_known(frame: pl.LazyFrame, column: str, items: int, place: str) -> None:
+    highest = (
+        frame.select(pl.col(column).explode().max() if column == "items" else pl.col(column).max()).collect().item()
+    )
+    if highest is not None and highest >= items:
+        raise AlroFastError(
+            f"{place} names item {highest}, none of the {items:,} of items.parquet; prepare the data again"
+        )
 
 
 def _nan_to_none(values: Sequence[float]) -> list[float | None]:
@@ -366,9 +462,6 @@ def _nan_to_none(values: Sequence[float]) -> list[float | None]:
 
 def _item_frame(items: Sequence[Item], frames: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     """Items with statistics over the distinct (user, item) ratings in the lists, held-out candidates left out."""
-    for index, item in enumerate(items):
-        if item.index != index:
-            raise AlroFastError(f"item {item.item_id!r} has index {item.index} at position {index}; they must agree")
     ratings = _distinct_ratings(frames, ("train",), ("valid", "test"))
     count, mean = train_statistics(ratings["item"].to_numpy(), ratings["rating"].to_numpy(), len(items))
     columns = {name: [getattr(item, name) for item in items] for name in ("item_id", "title", "category")}

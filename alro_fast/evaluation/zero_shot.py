@@ -12,9 +12,10 @@ from ..data.lists import PreparedData
 from ..errors import AlroFastError
 from ..modeling.loading import base_path, load_base, load_tokenizer
 from ..prompts import PromptBuilder
+from ..prompts.scale import default_template, fitted_template
 from ..ranking.ranker import Ranker
 
-OPTIONS = {"template": "movies", "identifiers": "letters", "answer": "ranking"}  # of a base alone, and their defaults
+OPTIONS = {"template": None, "identifiers": "letters", "answer": "ranking"}  # of a base alone, and their defaults
 
 
 OF_RUN = Reader("with --adapter", "--model_name_or_path, a base as it is", lambda options: options.adapter is not None)
@@ -32,7 +33,10 @@ def add_zero_shot_options(parser: argparse.ArgumentParser) -> None:
     )
     template, identifiers, answer = OPTIONS.values()
     group.add_argument(
-        "--template", default=template, metavar="NAME", help="prompt template: the name of a ready one, or a YAML file"
+        "--template",
+        default=template,
+        metavar="NAME",
+        help="prompt template: the name of a ready one, or a YAML file (default: by the data set)",
     )
     group.add_argument(
         "--identifiers", choices=("letters", "items"), default=identifiers, help="how candidates are named"
@@ -55,7 +59,11 @@ def zero_shot_ranker(options: argparse.Namespace, prepared: PreparedData) -> Ran
     name, trust = options.model_name_or_path, options.trust_remote_code
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = load_tokenizer(name, trust)
-    prompts = PromptBuilder(tokenizer, options.template, identifiers=options.identifiers, items=prepared.items)
+    template = fitted_template(
+        PromptBuilder, options.template or default_template(prepared.manifest, PromptBuilder),
+        *prepared.rating_values(), by_grades=options.answer == "ratings", origin=str(prepared.path),
+    )  # fmt: skip
+    prompts = PromptBuilder(tokenizer, template, identifiers=options.identifiers, items=prepared.items)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model: Any = load_base(base_path(name), dtype, trust, place=f"--model_name_or_path {name}")
     return Ranker(model.to(device).eval(), tokenizer, prompts, answer=options.answer, token_budget=options.token_budget)

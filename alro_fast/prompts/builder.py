@@ -17,7 +17,7 @@ from .encoding import Encoder
 from .identifiers import Grading, prove_answers, prove_grading
 from .page import Page
 from .saved import SavedPrompts
-from .template import PromptTemplate, load_template, parse_template, placeholders
+from .template import PromptTemplate, check_shown, load_template, parse_template, placeholders, ready_templates
 from .turns import find_turns
 
 CHUNK = 1024  # lists whose new pieces are encoded together
@@ -75,6 +75,8 @@ class PromptBuilder(SavedPrompts):
 
     FILE = "identifiers.json"
     read_template = staticmethod(parse_template)
+    find_template = staticmethod(load_template)
+    ready_templates = staticmethod(ready_templates)
 
     def __init__(
         self,
@@ -218,6 +220,7 @@ class PromptBuilder(SavedPrompts):
                 "(or NaN) for every item"
             )
         self._page.check(one)
+        check_shown(self.template, one.list_id, one.history_ratings)
         if m > self.max_candidates:
             raise AlroFastError(
                 f"list {one.list_id!r} has {m} candidates, but tokenizer {self._encoder.name!r} has single-token "

@@ -7,6 +7,7 @@ changed is refused rather than misread. Whoever has a run asks `objectives.base.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -20,10 +21,11 @@ from .template import TEMPLATE_FILE
 class SavedPrompts:
     """What every class of prompts has of this module.
 
-    It is called as `cls(tokenizer, template, **options)`, keeps its `template` and says four things: `FILE`, the name
+    It is called as `cls(tokenizer, template, **options)`, keeps its `template` and says six things: `FILE`, the name
     of its JSON file; `read_template(source, name=, origin=)`, which parses the template's text; `record()`, what the
     JSON file holds, with the keys "template" (its name) and "tokenizer" (its fingerprint, or that under "fingerprint");
-    and `options_of(record)`, the keyword arguments that make the same prompts again.
+    `options_of(record)`, the keyword arguments that make the same prompts again; `find_template(name, ratings)`, a ready
+    template or a file, its scale filled in; and `ready_templates()`, the names of the ready ones.
     """
 
     FILE: ClassVar[str]
@@ -31,6 +33,14 @@ class SavedPrompts:
 
     @staticmethod
     def read_template(source: str, *, name: str, origin: str) -> Any:
+        raise NotImplementedError
+
+    @staticmethod
+    def find_template(template: str | Path, ratings: Iterable[float] = ()) -> Any:
+        raise NotImplementedError
+
+    @staticmethod
+    def ready_templates() -> list[str]:
         raise NotImplementedError
 
     def record(self) -> dict[str, Any]:

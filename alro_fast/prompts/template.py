@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import string
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,24 @@ REQUIRED = {  # placeholders without which the text makes no sense
 }
 
 
+ONE_TO_FIVE = (
+    1.0,
+    2.0,
+    3.0,
+    4.0,
+    5.0,
+)  # what a template that takes its scale from the data is told where none are at hand
+
+
 @dataclass(frozen=True)
 class PromptTemplate:
     """One template. `texts` holds the string of every key of FIELDS but `ratings.grades`, dots as above."""
 
     name: str
-    source: str  # the file as written
+    source: str  # the file as written, its scale filled in
     texts: Mapping[str, str]
     grades: Mapping[str, float]  # text of a grade -> the rating it stands for
+    scale: tuple[float, float] | None = None  # lowest and highest rating that its words speak of; None: it names none
 
     def __getitem__(self, key: str) -> str:
         return self.texts[key]
@@ -72,8 +83,10 @@ def ready_templates() -> list[str]:
     return sorted(path.stem for path in TEMPLATES.glob("*.yaml"))
 
 
-def load_template(template: str | Path) -> PromptTemplate:
+def load_template(template: str | Path, ratings: Iterable[float] = ONE_TO_FIVE) -> PromptTemplate:
     """Read a ready template by its name, or any YAML file by its path.
+
+    ratings: those of the data, for a template that takes its scale from them (`filled`).
 
     Raises:
         AlroFastError: no such template, not a template (a data file, say), an unknown or missing key or placeholder.
@@ -86,7 +99,33 @@ def load_template(template: str | Path) -> PromptTemplate:
         raise AlroFastError(
             f"no prompt template {str(template)!r}: expected one of {ready}, or the path of a YAML file"
         )
-    return parse_template(read_text(path), name=path.stem, origin=str(path))
+    return parse_template(filled(read_text(path), ratings), name=path.stem, origin=str(path))
+
+
+def filled(source: str, ratings: Iterable[float]) -> str:
+    """The text of a template file with the scale of the data in place of
+
+    {lowest} {highest}               the lowest and the highest rating
+    {lowest_grade} {highest_grade}   the texts that stand for them
+    {grades}                         the whole mapping: the ratings themselves where all are digits, else digits in
+                                     their order; the two ends alone where there are more than ten
+    {liked} {disliked}               a quarter of the way from the highest, and from the lowest
+    """
+    values = sorted(set(ratings))
+    if len(values) < 2:
+        values = sorted({0.0, *values}) if values != [0.0] else [0.0, 1.0]
+    values = values if len(values) <= 10 else [values[0], values[-1]]
+    digits = all(value in range(10) for value in values)
+    grades = {str(int(value) if digits else place): value for place, value in enumerate(values)}
+    low, high = values[0], values[-1]
+    words = {
+        "lowest": f"{low:g}", "highest": f"{high:g}", "lowest_grade": next(iter(grades)),
+        "highest_grade": list(grades)[-1], "grades": json.dumps(grades),
+        "liked": f"{high - (high - low) / 4:g}", "disliked": f"{low + (high - low) / 4:g}",
+    }  # fmt: skip
+    for name, text in words.items():
+        source = source.replace(f"{{{name}}}", text)
+    return source
 
 
 def parse_template(source: str, *, name: str, origin: str) -> PromptTemplate:
@@ -98,6 +137,7 @@ def parse_template(source: str, *, name: str, origin: str) -> PromptTemplate:
             f"{origin} is not a prompt template: found {found}, "
             f"expected the keys {', '.join(_sections())}; was a data file given for the template?"
         )
+    scale = parse_scale(content.pop("scale", None), origin)
     flat = _flatten(content, origin)
     grades = parse_grades(flat.pop("ratings.grades"), origin)
     for key, text in flat.items():
@@ -110,7 +150,7 @@ def parse_template(source: str, *, name: str, origin: str) -> PromptTemplate:
             f"{origin}: rating_format {flat['rating_format']!r} is no format of a number; expected one such as g or .1f"
         ) from None
     _check_signals(flat, origin)
-    return PromptTemplate(name, source, flat, grades)
+    return PromptTemplate(name, source, flat, grades, scale)
 
 
 def signal_text(template: PromptTemplate, name: str, value: float) -> str:
@@ -229,6 +269,29 @@ def parse_grades(grades: Any, origin: str, key: str = "ratings.grades") -> dict[
             f"found {grades!r:.80}"
         )
     return {str(text): float(value) for text, value in grades.items()}
+
+
+def parse_scale(scale: Any, origin: str) -> tuple[float, float] | None:
+    """The lowest and the highest rating that a template's words speak of; AlroFastError where it says something else."""
+    if scale is None:
+        return None
+    numbers = isinstance(scale, list) and all(type(end) in (int, float) and math.isfinite(end) for end in scale)
+    if not numbers or len(scale) != 2 or not scale[0] < scale[1]:
+        raise AlroFastError(f"{origin}: scale is {scale!r:.80}; expected the lowest and the highest rating, [1, 5]")
+    return float(scale[0]), float(scale[1])
+
+
+def check_shown(template: Any, list_id: str, ratings: Iterable[float]) -> None:
+    """AlroFastError for a list whose history holds ratings that the template's words leave no room for; NaN is none."""
+    if template.scale is None:
+        return
+    low, high = template.scale
+    for rating in ratings:
+        if rating < low or rating > high:
+            raise AlroFastError(
+                f"list {list_id!r}: its history has a rating of {rating:g}, and prompt template {template.name!r} speaks "
+                f"of ratings from {low:g} to {high:g}; bring the ratings to that scale, or tune with another --template"
+            )
 
 
 def _sections() -> list[str]:

@@ -16,10 +16,12 @@ from typing import Any, NoReturn, cast
 import yaml
 from transformers import HfArgumentParser
 
+from ..data.lists import read_manifest
 from ..errors import AlroFastError
 from ..objectives.base import Description, describe, objective_arguments
 from ..ops import DIVERGENCES
 from ..options import DataArguments, ModelArguments, ObjectiveArguments, RankerTrainingArguments, Where
+from ..prompts.scale import default_template
 from ..run_folder import as_now_called
 from .help import groups, help_text
 from .unread import WITHOUT_MEANING, Unread, objectives_of, unread, without_meaning
@@ -124,12 +126,29 @@ def parse(argv: Sequence[str]) -> Config:
     config = Config(model, data, objective, training, Path(name).stem if name else "run")
     if config.objective.psl not in DIVERGENCES:  # which the ops know, and options.py lies below them
         parser.error(f"--psl {config.objective.psl!r}: expected one of {', '.join(DIVERGENCES)}")
+    settle_template(config)
     chosen, stages = config.objective.objective, config.training.stages
     trained = {named: one.name for one in objectives for named in (one.name, one.stands_for)}
     if stages is not None and "objective" in flags and chosen not in trained:
         raise AlroFastError(f"--objective {chosen} is none of --stages {stages}; leave one of them out")
     config.objective.objective = trained.get(chosen, chosen)
     return config
+
+
+def settle_template(config: Config) -> None:
+    """The template that suits the data, where none is given; AlroFastError for one that the objective has no use for.
+
+    A folder that is no prepared one is named when it is opened.
+    """
+    data, prompts = config.data, config.description.prompts
+    if unread("template", config.flat()) is not None:
+        return
+    if data.template is None:
+        manifest = {"dataset": data.dataset} if data.data_dir is None else read_manifest(Path(data.data_dir))
+        if manifest is None:
+            return
+        data.template = default_template(manifest, prompts)
+    prompts.find_template(data.template)
 
 
 def defaults() -> dict[str, Any]:

@@ -39,6 +39,7 @@ from ..modeling.loading import (
 from ..objectives.alro import Scoring
 from ..objectives.base import Objective, build_objective, learned_answers
 from ..prompts import SignalPrompts, add_item_tokens, add_signal_tokens
+from ..prompts.scale import fitted_template
 from ..ranking.fusion import Fusion, check_fittable, fused_signals
 from ..ranking.orders import Ranking
 from ..ranking.ranker import Ranker
@@ -96,7 +97,7 @@ class Run:
             )
         if config.data.fuse:
             fused_signals(self.prepared)
-            check_fittable(self.fitted)
+            check_fittable(self.fitted_on)
         self.check_ratings()
         self.model, self.tokenizer = self.build_model()
         self.objective = self.build_objective()
@@ -165,9 +166,15 @@ class Run:
         if data.identifiers == "signals":
             return SignalPrompts(self.tokenizer, self.vocabulary, max_length=data.max_length)
         return self.config.description.prompts(
-            self.tokenizer, data.template, identifiers=data.identifiers, max_length=data.max_length,
-            items=self.prepared.items,
+            self.tokenizer, self.fitted(data.answer == "ratings"), identifiers=data.identifiers,
+            max_length=data.max_length, items=self.prepared.items,
         )  # fmt: skip
+
+    def fitted(self, by_grades: bool) -> Any:
+        """The prompt template, checked against the data's ratings."""
+        shown, graded = self.prepared.rating_values()
+        kind, name = self.config.description.prompts, cast(str, self.config.data.template)
+        return fitted_template(kind, name, shown, graded, by_grades=by_grades, origin=str(self.prepared.path))
 
     def build_objective(self) -> Objective:
         """The objective, and the ranker that measures it."""
@@ -320,13 +327,13 @@ class Run:
         show_end(str(self.folder), time.perf_counter() - started, following, self.training.log_json, report)
 
     @property
-    def fitted(self) -> Sequence[RankingList]:
+    def fitted_on(self) -> Sequence[RankingList]:
         """What the weights of `--fuse` are fitted on: the validation lists; of one target each, with 1 for it alone."""
         return as_grades(self.lists["valid"]) if has_targets(self.prepared, "valid") else self.lists["valid"]
 
     def fuse(self) -> Fusion:
         """Fit the weights of the tuned model's scores and the signals, and save them."""
-        fusion = Fusion.fit(self.fitted, self.ranker.scores(self.lists["valid"]), fused_signals(self.prepared))
+        fusion = Fusion.fit(self.fitted_on, self.ranker.scores(self.lists["valid"]), fused_signals(self.prepared))
         fusion.save(self.folder)
         return fusion
 

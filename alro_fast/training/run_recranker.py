@@ -40,9 +40,9 @@ class RecRankerRun(Run):
         """Prompts of the three tasks; liked and disliked are what they were to the first stage, if it says."""
         data, made_with = self.config.data, self.prepared.manifest.get("options", {})
         return RecRankerPrompts(
-            self.tokenizer, data.template, identifiers=data.identifiers, max_length=data.max_length,
-            items=self.prepared.items, like=made_with.get("like"), dislike=made_with.get("dislike"),
-            hints=self.config.objective.hints,
+            self.tokenizer, self.fitted(parse_weights(self.config.objective.task_weights)[0] > 0),
+            identifiers=data.identifiers, max_length=data.max_length, items=self.prepared.items,
+            like=made_with.get("like"), dislike=made_with.get("dislike"), hints=self.config.objective.hints,
         )  # fmt: skip
 
     def build_objective(self) -> Objective:

@@ -365,7 +365,8 @@ def test_ratings_with_many_decimals_are_measured_without_trec_files(adapter, lis
 def test_a_base_alone_is_measured_zero_shot(adapter, prepared, tmp_path, capsys):
     """The same scores as the untuned row beside its adapter, judged against every baseline."""
     out, base = tmp_path / "out", adapter.parent / "base"
-    evaluate.main(f"--model_name_or_path {base} --lists {prepared.path} --output_dir {out} --device cpu".split())
+    words = f"--model_name_or_path {base} --lists {prepared.path} --template movies --output_dir {out} --device cpu"
+    evaluate.main(words.split())
     printed = capsys.readouterr().out
     assert "NDCG@3, untuned - row, paired over users: untuned is " in " ".join(printed.split())
     document = json.loads((out / "results.json").read_text())

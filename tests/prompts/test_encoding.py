@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 
 import pytest
 from places import SHARED
@@ -35,13 +36,14 @@ def encode(kind, identifiers, text):
     return tokenizer(text, add_special_tokens=tokenizer.chat_template is None).input_ids
 
 
-@pytest.mark.parametrize("template", ["books", "movies", "music", "products"])
+@pytest.mark.parametrize("template", ["books", "clicks", "items", "movies", "music", "products"])
 @pytest.mark.parametrize("identifiers", ["letters", "items"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_the_tokenizers_ids_of_the_whole_text(kind, identifiers, template):
     builder = builder_of(kind, identifiers, template)
     lists = [(make_list(), None), (make_list(10, 20), range(9, -1, -1)), (make_list(1, 0), None)]
     for one, order in [*lists, (with_signals(make_list(6, 5)), [3, 1, 5, 0, 2, 4])]:
+        one = replace(one, history_ratings=tuple(max(1.0, rating) for rating in one.history_ratings))
         prompt, answer = builder.text(one, order)
         built = builder.ranking(one, order)
         whole = encode(kind, identifiers, prompt + answer + END.get(kind, "</s>"))

@@ -119,7 +119,7 @@ def test_the_ids_are_the_tokenizers_own(template, identifiers):
     tokenizer = byte_tokenizer()
     add_item_tokens(tokenizer, 11)
     prompts = RecRankerPrompts(tokenizer, template, identifiers=identifiers)
-    entry = make_list(ratings=(4.0, NAN, 3.0, 5.0, 4.0, 1.0))
+    entry = make_list(ratings=(4.0, NAN, 3.0, 5.0, 4.0, 1.0), history_ratings=(4.0, 2.0, 1.0, 5.0, 1.0))
     made = prompts.encode([everything(entry)])[0]
     rows = [made.rated_ids + one.ids + one.answer_ids for one in made.points]
     rows += [made.liked_ids + one.ids + one.answer_ids for one in chain(made.pairs, made.listings)]
@@ -264,7 +264,7 @@ def test_mistakes_in_a_template_are_named(old, new, said):
 
 
 def test_a_template_that_is_none(tmp_path):
-    with pytest.raises(AlroFastError, match="expected one of books, compact, movies, products"):
+    with pytest.raises(AlroFastError, match="expected one of books, compact, items, movies, products"):
         RecRankerPrompts(TOKENIZER, "film")
     for text, said in (("[1, 2]", "not a prompt template of the three tasks"), ("a: [", "not valid YAML")):
         (tmp_path / "some.yaml").write_text(text)

@@ -25,10 +25,10 @@ from ..encoding import Encoder, Pieces, line_start
 from ..identifiers import LETTERS, Answers, item_labels, labels_in_context, prove_answers
 from ..line import clean, marker_pattern
 from ..saved import SavedPrompts
-from ..template import placeholders
+from ..template import check_shown, placeholders
 from ..turns import find_turns
 from .sentence import Sentence
-from .task_template import TaskTemplate, load_task_template, parse_task_template
+from .task_template import TaskTemplate, load_task_template, parse_task_template, ready_task_templates
 
 IDENTIFIERS = ("letters", "items", "titles")
 TOP = 5  # candidates that a listwise answer names
@@ -94,6 +94,8 @@ class RecRankerPrompts(SavedPrompts):
 
     FILE = "recranker.json"
     read_template = staticmethod(parse_task_template)
+    find_template = staticmethod(load_task_template)
+    ready_templates = staticmethod(ready_task_templates)
 
     def __init__(
         self,
@@ -325,6 +327,7 @@ class RecRankerPrompts(SavedPrompts):
                 f"list {source.list_id!r} has {len(source.history)} history items with "
                 f"{len(source.history_ratings)} ratings; expected one for each"
             )
+        check_shown(self.template, source.list_id, source.history_ratings)
         for order in ask.orders:
             if sorted(order) != list(range(m)):
                 raise AlroFastError(f"list {source.list_id!r}: order {list(order)} is no permutation of its candidates")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import AlroFastError
-from ..template import TEMPLATES, parse_grades, parse_yaml, placeholders, read_text
+from ..template import ONE_TO_FIVE, TEMPLATES, filled, parse_grades, parse_scale, parse_yaml, placeholders, read_text
 
 TASK_TEMPLATES = TEMPLATES / "recranker"
 TEXTS = {  # every text of a template file -> the placeholders it must hold, in this order
@@ -52,11 +52,12 @@ class TaskTemplate:
     """One template: `texts` holds every key of TEXTS; `like`, `dislike` are ratings on the data's scale."""
 
     name: str
-    source: str  # the file as written
+    source: str  # the file as written, its scale filled in
     texts: Mapping[str, str]
     grades: Mapping[str, float]  # text of a grade -> the rating it stands for
     like: float
     dislike: float
+    scale: tuple[float, float] | None = None  # lowest and highest rating that its words speak of; None: it names none
 
     def __getitem__(self, key: str) -> str:
         return self.texts[key]
@@ -67,8 +68,11 @@ def ready_task_templates() -> list[str]:
     return sorted(path.stem for path in TASK_TEMPLATES.glob("*.yaml"))
 
 
-def load_task_template(template: str | Path) -> TaskTemplate:
-    """Read a ready template by its name, or any YAML file by its path."""
+def load_task_template(template: str | Path, ratings: Iterable[float] = ONE_TO_FIVE) -> TaskTemplate:
+    """Read a ready template by its name, or any YAML file by its path.
+
+    ratings: those of the data, for a template that takes its scale from them (`template.filled`).
+    """
     path = TASK_TEMPLATES / f"{template}.yaml"
     if str(template) not in ready_task_templates():
         path = Path(template)
@@ -78,7 +82,7 @@ def load_task_template(template: str | Path) -> TaskTemplate:
             f"no prompt template {str(template)!r} for objective recranker: expected one of {ready}, or the path of a "
             "YAML file"
         )
-    return parse_task_template(read_text(path), name=path.stem, origin=str(path))
+    return parse_task_template(filled(read_text(path), ratings), name=path.stem, origin=str(path))
 
 
 def parse_task_template(source: str, *, name: str, origin: str) -> TaskTemplate:
@@ -86,6 +90,7 @@ def parse_task_template(source: str, *, name: str, origin: str) -> TaskTemplate:
     content = parse_yaml(source, origin)
     if not isinstance(content, dict):
         raise AlroFastError(f"{origin} is not a prompt template of the three tasks: expected keys such as point, pair")
+    scale = parse_scale(content.pop("scale", None), origin)
     flat: dict[str, Any] = {}
     for key, value in content.items():
         nested = value if key in ("point", "pair", "list") and isinstance(value, dict) else None
@@ -114,7 +119,7 @@ def parse_task_template(source: str, *, name: str, origin: str) -> TaskTemplate:
             f"{origin}: like and dislike are {like!r} and {dislike!r}; expected ratings such as 4 and 2"
         )
     grades = parse_grades(flat["point.grades"], origin, "point.grades")
-    return TaskTemplate(name, source, texts, grades, float(like), float(dislike))
+    return TaskTemplate(name, source, texts, grades, float(like), float(dislike), scale)
 
 
 def _check(key: str, text: Any, origin: str) -> None:
