@@ -46,6 +46,16 @@ FOLLOWED = Where(
     ("init_adapter", "stages", "use_peft"),
 )
 STAGED = Where("with --stages", lambda o: o.stages is not None, ("stages",))
+STAGE_EPOCHS = Where(
+    "with --stages, and without --max_steps, which ends every stage",
+    lambda o: o.stages is not None and o.max_steps <= 0,
+    ("stages", "max_steps"),
+)
+EPOCHS = Where(
+    "without --max_steps, which ends training, and without --stage_epochs",
+    lambda o: o.max_steps <= 0 and o.stage_epochs is None,
+    ("max_steps", "stage_epochs"),
+)
 
 
 def on_files(options: Any) -> bool:
@@ -282,7 +292,7 @@ class RankerTrainingArguments(TrainingArguments):
         None, "Objectives one after the other, such as sft,dmpo: each stage starts from the adapter of the one before."
     )
     stage_epochs: str | None = option(
-        None, "Epochs of each stage, such as 5,3. Default: num_train_epochs for all.", read=STAGED
+        None, "Epochs of each stage, such as 5,3. Default: num_train_epochs for all.", read=STAGE_EPOCHS
     )
     stage_preferences: str | None = option(
         None, "Preference file of each stage, such as sft.json,dmpo.json. Default: preferences for all.", read=STAGED
@@ -294,13 +304,15 @@ class RankerTrainingArguments(TrainingArguments):
         None,
         "A checkpoint to go on from; true: the newest whole one in output_dir; auto: that if there is one, or begin.",
     )
-    dry_run: bool = option(False, "Check everything, print the plan (lists, tokens, steps, memory) and a prompt, train nothing.")
+    dry_run: bool = option(
+        False, "Check everything, print the plan (lists, tokens, steps, memory) and a prompt, train nothing."
+    )
     overwrite_output_dir: bool = option(False, "Replace an earlier run of alro_fast in output_dir.")
     log_json: bool = option(False, "Print objects of JSON, one a line, in place of plan, progress bar and table.")
     learning_rate: float = option(2e-4, "Peak learning rate of AdamW.")
     lr_scheduler_type: str = option("cosine", "Learning-rate schedule, as in transformers.")
     warmup_steps: float = option(0.05, "Warm-up steps; below 1: a share of all steps.")
-    num_train_epochs: float = option(3.0, "Passes over the training lists.")
+    num_train_epochs: float = option(3.0, "Passes over the training lists.", read=EPOCHS)
     logging_steps: float = option(10, "Steps between log lines.")
     logging_first_step: bool = option(True, "Log the first step too.")
     save_total_limit: int | None = option(2, "Checkpoints kept.")

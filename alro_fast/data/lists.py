@@ -395,31 +395,27 @@ def _fits(columns: Mapping, schema: Mapping, optional: Mapping) -> bool:
 
 def check_list_values(lists: pl.LazyFrame, items: int, place: str) -> None:
     """AlroFastError, naming the first list, for values that no list of a catalogue of so many items can have."""
+    column = pl.col
     beside = [name for name in lists.collect_schema().names() if name in SIGNAL_COLUMNS]
-    part = {name: "history" if name.startswith("history_") else "candidates" for name in beside}
-    aligned = {"history_ratings": "history", "ratings": "candidates"} | part
-    column, size = pl.col, {name: pl.col(name).list.len() for name in ("history", "candidates", *aligned)}
+    aligned = ("history_ratings", "ratings", *beside)
+    of = {name: "history" if name.startswith("history_") else "candidates" for name in aligned}
+    size = {name: column(name).list.len() for name in ("history", "candidates", *of)}
     faults = {
-        "has no name, no user or no all_equal": pl.any_horizontal(
-            column(name).is_null() for name in ("list_id", "user_id", "all_equal")
-        ),
-        "has no candidates": (size["candidates"] == 0) | size["candidates"].is_null(),
+        "has no name, no user or no all_equal": pl.any_horizontal(column("list_id", "user_id", "all_equal").is_null()),
         "has no history (an empty one is a list)": size["history"].is_null(),
-        **{
-            f"has {name} of another length than its {of}": (size[name] != size[of]) | size[name].is_null()
-            for name, of in aligned.items() if name not in beside
-        },
-        **{f"has {name} of another length than its {part[name]}": size[name] != size[part[name]] for name in beside},
-        **{
-            f"has an item in its {name} that is none of the {items:,} of items.parquet":
-            (column(name).list.max() >= items) | (column(name).list.drop_nulls().list.len() != size[name])
-            for name in ("history", "candidates")
-        },
+        "has no candidates": size["candidates"].fill_null(0) == 0,
         "names a candidate twice": column("candidates").list.n_unique() != size["candidates"],
-        **{f"has a negative rating among its {name}": column(name).list.min() < 0 for name in ("history_ratings", "ratings")},
-        **{f"has a rating among its {name} that is infinite or above {LARGEST_RATING:g}":
-           column(name).list.max() > LARGEST_RATING for name in ("history_ratings", "ratings")},
-    }  # fmt: skip
+    }
+    for name, part in of.items():  # a list may do without a signal
+        missing = pl.lit(False) if name in beside else size[name].is_null()
+        faults[f"has {name} of another length than its {part}"] = missing | (size[name] != size[part])
+    for name in ("history", "candidates"):
+        unknown = (column(name).list.max() >= items) | (column(name).list.drop_nulls().list.len() != size[name])
+        faults[f"has an item in its {name} that is none of the {items:,} of items.parquet"] = unknown
+    for name in ("history_ratings", "ratings"):
+        faults[f"has a negative rating among its {name}"] = column(name).list.min() < 0
+        beyond = column(name).list.max() > LARGEST_RATING
+        faults[f"has a rating among its {name} that is infinite or above {LARGEST_RATING:g}"] = beyond
     found = lists.select(expression.fill_null(False).any().alias(name) for name, expression in faults.items()).collect()
     for fault, expression in faults.items():
         if found[fault].item():
@@ -428,21 +424,17 @@ def check_list_values(lists: pl.LazyFrame, items: int, place: str) -> None:
 
 
 def _check_items(frame: pl.DataFrame, place: str) -> None:
-    """AlroFastError for items without an id, a title or a category (empty ones are texts), or with impossible counts."""
-    means = frame["train_mean"].drop_nulls()
+    """AlroFastError for items without an id, a title or a category (empty ones are texts), or impossible counts."""
+    texts, count = frame.select("item_id", "title", "category"), frame["train_count"]
+    mean = frame["train_mean"].drop_nulls()
     faults = {
-        "an item without an id, a title or a category": frame.select("item_id", "title", "category")
-        .null_count()
-        .row(0),
-        "an item_id twice": (frame["item_id"].n_unique() < frame.height,),
-        "a train_count that is missing or negative": (
-            frame["train_count"].null_count(),
-            (frame["train_count"] < 0).any(),
-        ),
-        "a train_mean that is negative or no number": ((means < 0).any(), (~means.is_finite()).any()),
+        "an item without an id, a title or a category": any(texts.null_count().row(0)),
+        "an item_id twice": frame["item_id"].n_unique() < frame.height,
+        "a train_count that is missing or negative": count.null_count() or (count < 0).any(),
+        "a train_mean that is negative or no number": (mean < 0).any() or not mean.is_finite().all(),
     }
     for fault, found in faults.items():
-        if any(found):
+        if found:
             raise AlroFastError(f"{place} has {fault}; prepare the data again")
 
 

@@ -21,11 +21,11 @@ from .template import TEMPLATE_FILE
 class SavedPrompts:
     """What every class of prompts has of this module.
 
-    It is called as `cls(tokenizer, template, **options)`, keeps its `template` and says six things: `FILE`, the name
+    It is called as `cls(tokenizer, template, **options)`, keeps its `template` and says: `FILE`, the name
     of its JSON file; `read_template(source, name=, origin=)`, which parses the template's text; `record()`, what the
     JSON file holds, with the keys "template" (its name) and "tokenizer" (its fingerprint, or that under "fingerprint");
-    `options_of(record)`, the keyword arguments that make the same prompts again; `find_template(name, ratings)`, a ready
-    template or a file, its scale filled in; and `ready_templates()`, the names of the ready ones.
+    `options_of(record)`, the keyword arguments that make the same prompts again; `find_template(name, ratings)`,
+    a ready template or a file, its scale filled in; and `ready_templates()`, the names of the ready ones.
     """
 
     FILE: ClassVar[str]

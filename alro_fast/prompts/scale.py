@@ -37,15 +37,17 @@ def fitted_template(
     """The template of that name, its scale filled in from the data.
 
     shown, graded: the different ratings of histories and of candidates; by_grades: whether answers are grades.
-    Raises AlroFastError, naming the ready templates that fit, where its words speak of another scale than the data's, or
-    a rating to be answered with is none of its grades. `origin` says where the data are.
+    `origin` says where the data are.
+    Raises AlroFastError, naming the ready templates that fit, where its words speak of another scale than the data's,
+    or a rating to be answered with is none of its grades.
     """
     template = prompts.find_template(name, {*shown, *graded})
     fault = _misfit(template, shown, graded if by_grades else ())
     if fault is None:
         return template
     ready = {other: prompts.find_template(other, {*shown, *graded}) for other in prompts.ready_templates()}
-    fit = [other for other, one in ready.items() if _misfit(one, shown, graded if by_grades else ()) is None]
+    asked = graded if by_grades else ()
+    fit = [other for other, one in ready.items() if one.scale is not None and _misfit(one, shown, asked) is None]
     hint = (
         f"--template {' or '.join(fit)} fits" if fit else "write a template with these ratings, of ten values at most"
     )

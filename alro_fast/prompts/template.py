@@ -272,7 +272,7 @@ def parse_grades(grades: Any, origin: str, key: str = "ratings.grades") -> dict[
 
 
 def parse_scale(scale: Any, origin: str) -> tuple[float, float] | None:
-    """The lowest and the highest rating that a template's words speak of; AlroFastError where it says something else."""
+    """The lowest and the highest rating that a template's words speak of; AlroFastError where it says no such thing."""
     if scale is None:
         return None
     numbers = isinstance(scale, list) and all(type(end) in (int, float) and math.isfinite(end) for end in scale)
@@ -289,8 +289,8 @@ def check_shown(template: Any, list_id: str, ratings: Iterable[float]) -> None:
     for rating in ratings:
         if rating < low or rating > high:
             raise AlroFastError(
-                f"list {list_id!r}: its history has a rating of {rating:g}, and prompt template {template.name!r} speaks "
-                f"of ratings from {low:g} to {high:g}; bring the ratings to that scale, or tune with another --template"
+                f"list {list_id!r}: its history has a rating of {rating:g}, and prompt template {template.name!r} "
+                f"speaks of ratings from {low:g} to {high:g}; bring them to that scale, or tune with another --template"
             )
 
 

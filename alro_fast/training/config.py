@@ -18,7 +18,7 @@ from transformers import HfArgumentParser
 
 from ..data.lists import read_manifest
 from ..errors import AlroFastError
-from ..objectives.base import Description, describe, objective_arguments
+from ..objectives.base import Description, describe, descriptions, objective_arguments
 from ..ops import DIVERGENCES
 from ..options import DataArguments, ModelArguments, ObjectiveArguments, RankerTrainingArguments, Where
 from ..prompts.scale import default_template
@@ -71,8 +71,10 @@ class Config:
         return SimpleNamespace(**vars(self.model), **vars(self.data), **vars(self.objective), **vars(self.training))
 
 
-def parse(argv: Sequence[str]) -> Config:
+def parse(argv: Sequence[str], stage: Sequence[str] = ()) -> Config:
     """Flags and an optional `--config` (a YAML file, or the name of a ready recipe) -> Config.
+
+    stage: flags of one stage of `--stages`, which nobody wrote; they win.
 
     Raises AlroFastError for an unknown flag or key, a value of the wrong type, a file that is no configuration, or an
     option that the run does not read. One of a file is left out where the command line decided that it is not read, or
@@ -98,7 +100,7 @@ def parse(argv: Sequence[str]) -> Config:
         if key not in known:
             parser.error(f"{name}: unknown option {key!r}{_hint(key, known)}")
     words = {key: as_flags(key, value) for key, value in values.items()}
-    options, extra = parser.parse_known_args([*itertools.chain(*words.values()), *argv])
+    options, extra = parser.parse_known_args([*itertools.chain(*words.values()), *argv, *stage])
     if extra:
         parser.error(f"unknown option {extra[0]!r}{_hint(_flag(extra[0], known), known)}")
     objectives = objectives_of(options)
@@ -116,7 +118,7 @@ def parse(argv: Sequence[str]) -> Config:
         raise AlroFastError(found[next(causes, next(iter(found)))].message)
     try:
         *parts, _ = parser.parse_args_into_dataclasses(
-            [*itertools.chain(*words.values()), *argv], look_for_args_file=False
+            [*itertools.chain(*words.values()), *argv, *stage], look_for_args_file=False
         )
     except AlroFastError:
         raise
@@ -148,7 +150,24 @@ def settle_template(config: Config) -> None:
         if manifest is None:
             return
         data.template = default_template(manifest, prompts)
-    prompts.find_template(data.template)
+    try:
+        prompts.find_template(data.template)
+    except AlroFastError:
+        for other in (one for one in descriptions().values() if one.prompts is not prompts):
+            if _is_template(other.prompts, data.template):
+                raise AlroFastError(
+                    f"--template {data.template} is for --objective {other.title}, not {config.description.title}; "
+                    f"give one of {', '.join(prompts.ready_templates())}, or a YAML file of the same keys"
+                ) from None
+        raise
+
+
+def _is_template(prompts: Any, name: str) -> bool:
+    try:
+        prompts.find_template(name)
+    except AlroFastError:
+        return False
+    return True
 
 
 def defaults() -> dict[str, Any]:

@@ -34,7 +34,7 @@ def stages(config: Config, argv: Sequence[str]) -> Iterator[Config]:
         )
     root = Path(config.training.output_dir or next_folder(config))
     for words in stage_arguments(config, root):
-        stage = parse([*argv, *words])
+        stage = parse(argv, words)
         for name in ("stages", "stage_epochs", "stage_learning_rates", "stage_preferences"):
             setattr(stage.training, name, None)
         folder = Path(cast(str, stage.training.output_dir))

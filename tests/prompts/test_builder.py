@@ -215,7 +215,7 @@ def test_loading_refuses_another_tokenizer_and_damaged_files(tmp_path):
 
 
 DATED = (  # as Llama 3 has it, and as templates that take no date for an argument
-    "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}{% else %}{% set day = 'none' %}{% endif %}"
+    "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}{% else %}{% set day = '?' %}{% endif %}"
     "{{ bos_token }}Today Date: {{ day }}\n"
 ) + LLAMA3.removeprefix("{{ bos_token }}")
 

@@ -70,10 +70,10 @@ def test_the_template_of_anything_takes_its_scale_from_the_data(tmp_path, rating
     ("name", "shown", "graded", "by_grades", "said"),
     [
         ("movies", [1, 10], [1, 10], False, "has ratings from 1 to 10, outside the scale 0.5 to 5 of prompt template "
-         "'movies'; --template books or clicks or compact or demo or items fits"),
-        ("books", [0.5, 5], [4], False, "outside the scale 1 to 10 of prompt template 'books'; --template clicks or "),
+         "'movies'; --template books or items fits"),
+        ("books", [0.5, 5], [4], False, "outside the scale 1 to 10 of prompt template 'books'; --template items or "),
         ("music", [1, 5], [1, 2.5], True, "candidates rated 2.5, which is none of the grades 1, 2, 3, 4, 5 of prompt "
-         "template 'music'; --template compact or items or movies fits"),
+         "template 'music'; --template items or movies fits"),
         ("movies", [1, 5], [0, 1, 5], True, "candidates rated 0, which is none of the grades 0.5, 1, 1.5"),
         ("items", [1, 30], range(1, 31), True, "rated 2, which is none of the grades 1, 30 of prompt template 'items'; "
          "write a template with these ratings, of ten values at most"),
