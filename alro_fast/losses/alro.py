@@ -10,6 +10,7 @@ PyTorch: `alro_fast.losses.reference`.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import AlroFastError
 from ..ops import DIVERGENCES, HeadStats
-from ..ops.checks import check_device, check_head, values_are_free
-from .lists import ALROCounts, RankingLists, alro_counts, check_lists, check_shared_tokens
+from ..ops.checks import check_device, check_head, check_number, check_positive, values_are_free
+from .lists import ALROCounts, RankingLists, alro_counts, check_lists, check_shared_tokens, checked_counts
 
 SCORES = ("logprob", "prob", "logit")
 SPACES = ("candidates", "vocab")
@@ -43,16 +44,21 @@ def term_weights(alpha: float, beta: float) -> dict[str, float]:
     return {"sft": 1.0, "soft_lambda": alpha, "permutation": beta}
 
 
+def sharpness(gamma: float | None, score: str) -> float:
+    """gamma; where it is not given, what suits the score: at 1 the softmax of probabilities is nearly flat."""
+    return gamma if gamma is not None else (10.0 if score == "prob" else 1.0)
+
+
 def alro_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     lists: RankingLists,
     *,
-    alpha: float,
-    beta: float,
-    gamma: float,
-    sigma: float,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    gamma: float | None = None,
+    sigma: float = 1.0,
     score: str = "logprob",
     score_space: str = "candidates",
     psl: str = "kl",
@@ -72,7 +78,8 @@ def alro_loss(
     hidden [N, H]: the answer rows of all lists and both orders; weight [V, H], bias [V]; labels [N]: next token of each
     row, `ignore_index` for none. Every scalar is float32 (float64 for float64 input).
 
-    gamma: sharpness of the soft-argmax (1 suits log-probs, about 10 probabilities); sigma: slope of the pairwise loss.
+    alpha, beta: weights of the soft lambda and the permutation loss, at least 0. gamma: sharpness of the soft-argmax
+    (None: `sharpness` of the score); sigma: slope of the pairwise loss. Defaults are those of the train command.
     score, score_space: what the soft-argmax reads, the "logprob", "prob" or "logit" of an identifier, normalised over
     the list's "candidates" or the whole "vocab". psl: divergence ("kl", "ce", "symmetric"; all of `ops.DIVERGENCES`) of
     the twin's original (P) and the list (Q), over the "candidates" or, items paired by their identifiers, the whole
@@ -103,10 +110,10 @@ def alro_loss_from_logits(
     labels: Tensor,
     lists: RankingLists,
     *,
-    alpha: float,
-    beta: float,
-    gamma: float,
-    sigma: float,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    gamma: float | None = None,
+    sigma: float = 1.0,
     score: str = "logprob",
     score_space: str = "candidates",
     psl: str = "kl",
@@ -138,18 +145,18 @@ def alro_loss_from_logits(
 class ALROLoss(nn.Module):
     """`alro_loss` with its hyper-parameters held; no parameters of its own.
 
-    `ALROLoss(alpha=1.0, beta=1.0)(hidden, weight, labels, lists)`; options are the keyword arguments of `alro_loss`.
+    `ALROLoss(alpha=1.0, beta=0.1)(hidden, weight, labels, lists)`; options are the keyword arguments of `alro_loss`,
+    with its defaults.
     """
 
-    def __init__(
-        self, *, alpha: float = 1.0, beta: float = 1.0, gamma: float = 1.0, sigma: float = 1.0, **options
-    ) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        known = set(alro_loss.__kwdefaults__ or ()) - {"bias", "counts"}
+        defaults = alro_loss.__kwdefaults__ or {}
+        known = set(defaults) - {"bias", "counts"}
         unknown = sorted(set(options) - known)
         if unknown:
             raise AlroFastError(f"ALROLoss got {unknown}; expected options among {sorted(known)}")
-        self.options = {"alpha": alpha, "beta": beta, "gamma": gamma, "sigma": sigma, **options}
+        self.options = {name: defaults[name] for name in ("alpha", "beta", "gamma", "sigma")} | options
         _Options(**{name: value for name, value in self.options.items() if name in _Options.__annotations__})
 
     def forward(
@@ -174,7 +181,7 @@ class _Options:
 
     alpha: float
     beta: float
-    gamma: float
+    gamma: float | None
     sigma: float
     score: str = "logprob"
     score_space: str = "candidates"
@@ -188,6 +195,10 @@ class _Options:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise AlroFastError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
+        for name in ("alpha", "beta"):
+            weight = getattr(self, name)
+            check_number(name, weight, 0 <= weight < math.inf, "a weight, a finite number of at least 0")
+        check_positive(gamma=self.sharpness, sigma=self.sigma)
         if self.psl_space == "vocab" and self.psl not in VOCABULARY_DIVERGENCES:
             raise AlroFastError(
                 f"psl is {self.psl!r}, which is taken over the candidates alone; psl_space='vocab' takes one of "
@@ -195,6 +206,10 @@ class _Options:
             )
         if self.psl_mask_emitted and self.psl_space == "vocab":
             raise AlroFastError("psl_mask_emitted needs psl_space='candidates'; got psl_space='vocab'")
+
+    @property
+    def sharpness(self) -> float:
+        return sharpness(self.gamma, self.score)
 
     @property
     def default_score(self) -> bool:
@@ -234,7 +249,7 @@ def _compose(
         ratings=ratings,
         ranks=ranks,
         sizes=sizes,
-        gamma=options.gamma,
+        gamma=options.sharpness,
         sigma=options.sigma,
         backend=backend,
     )
@@ -251,6 +266,8 @@ def _compose(
 
     if counts is None:
         counts = ALROCounts._make(cast(Tensor, n).clamp(min=1) for n in alro_counts(labels, lists, ignore_index))
+    else:
+        counts = checked_counts(counts)
     logprobs = torch.where(targets >= 0, stats.target_logits - stats.lse[:, None], 0.0)
     means = {
         "sft": -logprobs.sum() / counts.rows,

@@ -9,14 +9,17 @@ Three things go by the name of lists, one at each stage of the way to a loss:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..data.records import LARGEST_RATING
+from ..data.records import LARGEST_RATING, target_ranks
 from ..errors import AlroFastError
-from ..ops.checks import check_floats, check_index, check_ranks, check_values, values_are_free
+from ..ops.checks import check_floats, check_index, check_number, check_ranks, check_values, values_are_free
 
 
 class Grades(NamedTuple):
@@ -48,6 +51,118 @@ class RankingLists(NamedTuple):
 
         grades = None if self.grades is None else Grades._make(map(move, self.grades))
         return RankingLists._make([*map(move, self[:5]), grades])
+
+    @classmethod
+    def from_ratings(
+        cls,
+        ratings: Sequence[Sequence[float]],
+        candidate_ids: Sequence[Sequence[int]] | None = None,
+        *,
+        twin: Sequence[int] | None = None,
+        first_rows: Sequence[int] | None = None,
+        step: int = 1,
+        ties: Sequence[Sequence[Any]] | None = None,
+        grades: Grades | None = None,
+    ) -> RankingLists:
+        """The lists of a batch, each of any length, from what is known of them; their labels: `labels()`.
+
+        ratings: of every list's candidates, higher is better; NaN: ungraded. candidate_ids: the token that names each
+        of them in the list's own prompt; left out where answers are `grades`.
+        twin: for a re-ordered list the number of the list it re-orders, -1 for others; None: none is. Items stand in
+        the same places in both.
+        first_rows: row of `hidden` that predicts a list's first slot, the others `step` rows apart (2 where a separator
+        stands between identifiers); None: one list after the other from row 0 on.
+        ties: something to sort by for every candidate, such as item ids, by which equal ratings are ordered; None: by
+        their places.
+        Raises AlroFastError naming the argument that does not fit.
+        """
+        if not len(ratings):
+            raise AlroFastError("ratings holds no lists; expected one at least")
+        if (candidate_ids is None) == (grades is None):
+            raise AlroFastError(
+                "candidate_ids are for answers of identifiers, and left out with grades; give one of them"
+            )
+        sizes = [len(each) for each in ratings]
+        for name, rows in (("candidate_ids", candidate_ids), ("ties", ties)):
+            if rows is not None and [len(each) for each in rows] != sizes:
+                raise AlroFastError(
+                    f"{name} and ratings differ in their lengths; expected one entry for every candidate"
+                )
+        for name, entries in (("twin", twin), ("first_rows", first_rows)):
+            if entries is not None and len(entries) != len(sizes):
+                raise AlroFastError(f"{name} has {len(entries)} entries for {len(sizes)} lists; expected one for each")
+        if step < 1:
+            raise AlroFastError(f"step is {step}; expected at least 1")
+        starts = first_rows
+        if starts is None:
+            starts = [0, *itertools.accumulate(size * step for size in sizes[:-1])]
+        keys = ties or [range(size) for size in sizes]
+        ids = candidate_ids or [[-1] * size for size in sizes]
+        ranks = [target_ranks([float(rating) for rating in each], key) for each, key in zip(ratings, keys)]
+        return cls(
+            _padded([range(start, start + size * step, step) for start, size in zip(starts, sizes)], -1, torch.long),
+            _padded(ids, -1, torch.long),
+            _padded(ratings, math.nan, torch.float32),
+            _padded(ranks, 0, torch.long),
+            torch.tensor([-1] * len(sizes) if twin is None else list(twin), dtype=torch.long),
+            grades,
+        )
+
+    @classmethod
+    def from_batch(cls, batch: Mapping[str, Any]) -> RankingLists:
+        """Those of a batch of `RankingCollator`."""
+        return cls(*(batch[name] for name in cls._fields[:5]))
+
+    def labels(self, row_count: int | None = None, ignore_index: int = -100) -> Tensor:
+        """[N] int64: the token that each of `row_count` rows (None: up to the last slot's) is to predict.
+
+        Identifiers in target order, or the grade that stands for a rating. `ignore_index` elsewhere: on rows of
+        separators and ends, which are the caller's to fill in, and where a rating has no grade.
+        """
+        used = self.slot_rows >= 0
+        last = int(self.slot_rows.max()) + 1 if self.slot_rows.numel() else 0
+        row_count = last if row_count is None else row_count
+        if last > row_count:
+            raise AlroFastError(f"slot_rows reach row {last - 1}; expected rows below row_count, {row_count}")
+        labels = torch.full((row_count,), ignore_index, dtype=torch.long, device=self.slot_rows.device)
+        tokens = _targets(self)
+        labels[self.slot_rows[used].long()] = torch.where(tokens < 0, ignore_index, tokens)[used]
+        return labels
+
+
+def _targets(lists: RankingLists) -> Tensor:
+    """[L, M] int64: the token that each slot's row is to predict; -1 on pads and for a rating without a grade."""
+    used = lists.slot_rows >= 0
+    if lists.grades is not None:
+        same = lists.ratings[:, :, None] == lists.grades.values.to(lists.ratings.dtype)
+        tokens = torch.where(same, lists.grades.token_ids.long(), -1)
+        return tokens.amax(dim=2).masked_fill(~used, -1)
+    return _by_slot(lists, lists.candidate_ids.long(), -1)
+
+
+def _by_slot(lists: RankingLists, values: Tensor, pad: float) -> Tensor:
+    """Values of candidates [L, M] in the order of their ranks."""
+    used = lists.slot_rows >= 0
+    place = torch.where(used, lists.ranks.long() - 1, torch.arange(used.shape[1], device=used.device))
+    return torch.full_like(values, pad).scatter(1, place, values.masked_fill(~used, pad))
+
+
+def _padded(rows: Sequence[Sequence[float]], pad: float, dtype: torch.dtype) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], dtype=dtype)
+
+
+def checked_counts(counts: ALROCounts) -> ALROCounts:
+    """Denominators given by a caller, 0 (of what a batch has none of) as 1; AlroFastError for what is no count."""
+    made = []
+    for name, count in zip(ALROCounts._fields, counts):
+        if not isinstance(count, Tensor):
+            check_number(f"counts.{name}", count, 0 <= count < math.inf, "a count, a finite number of at least 0")
+            made.append(count or 1.0)
+            continue
+        check_values(f"counts.{name}", count, (count >= 0) & count.isfinite(), "of at least 0, finite")
+        made.append(torch.where(count == 0, 1, count))
+    return ALROCounts._make(made)
 
 
 def alro_counts(labels: Tensor, lists: RankingLists, ignore_index: int = -100) -> ALROCounts:
@@ -126,6 +241,7 @@ def _check_list_values(labels: Tensor, lists: RankingLists, row_count: int, voca
     used = slot_rows >= 0
     if (used[:, 1:] & ~used[:, :-1]).any():
         raise AlroFastError("slot_rows has a slot after a pad; expected each list's slots first, then its pads")
+    _check_distinct("slot_rows", slot_rows, "row")
     sizes = used.sum(dim=1)
     if grades is None:
         check_values("candidate_ids", candidate_ids, candidate_ids < vocab_size, f"{in_vocab}, -1 on pads")
@@ -158,6 +274,43 @@ def _check_list_values(labels: Tensor, lists: RankingLists, row_count: int, voca
         raise AlroFastError(
             f"twin[{place}] is {int(twin[place])}, whose size or ratings differ; expected one axis of items in both"
         )
+    shared = has_twin & ((slot_rows == slot_rows[of]) & used).any(dim=1)
+    if shared.any():
+        place = int(shared.nonzero()[0, 0])
+        raise AlroFastError(
+            f"slot_rows of list {place} and of list {int(twin[place])}, which it is the twin of, are the same rows; a "
+            "list in another order has a prompt and rows of its own"
+        )
+    _check_agreement(labels, lists, ignore_index)
+
+
+def _check_agreement(labels: Tensor, lists: RankingLists, ignore_index: int) -> None:
+    """Ranks and ratings, and labels and candidates, say the same."""
+    used = lists.slot_rows >= 0
+    best_first = _by_slot(lists, lists.ratings.nan_to_num(nan=-1.0), -1.0)
+    wrong = (used[:, 1:] & (best_first[:, 1:] > best_first[:, :-1])).nonzero()
+    if len(wrong):
+        place, slot = wrong[0].tolist()
+        before, after = (
+            f"a rating of {value:g}" if value >= 0 else "no rating"
+            for value in best_first[place, slot : slot + 2].tolist()
+        )
+        raise AlroFastError(
+            f"ranks of list {place} put {before} before {after}; expected higher ratings first, ungraded ones last"
+        )
+    rows = lists.slot_rows.clamp(min=0).long()
+    found, tokens = labels.long()[rows] if len(labels) else rows, _targets(lists)
+    wrong = used & (found != ignore_index) & (tokens >= 0) & (found != tokens)
+    if lists.grades is not None:  # a rating between grades: any of them may stand for it
+        wrong |= used & (found != ignore_index) & (tokens < 0) & ~torch.isin(found, lists.grades.token_ids)
+    if wrong.any():
+        place, slot = wrong.nonzero()[0].tolist()
+        what = f"token {int(tokens[place, slot])}" if tokens[place, slot] >= 0 else "one of grades.token_ids"
+        raise AlroFastError(
+            f"labels holds {int(found[place, slot])} at row {int(rows[place, slot])}, which slot_rows names for slot "
+            f"{slot} of list {place}; expected {what}, or {ignore_index}: are the rows off by one, or candidate_ids or "
+            "ratings of another order?"
+        )
 
 
 def check_shared_tokens(lists: RankingLists) -> None:
@@ -172,11 +325,11 @@ def check_shared_tokens(lists: RankingLists) -> None:
         )
 
 
-def _check_distinct(name: str, ids: Tensor) -> None:
+def _check_distinct(name: str, ids: Tensor, what: str = "token") -> None:
     ordered = ids.sort(dim=1).values
     repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     if repeated.any():
         place, column = repeated.nonzero()[0].tolist()
         raise AlroFastError(
-            f"{name} holds token {int(ordered[place, column])} twice in list {place}; expected distinct tokens"
+            f"{name} holds {what} {int(ordered[place, column])} twice in list {place}; expected distinct {what}s"
         )

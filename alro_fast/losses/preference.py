@@ -15,6 +15,7 @@ All equal DPO for k = 1. Definition in plain PyTorch: `alro_fast.losses.referenc
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import AlroFastError
-from ..ops.checks import values_are_free
+from ..ops.checks import check_device, check_floats, check_values, values_are_free
 
 VARIANTS = ("dmpo", "mean_outside", "sdpo", "mult")
 
@@ -60,7 +61,7 @@ def dmpo_loss(
     Raises AlroFastError naming the argument that does not fit.
     """
     rejected_mask, chosen_mask = _check(
-        chosen, rejected, ref_chosen, ref_rejected, beta, rejected_mask, chosen_mask, variant, chosen_lengths
+        chosen, rejected, ref_chosen, ref_rejected, beta, rejected_mask, chosen_mask, variant, ftx, chosen_lengths
     )
     policy_chosen = _wide(chosen).view(len(chosen), -1).masked_fill(~chosen_mask, 0.0)
     policy_rejected = _wide(rejected).masked_fill(~rejected_mask, 0.0)
@@ -94,7 +95,7 @@ class DMPOLoss(nn.Module):
 
     def __init__(self, beta: float = 0.1, variant: str = "dmpo", ftx: float = 0.0) -> None:
         super().__init__()
-        _check_settings(beta, variant)
+        _check_settings(beta, variant, ftx)
         self.beta, self.variant, self.ftx = beta, variant, ftx
 
     def forward(
@@ -125,9 +126,11 @@ def _mult(chosen: Tensor, rejected: Tensor, chosen_mask: Tensor, rejected_mask: 
     return ((total - chosen) * chosen_mask).sum(dim=1)
 
 
-def _check(chosen, rejected, ref_chosen, ref_rejected, beta, rejected_mask, chosen_mask, variant, chosen_lengths):
+def _check(chosen, rejected, ref_chosen, ref_rejected, beta, rejected_mask, chosen_mask, variant, ftx, chosen_lengths):
     """The masks, made where they are not given; AlroFastError for anything that does not fit."""
-    _check_settings(beta, variant)
+    _check_settings(beta, variant, ftx)
+    check_floats("chosen", chosen, rejected, "rejected")
+    check_floats("rejected", rejected, rejected, "rejected")
     if rejected.dim() != 2 or chosen.dim() not in (1, 2) or len(chosen) != len(rejected):
         raise AlroFastError(
             f"chosen has shape {tuple(chosen.shape)} and rejected {tuple(rejected.shape)}; expected [B] (or [B, k]) "
@@ -138,6 +141,10 @@ def _check(chosen, rejected, ref_chosen, ref_rejected, beta, rejected_mask, chos
             f"chosen has shape {tuple(chosen.shape)} and rejected {tuple(rejected.shape)}; {variant} takes one chosen "
             "answer a user ([B]) or one beside each rejected answer ([B, k]): several positives need variant 'mult'"
         )
+    if 0 in rejected.shape:
+        raise AlroFastError(
+            f"rejected has shape {tuple(rejected.shape)}; a preference loss needs a user and a rejected answer at least"
+        )
     if (ref_chosen is None) != (ref_rejected is None):
         raise AlroFastError("ref_chosen and ref_rejected go together; give both, or neither for a reference-free loss")
     masks = {"rejected_mask": (rejected_mask, rejected), "chosen_mask": (chosen_mask, chosen)}
@@ -145,8 +152,18 @@ def _check(chosen, rejected, ref_chosen, ref_rejected, beta, rejected_mask, chos
     for name, (tensor, model) in (masks | like | {"chosen_lengths": (chosen_lengths, chosen)}).items():
         if tensor is not None and tensor.shape != model.shape:
             raise AlroFastError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(model.shape)}")
-        if tensor is not None and name.endswith("_mask") and tensor.dtype != torch.bool:
+        if tensor is None:
+            continue
+        check_device(name, tensor, rejected, "rejected")
+        if name.endswith("_mask") and tensor.dtype != torch.bool:
             raise AlroFastError(f"{name} has dtype {tensor.dtype}; expected bool, True where there is an answer")
+        if name in like:
+            check_floats(name, tensor, rejected, "rejected")
+    if chosen_lengths is not None:
+        if chosen_lengths.is_complex():
+            raise AlroFastError(f"chosen_lengths has dtype {chosen_lengths.dtype}; expected numbers of tokens")
+        there = torch.ones_like(chosen_lengths, dtype=torch.bool) if chosen_mask is None else chosen_mask
+        check_values("chosen_lengths", chosen_lengths, ~there | (chosen_lengths > 0), "above 0: an answer's tokens")
     if rejected_mask is None:
         rejected_mask = torch.ones_like(rejected, dtype=torch.bool)
     if chosen_mask is None:
@@ -158,11 +175,13 @@ def _check(chosen, rejected, ref_chosen, ref_rejected, beta, rejected_mask, chos
     return rejected_mask, chosen_mask
 
 
-def _check_settings(beta: float, variant: str) -> None:
+def _check_settings(beta: float, variant: str, ftx: float) -> None:
     if variant not in VARIANTS:
         raise AlroFastError(f"variant is {variant!r}; expected one of {', '.join(VARIANTS)}")
-    if not beta > 0:
-        raise AlroFastError(f"beta is {beta}; expected a positive number")
+    if not 0 < beta < math.inf:
+        raise AlroFastError(f"beta is {beta}; expected a positive finite number")
+    if not 0 <= ftx < math.inf:
+        raise AlroFastError(f"ftx is {ftx}; expected a weight, a finite number of at least 0")
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .alro import ALROCounts, ALROLossOutput, RankingLists
+from .alro import ALROCounts, ALROLossOutput, RankingLists, sharpness
 from .preference import PreferenceLoss
 
 
@@ -176,10 +176,10 @@ def alro_loss_from_logits(
     labels: Tensor,
     lists: RankingLists,
     *,
-    alpha: float,
-    beta: float,
-    gamma: float,
-    sigma: float,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    gamma: float | None = None,
+    sigma: float = 1.0,
     score: str = "logprob",
     score_space: str = "candidates",
     psl: str = "kl",
@@ -191,7 +191,7 @@ def alro_loss_from_logits(
     backend: str = "auto",
 ) -> ALROLossOutput:
     """1.4: the ALRO loss of logits [N, V]; every argument as `alro_fast.alro_loss`."""
-    z = _wide(logits)
+    z, gamma = _wide(logits), sharpness(gamma, score)
     width = lists.slot_rows.shape[1]
     soft_lambdas, permutations, expected = [], [], []
     for index in range(len(lists.slot_rows)):

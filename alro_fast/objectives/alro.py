@@ -13,7 +13,7 @@ from ..data.records import RankingList
 from ..data.seeds import draw
 from ..errors import AlroFastError
 from ..losses import Grades, RankingLists, alro_loss
-from ..losses.alro import term_weights
+from ..losses.alro import sharpness, term_weights
 from ..modeling.packing import PackedBatch
 from ..options import Where
 from ..prompts import PromptBuilder
@@ -96,7 +96,7 @@ class ALROObjective(SFTObjective):
         options = self.arguments
         out = alro_loss(
             hidden, head.weight, packed.labels, targets.lists,
-            alpha=options.alpha, beta=options.beta, gamma=sharpness(options.gamma, options.score), sigma=options.sigma,
+            alpha=options.alpha, beta=options.beta, gamma=options.gamma, sigma=options.sigma,
             score=options.score, score_space=options.score_space,
             psl=options.psl, psl_space=options.psl_space, psl_detach=options.psl_detach,
             psl_mask_emitted=options.psl_mask_emitted,
@@ -120,11 +120,6 @@ class Scoring(NamedTuple):
             return cls()
         score = options.get("score", "logprob")
         return cls(score, options.get("score_space", "candidates"), sharpness(options.get("gamma"), score))
-
-
-def sharpness(gamma: float | None, score: str) -> float:
-    """`--gamma`; where it is not given, what suits the score: at 1 the softmax of probabilities is nearly flat."""
-    return gamma if gamma is not None else (10.0 if score == "prob" else 1.0)
 
 
 def permutation(size: int, generator: random.Random) -> list[int]:

@@ -46,6 +46,8 @@ def soft_lambda(
     for name, tensor in (("ratings", ratings), ("ranks", ranks)):
         if tensor is not None and tensor.shape != mask.shape:
             raise AlroFastError(f"{name} has shape {tuple(tensor.shape)}; expected that of mask, {tuple(mask.shape)}")
+    if ratings.is_complex():
+        raise AlroFastError(f"ratings has dtype {ratings.dtype}; expected real numbers")
     check_device("ratings", ratings, scores, "scores")
     check_values("ratings", ratings, ~mask | ~((ratings < 0) | ratings.isinf()), "finite and >= 0, or NaN")
     sizes = mask.sum(dim=1)

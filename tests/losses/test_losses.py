@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from list_tensors import random_list_tensors
+from list_tensors import own_labels, random_list_tensors
 
 import alro_fast
 from alro_fast import ops
@@ -35,7 +35,7 @@ def backend(request) -> str:
 
 def batch(form: str = "ranking", **options):
     lists = random_list_tensors(SIZES, TWIN, rows=ROWS, vocab=V, form=form, **options)
-    labels = torch.randint(0, V, (ROWS,))
+    labels = own_labels(lists, ROWS, V)
     labels[3] = -100
     return torch.randn(ROWS, H), torch.randn(V, H) * 0.5, torch.randn(V), labels, lists
 
@@ -130,7 +130,7 @@ def test_frozen_head_in_bfloat16(backend):
 def test_several_twins_of_one_list(backend):
     lists = random_list_tensors([4, 4, 4], [-1, 0, 0], rows=12, vocab=V)
     tensors = torch.randn(12, H), torch.randn(V, H) * 0.5, torch.randn(V)
-    labels = torch.randint(0, V, (12,))
+    labels = own_labels(lists, 12, V)
     for options in ({"psl_detach": False}, {"psl_detach": False, "psl_space": "vocab"}):
         got = run(with_bias(losses, backend=backend), tensors, labels, lists, **WEIGHTS, **options)
         want = run(with_bias(reference), [tensor.double() for tensor in tensors], labels, lists, **WEIGHTS, **options)
@@ -176,7 +176,7 @@ def test_no_lists_no_candidates_and_empty_lists_add_nothing(backend, form, shape
 
 def test_counts_of_the_whole_batch_make_parts_add_up():
     """Two halves with the whole's denominators give the whole's loss and gradient."""
-    hidden, weight, _, labels, _ = batch()
+    hidden, weight, *_ = batch()
     halves = [
         random_list_tensors([5, 5], [-1, 0], rows=17, vocab=V, seed=1),
         random_list_tensors([4, 4, 2], [-1, 0, -1], rows=17, vocab=V, seed=2, width=5),
@@ -186,6 +186,8 @@ def test_counts_of_the_whole_batch_make_parts_add_up():
         twin=torch.where(halves[1].twin >= 0, halves[1].twin + 2, -1),
     )
     whole = RankingLists(*(torch.cat(pair) for pair in zip(halves[0][:5], shifted[:5])))
+    labels = own_labels(whole, ROWS, V)
+    labels[3] = -100
     counts = alro_counts(labels, whole)
     assert tuple(map(int, counts)) == (33, 5, 2)
     added = [sum(pair) for pair in zip(*(alro_counts(labels[i * 17 :][:17], half) for i, half in enumerate(halves)))]
@@ -284,10 +286,10 @@ def test_a_new_divergence_takes_the_definition_and_the_eager_backend(monkeypatch
     monkeypatch.setitem(ops.DIVERGENCES, "js", jensen_shannon)
     dispatch._say_once_declined.cache_clear()
     with caplog.at_level(logging.INFO, logger="alro_fast.ops"):
-        for form in (lists, batch("ratings")[-1]):
+        for told, form in ((labels, lists), batch("ratings")[-2:]):
             leaf, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
-            out = alro_loss(leaf, weight, labels, form, **options)
-            wanted = reference.alro_loss(exact, weight.double(), labels, form, **options)
+            out = alro_loss(leaf, weight, told, form, **options)
+            wanted = reference.alro_loss(exact, weight.double(), told, form, **options)
             torch.testing.assert_close(out.permutation.double(), wanted.permutation, atol=1e-6, rtol=1e-5)
             out.permutation.backward()
             wanted.permutation.backward()
@@ -415,7 +417,7 @@ def test_bad_grades_name_the_argument(change, message):
 
 def test_bad_labels_options_and_combinations():
     hidden, weight, _, labels, lists = batch()
-    *_, graded = batch("ratings")
+    *_, own, graded = batch("ratings")
     out_of_range = labels.clone()
     out_of_range[5] = V
     for expected, arguments, options in [
@@ -424,7 +426,7 @@ def test_bad_labels_options_and_combinations():
         ("hidden has 15 columns and weight 16", (hidden[:, 1:], weight, labels, lists), {}),
         ("hidden has dtype torch.float64 and weight torch.float32", (hidden.double(), weight, labels, lists), {}),
         ("score is 'rank'; expected one of logprob, prob, logit", (hidden, weight, labels, lists), {"score": "rank"}),
-        (r"score=.prob., score_space=.candidates. with grades", (hidden, weight, labels, graded), {"score": "prob"}),
+        (r"score=.prob., score_space=.candidates. with grades", (hidden, weight, own, graded), {"score": "prob"}),
         (
             "psl_mask_emitted needs psl_space='candidates'",
             (hidden, weight, labels, lists),
@@ -436,6 +438,7 @@ def test_bad_labels_options_and_combinations():
     with pytest.raises(AlroFastError, match="logits has shape"):
         alro_loss_from_logits(torch.zeros(3), labels, lists, **WEIGHTS)
     foreign = changed(lists, "candidate_ids", (1, 0), next(iter(set(range(V)) - set(lists.candidate_ids[1].tolist()))))
+    labels = own_labels(foreign, ROWS, V)
     with pytest.raises(AlroFastError, match=r"candidate_ids of list 1 .* psl_space='vocab'"):
         alro_loss(hidden, weight, labels, foreign, psl_space="vocab", **WEIGHTS)
     alro_loss(hidden, weight, labels, foreign, **WEIGHTS)  # over the candidates any identifiers will do

@@ -193,7 +193,27 @@ def test_half_precision_is_computed_in_float32():
     ("change", "said"),
     [
         ({"variant": "ipo"}, "variant is 'ipo'; expected one of dmpo, mean_outside, sdpo, mult"),
-        ({"beta": 0.0}, "beta is 0.0; expected a positive number"),
+        ({"beta": 0.0}, "beta is 0.0; expected a positive finite number"),
+        ({"beta": math.inf}, "beta is inf; expected a positive finite number"),
+        ({"ftx": -1.0}, "ftx is -1.0; expected a weight, a finite number of at least 0"),
+        ({"ftx": math.nan}, "ftx is nan; expected a weight"),
+        (
+            {"chosen": torch.zeros(5, dtype=torch.complex64)},
+            "chosen has dtype torch.complex64; expected a floating dtype",
+        ),
+        ({"rejected": torch.zeros(5, 4).long()}, "rejected has dtype torch.int64; expected a floating dtype"),
+        ({"ref_rejected": torch.zeros(5, 4).cfloat()}, "ref_rejected has dtype torch.complex64"),
+        ({"ref_chosen": torch.zeros(5, device="meta")}, "ref_chosen is on meta and rejected on cpu"),
+        (
+            {"rejected": torch.zeros(5, 0)},
+            r"rejected has shape \(5, 0\); a preference loss needs a user and a rejected",
+        ),
+        ({"chosen": torch.zeros(0), "rejected": torch.zeros(0, 4)}, r"rejected has shape \(0, 4\); a preference loss"),
+        (
+            {"chosen_lengths": torch.tensor([3, 1, 0, 2, 5])},
+            r"chosen_lengths holds 0 at \(2,\); expected values above 0",
+        ),
+        ({"chosen_lengths": torch.ones(5).cfloat()}, "chosen_lengths has dtype torch.complex64"),
         ({"chosen": torch.zeros(3)}, "chosen has shape"),
         ({"chosen": torch.zeros(5, 2)}, "several positives need variant 'mult'"),
         ({"rejected": torch.zeros(5)}, "chosen has shape"),
@@ -208,3 +228,9 @@ def test_mistakes_name_the_argument(change, said):
     given = dict(zip(names, draw(dtype=torch.float32))) | change
     with pytest.raises(AlroFastError, match=said):
         dmpo_loss(*[given.pop(name) for name in names], **given)
+
+
+def test_the_module_refuses_them_when_it_is_made():
+    for change, said in (({"ftx": -1.0}, "ftx is -1.0"), ({"beta": math.nan}, "beta is nan")):
+        with pytest.raises(AlroFastError, match=said):
+            DMPOLoss(**change)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, HALF_ROUNDING, Head, head
 from kernel_strategies import examples, heads
-from list_tensors import random_list_tensors
+from list_tensors import own_labels, random_list_tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alro_fast.losses import alro as losses
@@ -303,8 +303,8 @@ def test_a_step_compiles_nothing_that_warmup_has_not(monkeypatch: pytest.MonkeyP
         for trainable in (False, True):
             leaves = [tensor.detach().requires_grad_(trainable) for tensor in case.arguments[:3]]
             out = losses.alro_loss(
-                leaves[0].requires_grad_(), leaves[1], torch.arange(33), lists, bias=leaves[2], alpha=1.0, beta=1.0,
-                gamma=1.0, sigma=1.0, psl_space=psl_space, backend="triton",
+                leaves[0].requires_grad_(), leaves[1], own_labels(lists, 33, 70), lists, bias=leaves[2], alpha=1.0,
+                beta=1.0, gamma=1.0, sigma=1.0, psl_space=psl_space, backend="triton",
             )  # fmt: skip
             out.loss.backward()
     divergences = {key for key in compiled if key[0] == "listwise_kernel" and "('DIVERGENCE', 1)" not in key[2]}

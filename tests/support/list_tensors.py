@@ -8,6 +8,16 @@ from alro_fast.losses import Grades, RankingLists
 from alro_fast.ops import descending_ranks
 
 
+def own_labels(lists: RankingLists, rows: int, vocab: int) -> torch.Tensor:
+    """[rows] what every slot's row is to predict; random tokens on rows without a slot."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, vocab, (rows,), generator=generator)
+    told = lists.labels(rows)
+    slots = torch.zeros(rows, dtype=torch.bool)
+    slots[lists.slot_rows[lists.slot_rows >= 0]] = True
+    return torch.where(slots, told, labels)
+
+
 def random_list_tensors(
     sizes: list[int], twin: list[int], *, rows: int, vocab: int, form: str = "ranking", seed: int = 0, width: int = 0
 ) -> RankingLists:
