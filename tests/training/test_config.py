@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import yaml
 
 from alro_fast.errors import AlroFastError
+from alro_fast.prompts.template import TEMPLATES
 from alro_fast.training.config import parse, recipe_names
 from alro_fast.training.unread import WITHOUT_MEANING
 
@@ -96,6 +99,39 @@ def test_numbers_and_names_that_would_fail_later_are_refused(words, said, tmp_pa
         parse(["--output_dir", str(tmp_path), *words.split()])
     assert str(caught.value).startswith(said)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--template novels", "no prompt template 'novels'"),
+        ("--objective recranker --template demo", "--template demo is for --objective (alro|dmpo|sft), not recranker; "
+         "give one of books, compact, items, movies, products, or a YAML file"),
+        ("--template {tasks}", "--template .*movies.yaml is for --objective recranker, not alro; give one of books"),
+        ("--stages sft,dmpo --template {tasks}", "is for --objective recranker, not"),
+    ],
+)  # fmt: skip
+def test_a_template_that_does_not_fit_the_objective_is_found_while_parsing(words, said, tmp_path):
+    words = words.format(tasks=TEMPLATES / "recranker" / "movies.yaml")
+    with pytest.raises(AlroFastError, match=said):
+        parse([*words.split(), "--data_dir", "lists", "--model_name_or_path", "base", "--output_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("manifest", "objective", "template"),
+    [
+        ({"dataset": "amazon-2023"}, "alro", "products"),
+        ({"dataset": "csv", "rating_values": [1.0]}, "sft", "clicks"),
+        ({"dataset": "csv", "rating_values": [1.0]}, "recranker", "items"),
+        ({"dataset": "book-crossing"}, "recranker", "books"),
+    ],
+)
+def test_the_template_follows_the_data_and_is_recorded(manifest, objective, template, tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": "alro_fast ranking lists", **manifest}))
+    words = ["--objective", objective, "--model_name_or_path", "base", "--output_dir", "out", "--data_dir"]
+    assert parse([*words, str(tmp_path)]).to_dict()["template"] == template
+    assert parse([*words, str(tmp_path), "--template", "movies"]).to_dict()["template"] == "movies"
+    assert parse([*words, str(tmp_path / "none")]).data.template is None  # what is no folder is said when it is opened
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_MEANING.keys() - {"liger_kernel_config"}))  # the last: no flag says it

@@ -50,6 +50,8 @@ def options(folder, output, *more):
         "--tokens_per_batch": 1200, "--num_train_epochs": 3, "--learning_rate": 0.01, "--lora_r": 4, "--save_steps": 4,
         "--eval_strategy": "epoch", "--use_cpu": True, "--disable_tqdm": True, "--logging_steps": 1,
     }  # fmt: skip
+    if {"--max_steps", "--stage_epochs"} & set(map(str, more)):
+        del words["--num_train_epochs"]
     if "--use_peft" in more:  # false, wherever it is given here
         del words["--lora_r"]
     return [str(word) for pair in words.items() for word in pair] + [str(word) for word in more]

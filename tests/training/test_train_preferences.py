@@ -63,6 +63,8 @@ def options(folder, output, *more):
         "--num_train_epochs": 1, "--learning_rate": 0.01, "--lora_r": 4, "--lora_alpha": 8, "--use_cpu": True,
         "--disable_tqdm": True, "--logging_steps": 1, "--save_strategy": "no",
     }  # fmt: skip
+    if {"--max_steps", "--stage_epochs"} & set(map(str, more)):
+        del words["--num_train_epochs"]
     if "--use_peft" in more:  # false, wherever it is given here
         del words["--lora_r"], words["--lora_alpha"]
     return [str(word) for pair in words.items() for word in pair] + [str(word) for word in more]
@@ -411,7 +413,7 @@ def test_the_authors_files_train_and_evaluate(folder, tmp_path, shared_data, dat
     measured = [files / f"rec_{data}_eval_ranking.json", files / "rec_Amazon_Movie_sft_ranking.json"]
     for k in range(1, 6):
         argv = [
-            "--config", "dmpo-release", "--stages", "dmpo", "--stage_epochs", 1, "--max_steps", 1,
+            "--config", "dmpo-release", "--stages", "dmpo", "--max_steps", 1,
             "--preferences", files / f"rec_{data}_dpo_ranking_{k}.json", "--eval_preferences", *measured,
             "--max_train_lists", 3, "--max_eval_lists", 3, "--max_test_lists", 3, "--tokens_per_batch", 8000,
             "--model_name_or_path", tmp_path / "chat",

@@ -214,6 +214,42 @@ def test_an_option_is_refused_at_its_default_too_and_in_a_file(tmp_path):
             parse([*argv, "--data_dir", "lists", "--output_dir", "out"])
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--max_steps 9 --num_train_epochs 2", "--num_train_epochs is read without --max_steps, which ends training"),
+        (
+            "--stages sft,dmpo --stage_epochs 1,2 --num_train_epochs 2",
+            "--num_train_epochs is read without --max_steps,",
+        ),
+        (
+            "--stages sft,dmpo --stage_epochs 1,2 --max_steps 9",
+            "--stage_epochs is read with --stages, and without --max",
+        ),
+        (
+            "--config dmpo --num_train_epochs 2",
+            "--num_train_epochs is read without --max_steps, .* without --stage_epoc",
+        ),
+    ],
+)
+def test_epochs_that_steps_or_stages_would_override_are_refused(argv, said):
+    with pytest.raises(AlroFastError, match=said):
+        parse([*argv.split(), "--data_dir", "lists", "--model_name_or_path", "base", "--output_dir", "out"])
+
+
+def test_epochs_of_a_recipe_give_way_to_steps_and_stages(tmp_path):
+    config = parse(["--config", "demo", "--max_steps", "7", "--output_dir", "out"])
+    assert config.training.max_steps == 7
+    assert "num_train_epochs" not in config.to_dict()
+    again = tmp_path / "config.yaml"
+    again.write_text(yaml.safe_dump({"alro_fast_version": "0.1.0", **config.to_dict(), "num_train_epochs": 3.0}))
+    assert parse(["--config", str(again), "--output_dir", "out"]).training.max_steps == 7  # as version 0.1.0 recorded
+    argv = f"--config demo --stages sft,alro --stage_epochs 2,5 --output_dir {tmp_path / 'out'}".split()
+    made = list(kinds.stages(parse(argv), argv))
+    assert [stage.training.num_train_epochs for stage in made] == [2.0, 5.0]
+    assert [stage.to_dict()["num_train_epochs"] for stage in made] == [2.0, 5.0]
+
+
 def test_dpos_beta_is_named_where_another_is_meant():
     with pytest.raises(AlroFastError, match=r"--beta has no meaning for --objective dmpo; .* alro: give --dpo_beta$"):
         parse(words("dmpo", "--beta", "0.1"))
