@@ -1,0 +1,439 @@
+"""Attention over a packed trie, forward and backward, by tiles of scores in on-chip memory (FlashAttention's way).
+
+    s_rk = scale q_r . k_k, soft-capped, where k <= r < until[k] (and position[r] - position[k] < window)
+    o_r = sum_k p_rk v_k, p_rk = exp(s_rk - L_r), L_r = log sum_k exp s_rk
+    dv_k = sum_r p_rk do_r, ds_rk = p_rk (do_r . v_k - do_r . o_r), dq_r = scale sum_k ds_rk k_k, dk_k likewise
+
+Which tiles there are is decided on the host (`trie_tiles`); in whole ones no mask is read. Queries are blocks of rows of
+the stream, whatever branches they are of, so short branches fill a tile together, and a key that several see is read
+once for all of them, in place.
+Per tile and head 4 B_M B_N D FLOPs forward, 14 backward (scores are computed twice: once for the gradients of queries,
+once for those of keys). Sums are float32, float32 inputs are multiplied as such (no TF32); probabilities and their
+gradients are rounded to the inputs' dtype before the second product. No atomics: every run gives the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .head_tile import add_product, register_limit
+from .trie_tiles import Trie
+
+WIDEST = 256  # elements of a head
+ADD_ROWS = 16  # that a program of trie_add_up_kernel takes
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+class Launch(NamedTuple):
+    """Tiles of block_m queries by block_n keys; `registers` that a thread may take, see `head_tile.register_limit`."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    registers: int = 255
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **register_limit(self.registers)}
+
+
+class TrieConfig(NamedTuple):
+    """How the three kernels are launched for one width and dtype."""
+
+    forward: Launch
+    query_grad: Launch
+    key_grad: Launch
+
+
+@triton.jit
+def _rows_of(pointer, first, past, stride, width, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+             WHOLE: tl.constexpr):  # fmt: skip
+    """[BLOCK, BLOCK_D]: rows from `first` on; zeros from row `past` and element `width` on, unless WHOLE or EVEN_D."""
+    row, element = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    place = pointer + first.to(tl.int64) * stride + row[:, None] * stride + element[None, :]
+    if WHOLE and EVEN_D:
+        return tl.load(place)
+    inside = (row < past - first)[:, None] & (element < width)[None, :]
+    return tl.load(place, mask=inside, other=0.0)
+
+
+@triton.jit
+def _keep_rows(pointer, values, first, past, stride, width, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    row, element = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    place = pointer + first.to(tl.int64) * stride + row[:, None] * stride + element[None, :]
+    inside = (row < past - first)[:, None] & (element < width)[None, :]
+    tl.store(place, values.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _scores(product, scale, cap, HAS_CAP: tl.constexpr):
+    """Scores in base 2, and their slope by the product over `scale`."""
+    if HAS_CAP:
+        share = 2.0 * tl.sigmoid(product * (2.0 * scale / cap)) - 1.0  # tanh
+        return share * (cap * _LOG2E), 1.0 - share * share
+    return product * (scale * _LOG2E), 1.0
+
+
+@triton.jit
+def _seen(row, position, key, until, key_position, window, HAS_WINDOW: tl.constexpr):
+    """Which queries (first axis) see which keys (second axis); rows of -1 see none, keys until 0 are seen by none."""
+    seen = (key <= row) & (row < until)
+    if HAS_WINDOW:
+        seen = seen & (position - key_position < window)
+    return seen
+
+
+@triton.jit
+def _forward_tile(
+    q, row, position, highest, total, acc, first, key, value, until, positions, stride_kn, stride_vn, size_k,
+    width, scale, cap, window,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The running maximum, sum and output of a block of queries after one tile of keys more."""
+    k = _rows_of(key, first, size_k, stride_kn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
+    product = add_product(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
+    score, _ = _scores(product, scale, cap, HAS_CAP)
+    if not WHOLE:
+        n = first + tl.arange(0, BLOCK_N)
+        end = tl.load(until + n, mask=n < size_k, other=0)
+        place = tl.load(positions + n, mask=n < size_k, other=0) if HAS_WINDOW else n
+        seen = _seen(row[:, None], position[:, None], n[None, :], end[None, :], place[None, :], window, HAS_WINDOW)
+        score = tl.where(seen, score, float("-inf"))
+    higher = tl.maximum(highest, tl.max(score, axis=1))
+    base = higher
+    if not WHOLE:
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
+    probability = tl.exp2(score - base[:, None])
+    shrink = tl.exp2(highest - base)
+    total = total * shrink + tl.sum(probability, axis=1)
+    v = _rows_of(value, first, size_k, stride_vn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
+    acc = add_product(probability.to(v.dtype), v, acc * shrink[:, None])
+    return higher, total, acc
+
+
+@triton.jit
+def trie_forward_kernel(
+    query, key, value, out, lse, rows, positions, until, blocks, tiles,
+    stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_oh, stride_on,
+    size_q, size_k, width, groups, scale, cap, window,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """out [size_q, heads, width] and lse [heads, size_q] (base 2); one program per head and block of queries."""
+    head = tl.program_id(0).to(tl.int64)
+    blocks += tl.program_id(1) * 5
+    low, past = tl.load(blocks), tl.load(blocks + 1)
+    m = low + tl.arange(0, BLOCK_M)
+    row = tl.load(rows + m, mask=m < past, other=-1)
+    position = tl.load(positions + row, mask=row >= 0, other=0) if HAS_WINDOW else row
+    q = _rows_of(query + head * stride_qh, low, past, stride_qn, width, BLOCK_M, BLOCK_D, EVEN_D, False)
+    key += head // groups * stride_kh
+    value += head // groups * stride_vh
+    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    begin, middle, end = tl.load(blocks + 2), tl.load(blocks + 3), tl.load(blocks + 4)
+    for tile in range(begin, middle):
+        highest, total, acc = _forward_tile(
+            q, row, position, highest, total, acc, tl.load(tiles + tile), key, value, until, positions, stride_kn,
+            stride_vn, size_k, width, scale, cap, window, BLOCK_N, BLOCK_D, EVEN_D, HAS_CAP, HAS_WINDOW, True,
+        )  # fmt: skip
+    for tile in range(middle, end):
+        highest, total, acc = _forward_tile(
+            q, row, position, highest, total, acc, tl.load(tiles + tile), key, value, until, positions, stride_kn,
+            stride_vn, size_k, width, scale, cap, window, BLOCK_N, BLOCK_D, EVEN_D, HAS_CAP, HAS_WINDOW, False,
+        )  # fmt: skip
+    total = tl.where(row >= 0, total, 1.0)
+    _keep_rows(out + head * stride_oh, acc / total[:, None], low, past, stride_on, width, BLOCK_M, BLOCK_D)
+    tl.store(lse + head * size_q + m, highest + tl.log2(total), mask=m < past)
+
+
+@triton.jit
+def _query_grad_tile(
+    q, upstream, row, position, lse, delta, acc, first, key, value, until, positions, stride_kn, stride_vn, size_k,
+    width, scale, cap, window,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    k = _rows_of(key, first, size_k, stride_kn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
+    v = _rows_of(value, first, size_k, stride_vn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
+    zeros = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
+    score, slope = _scores(add_product(q, tl.trans(k), zeros), scale, cap, HAS_CAP)
+    if not WHOLE:
+        n = first + tl.arange(0, BLOCK_N)
+        end = tl.load(until + n, mask=n < size_k, other=0)
+        place = tl.load(positions + n, mask=n < size_k, other=0) if HAS_WINDOW else n
+        seen = _seen(row[:, None], position[:, None], n[None, :], end[None, :], place[None, :], window, HAS_WINDOW)
+        score = tl.where(seen, score, float("-inf"))
+    probability = tl.exp2(score - lse[:, None])
+    grad = probability * (add_product(upstream, tl.trans(v), zeros) - delta[:, None]) * slope
+    return add_product(grad.to(k.dtype), k, acc)
+
+
+@triton.jit
+def trie_query_grad_kernel(
+    query, key, value, out, grad_out, lse, delta, query_grad, rows, positions, until, blocks, tiles,
+    stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_oh, stride_on, stride_gh, stride_gn,
+    stride_dh, stride_dn, size_q, size_k, width, groups, scale, cap, window,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """query_grad, and delta [heads, size_q] = do . o, which the gradients of keys need; programs as in the forward."""
+    head = tl.program_id(0).to(tl.int64)
+    blocks += tl.program_id(1) * 5
+    low, past = tl.load(blocks), tl.load(blocks + 1)
+    m = low + tl.arange(0, BLOCK_M)
+    row = tl.load(rows + m, mask=m < past, other=-1)
+    position = tl.load(positions + row, mask=row >= 0, other=0) if HAS_WINDOW else row
+    upstream = _rows_of(grad_out + head * stride_gh, low, past, stride_gn, width, BLOCK_M, BLOCK_D, EVEN_D, False)
+    o = _rows_of(out + head * stride_oh, low, past, stride_on, width, BLOCK_M, BLOCK_D, EVEN_D, False)
+    own = tl.sum(upstream.to(tl.float32) * o.to(tl.float32), axis=1)
+    tl.store(delta + head * size_q + m, own, mask=m < past)
+    log_sum = tl.load(lse + head * size_q + m, mask=m < past, other=0.0)
+    q = _rows_of(query + head * stride_qh, low, past, stride_qn, width, BLOCK_M, BLOCK_D, EVEN_D, False)
+    key += head // groups * stride_kh
+    value += head // groups * stride_vh
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    begin, middle, end = tl.load(blocks + 2), tl.load(blocks + 3), tl.load(blocks + 4)
+    for tile in range(begin, middle):
+        acc = _query_grad_tile(
+            q, upstream, row, position, log_sum, own, acc, tl.load(tiles + tile), key, value, until, positions,
+            stride_kn, stride_vn, size_k, width, scale, cap, window, BLOCK_N, BLOCK_D, EVEN_D, HAS_CAP, HAS_WINDOW,
+            True,
+        )  # fmt: skip
+    for tile in range(middle, end):
+        acc = _query_grad_tile(
+            q, upstream, row, position, log_sum, own, acc, tl.load(tiles + tile), key, value, until, positions,
+            stride_kn, stride_vn, size_k, width, scale, cap, window, BLOCK_N, BLOCK_D, EVEN_D, HAS_CAP, HAS_WINDOW,
+            False,
+        )  # fmt: skip
+    _keep_rows(query_grad + head * stride_dh, acc * scale, low, past, stride_dn, width, BLOCK_M, BLOCK_D)
+
+
+@triton.jit
+def _key_grad_tile(
+    k, v, n, end, place, key_acc, value_acc, first, query, grad_out, lse, delta, rows, positions, stride_qn,
+    stride_gn, size_q, width, scale, cap, window,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Scores with keys along the first axis."""
+    m = first + tl.arange(0, BLOCK_M)
+    q = _rows_of(query, first, size_q, stride_qn, width, BLOCK_M, BLOCK_D, EVEN_D, WHOLE)
+    upstream = _rows_of(grad_out, first, size_q, stride_gn, width, BLOCK_M, BLOCK_D, EVEN_D, WHOLE)
+    if WHOLE:
+        log_sum, own = tl.load(lse + m), tl.load(delta + m)
+    else:
+        log_sum = tl.load(lse + m, mask=m < size_q, other=0.0)
+        own = tl.load(delta + m, mask=m < size_q, other=0.0)
+    zeros = tl.zeros((k.shape[0], BLOCK_M), tl.float32)
+    score, slope = _scores(add_product(k, tl.trans(q), zeros), scale, cap, HAS_CAP)
+    if not WHOLE:
+        row = tl.load(rows + m, mask=m < size_q, other=-1)
+        position = tl.load(positions + row, mask=row >= 0, other=0) if HAS_WINDOW else row
+        seen = _seen(row[None, :], position[None, :], n[:, None], end[:, None], place[:, None], window, HAS_WINDOW)
+        score = tl.where(seen, score, float("-inf"))
+    probability = tl.exp2(score - log_sum[None, :])
+    value_acc = add_product(probability.to(upstream.dtype), upstream, value_acc)
+    grad = probability * (add_product(v, tl.trans(upstream), zeros) - own[None, :]) * slope
+    key_acc = add_product(grad.to(q.dtype), q, key_acc)
+    return key_acc, value_acc
+
+
+@triton.jit
+def trie_key_grad_kernel(
+    query, key, value, grad_out, lse, delta, key_grad, value_grad, sums, rows, positions, until, blocks, tiles,
+    stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_gh, stride_gn, stride_dh, stride_dn,
+    size_q, size_k, width, groups, scale, cap, window,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """key_grad and value_grad (same strides), or their parts in sums [places, kv_heads, 2, BLOCK_N, BLOCK_D].
+
+    One program per head of keys and part of a block of keys; it takes its tiles for all query heads of the group.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    blocks += tl.program_id(1) * 6
+    low, past = tl.load(blocks), tl.load(blocks + 1)
+    n = low + tl.arange(0, BLOCK_N)
+    end = tl.load(until + n, mask=n < past, other=0)
+    place = tl.load(positions + n, mask=n < past, other=0) if HAS_WINDOW else n
+    k = _rows_of(key + head * stride_kh, low, past, stride_kn, width, BLOCK_N, BLOCK_D, EVEN_D, False)
+    v = _rows_of(value + head * stride_vh, low, past, stride_vn, width, BLOCK_N, BLOCK_D, EVEN_D, False)
+    key_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    value_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    begin, middle, stop = tl.load(blocks + 2), tl.load(blocks + 3), tl.load(blocks + 4)
+    count = middle - begin
+    for step in range(0, count * groups):
+        h = head * groups + step // count
+        key_acc, value_acc = _key_grad_tile(
+            k, v, n, end, place, key_acc, value_acc, tl.load(tiles + begin + step % count), query + h * stride_qh,
+            grad_out + h * stride_gh, lse + h * size_q, delta + h * size_q, rows, positions, stride_qn, stride_gn,
+            size_q, width, scale, cap, window, BLOCK_M, BLOCK_D, EVEN_D, HAS_CAP, HAS_WINDOW, True,
+        )  # fmt: skip
+    count = stop - middle
+    for step in range(0, count * groups):
+        h = head * groups + step // count
+        key_acc, value_acc = _key_grad_tile(
+            k, v, n, end, place, key_acc, value_acc, tl.load(tiles + middle + step % count), query + h * stride_qh,
+            grad_out + h * stride_gh, lse + h * size_q, delta + h * size_q, rows, positions, stride_qn, stride_gn,
+            size_q, width, scale, cap, window, BLOCK_M, BLOCK_D, EVEN_D, HAS_CAP, HAS_WINDOW, False,
+        )  # fmt: skip
+    key_acc *= scale
+    kept = tl.load(blocks + 5)
+    if kept < 0:
+        _keep_rows(key_grad + head * stride_dh, key_acc, low, past, stride_dn, width, BLOCK_N, BLOCK_D)
+        _keep_rows(value_grad + head * stride_dh, value_acc, low, past, stride_dn, width, BLOCK_N, BLOCK_D)
+    else:
+        cell = tl.arange(0, BLOCK_N)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+        sums += (head + kept * tl.num_programs(0)) * (2 * BLOCK_N * BLOCK_D)
+        tl.store(sums + cell, key_acc)
+        tl.store(sums + BLOCK_N * BLOCK_D + cell, value_acc)
+
+
+@triton.jit
+def trie_add_up_kernel(
+    sums, key_grad, value_grad, shared, stride_dh, stride_dn, width,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the blocks of keys that several programs shared: their parts, in order. Programs take ROWS rows."""
+    head = tl.program_id(0).to(tl.int64)
+    shared += tl.program_id(1) * 4
+    begin = tl.program_id(2) * ROWS
+    low, past = tl.load(shared) + begin, tl.load(shared + 1)
+    cell = (begin + tl.arange(0, ROWS))[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    key_acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    value_acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for kept in range(tl.load(shared + 2), tl.load(shared + 3)):
+        part = sums + (head + kept * tl.num_programs(0)) * (2 * BLOCK_N * BLOCK_D)
+        key_acc += tl.load(part + cell)
+        value_acc += tl.load(part + BLOCK_N * BLOCK_D + cell)
+    _keep_rows(key_grad + head * stride_dh, key_acc, low, past, stride_dn, width, ROWS, BLOCK_D)
+    _keep_rows(value_grad + head * stride_dh, value_acc, low, past, stride_dn, width, ROWS, BLOCK_D)
+
+
+def trie_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    trie: Trie,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    config: TrieConfig,
+) -> torch.Tensor:
+    """Attention of the trie's queries, differentiable in query, key and value.
+
+    Args:
+        query: [U, heads, D] float16, bfloat16 or float32, one row for each of `trie.rows`; D <= 256.
+        key, value: [T, kv_heads, D] of the same dtype; heads are a multiple of kv_heads.
+        scale: factor of the scores.
+        window: a row sees positions p with 0 <= its own - p < window; None: all.
+        softcap: scores become softcap * tanh(score / softcap); None: they do not.
+        config: from `configs.trie_config`.
+
+    Returns:
+        [U, heads, D], contiguous.
+    """
+    _check(query, key, value, trie)
+    return _TrieAttention.apply(query, key, value, trie, scale, window, softcap, config)
+
+
+class _TrieAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        trie: Trie,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        config: TrieConfig,
+    ) -> torch.Tensor:
+        query, key, value = (tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in (query, key, value))
+        rows, heads, _ = query.shape
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        lse = torch.empty(heads, rows, dtype=torch.float32, device=query.device)
+        ctx.trie, ctx.config, ctx.numbers = trie, config, (scale, window, softcap)
+        ctx.save_for_backward(query, key, value, out, lse)
+        launch = config.forward
+        blocks, tiles = trie.query_tiles(launch.block_m, launch.block_n, window)
+        trie_forward_kernel[(heads, len(blocks))](
+            query, key, value, out, lse, trie.rows, trie.positions, trie.until, blocks, tiles,
+            *_strides(query, key, value, out), *_sizes(query, key), scale, softcap or 1.0, window or 0,
+            **_constants(query, launch, window, softcap),
+        )  # fmt: skip
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        trie, (scale, window, softcap) = ctx.trie, ctx.numbers
+        grad = grad if grad.stride(2) == 1 else grad.contiguous()
+        query_grad, key_grad, value_grad = (
+            torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (query, key, value)
+        )
+        delta = torch.empty_like(lse)
+        numbers = *_sizes(query, key), scale, softcap or 1.0, window or 0
+        launch = ctx.config.query_grad
+        blocks, tiles = trie.query_tiles(launch.block_m, launch.block_n, window)
+        trie_query_grad_kernel[(query.shape[1], len(blocks))](
+            query, key, value, out, grad, lse, delta, query_grad, trie.rows, trie.positions, trie.until, blocks, tiles,
+            *_strides(query, key, value, out, grad, query_grad), *numbers,
+            **_constants(query, launch, window, softcap),
+        )  # fmt: skip
+        launch = ctx.config.key_grad
+        constants = _constants(query, launch, window, softcap)
+        blocks, tiles, shared, places = trie.key_tiles(launch.block_n, launch.block_m, window)
+        kv_heads, block_d = key.shape[1], constants["BLOCK_D"]
+        sums = lse.new_empty(max(places, 1), kv_heads, 2, launch.block_n, block_d)
+        trie_key_grad_kernel[(kv_heads, len(blocks))](
+            query, key, value, grad, lse, delta, key_grad, value_grad, sums, trie.rows, trie.positions, trie.until,
+            blocks, tiles, *_strides(query, key, value, grad, key_grad), *numbers, **constants,
+        )  # fmt: skip
+        if places:
+            trie_add_up_kernel[(kv_heads, len(shared), launch.block_n // ADD_ROWS)](
+                sums, key_grad, value_grad, shared, *_strides(key_grad), key.shape[2],
+                BLOCK_N=launch.block_n, BLOCK_D=block_d, ROWS=ADD_ROWS, num_warps=4,
+            )  # fmt: skip
+        return query_grad, key_grad, value_grad, None, None, None, None, None
+
+
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    """Of heads and rows."""
+    return [stride for tensor in tensors for stride in (tensor.stride(1), tensor.stride(0))]
+
+
+def _sizes(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int, int, int]:
+    """size_q, size_k, width, groups."""
+    return len(query), len(key), query.shape[2], query.shape[1] // key.shape[1]
+
+
+def _constants(query: torch.Tensor, launch: Launch, window: int | None, softcap: float | None) -> dict[str, Any]:
+    width = query.shape[2]
+    block_d = max(16, triton.next_power_of_2(width))
+    return {
+        "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_D": block_d, "EVEN_D": block_d == width,
+        "HAS_CAP": softcap is not None, "HAS_WINDOW": window is not None, **launch.options,
+    }  # fmt: skip
+
+
+def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, trie: Trie) -> None:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if not (query.dim() == key.dim() == 3 and key.shape == value.shape and query.shape[2] == key.shape[2]):
+        raise ValueError(f"{shapes}; expected [U, heads, D] and twice [T, kv_heads, D]")
+    if query.shape[1] % key.shape[1] or query.shape[2] > WIDEST:
+        raise ValueError(f"{shapes}; expected a multiple of the heads of keys, and heads of {WIDEST} at most")
+    if (len(query), len(key)) != (len(trie.rows), len(trie.until)):
+        raise ValueError(f"{shapes}, of a trie of {len(trie.rows)} queries and {len(trie.until)} rows")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"query {query.dtype}, key {key.dtype}, value {value.dtype}; expected one dtype")
