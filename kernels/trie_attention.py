@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .head_tile import add_product, register_limit
-from .trie_tiles import Trie
+from .trie_tiles import TrieTiles
 
 WIDEST = 256  # elements of a head
 ADD_ROWS = 16  # that a program of trie_add_up_kernel takes
@@ -72,11 +72,21 @@ def _keep_rows(pointer, values, first, past, stride, width, BLOCK: tl.constexpr,
 
 @triton.jit
 def _scores(product, scale, cap, HAS_CAP: tl.constexpr):
-    """Scores in base 2, and their slope by the product over `scale`."""
+    """In base 2, as `tl.exp2` and `lse` have it."""
     if HAS_CAP:
-        share = 2.0 * tl.sigmoid(product * (2.0 * scale / cap)) - 1.0  # tanh
-        return share * (cap * _LOG2E), 1.0 - share * share
-    return product * (scale * _LOG2E), 1.0
+        score = (2.0 * tl.sigmoid(product * (2.0 * scale / cap)) - 1.0) * (cap * _LOG2E)  # tanh
+    else:
+        score = product * (scale * _LOG2E)
+    return score
+
+
+@triton.jit
+def _through_cap(grad, score, cap, HAS_CAP: tl.constexpr):
+    """The gradient of a capped score, times the slope of the cap there: 1 - tanh^2."""
+    if HAS_CAP:
+        share = score * (1.0 / (cap * _LOG2E))
+        grad *= 1.0 - share * share
+    return grad
 
 
 @triton.jit
@@ -98,7 +108,7 @@ def _forward_tile(
     """The running maximum, sum and output of a block of queries after one tile of keys more."""
     k = _rows_of(key, first, size_k, stride_kn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
     product = add_product(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
-    score, _ = _scores(product, scale, cap, HAS_CAP)
+    score = _scores(product, scale, cap, HAS_CAP)
     if not WHOLE:
         n = first + tl.arange(0, BLOCK_N)
         end = tl.load(until + n, mask=n < size_k, other=0)
@@ -164,7 +174,8 @@ def _query_grad_tile(
     k = _rows_of(key, first, size_k, stride_kn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
     v = _rows_of(value, first, size_k, stride_vn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
     zeros = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
-    score, slope = _scores(add_product(q, tl.trans(k), zeros), scale, cap, HAS_CAP)
+    capped = _scores(add_product(q, tl.trans(k), zeros), scale, cap, HAS_CAP)
+    score = capped
     if not WHOLE:
         n = first + tl.arange(0, BLOCK_N)
         end = tl.load(until + n, mask=n < size_k, other=0)
@@ -172,7 +183,8 @@ def _query_grad_tile(
         seen = _seen(row[:, None], position[:, None], n[None, :], end[None, :], place[None, :], window, HAS_WINDOW)
         score = tl.where(seen, score, float("-inf"))
     probability = tl.exp2(score - lse[:, None])
-    grad = probability * (add_product(upstream, tl.trans(v), zeros) - delta[:, None]) * slope
+    grad = probability * (add_product(upstream, tl.trans(v), zeros) - delta[:, None])
+    grad = _through_cap(grad, capped, cap, HAS_CAP)
     return add_product(grad.to(k.dtype), k, acc)
 
 
@@ -233,7 +245,8 @@ def _key_grad_tile(
         log_sum = tl.load(lse + m, mask=m < size_q, other=0.0)
         own = tl.load(delta + m, mask=m < size_q, other=0.0)
     zeros = tl.zeros((k.shape[0], BLOCK_M), tl.float32)
-    score, slope = _scores(add_product(k, tl.trans(q), zeros), scale, cap, HAS_CAP)
+    capped = _scores(add_product(k, tl.trans(q), zeros), scale, cap, HAS_CAP)
+    score = capped
     if not WHOLE:
         row = tl.load(rows + m, mask=m < size_q, other=-1)
         position = tl.load(positions + row, mask=row >= 0, other=0) if HAS_WINDOW else row
@@ -241,7 +254,8 @@ def _key_grad_tile(
         score = tl.where(seen, score, float("-inf"))
     probability = tl.exp2(score - log_sum[None, :])
     value_acc = add_product(probability.to(upstream.dtype), upstream, value_acc)
-    grad = probability * (add_product(v, tl.trans(upstream), zeros) - own[None, :]) * slope
+    grad = probability * (add_product(v, tl.trans(upstream), zeros) - own[None, :])
+    grad = _through_cap(grad, capped, cap, HAS_CAP)
     key_acc = add_product(grad.to(q.dtype), q, key_acc)
     return key_acc, value_acc
 
@@ -322,7 +336,7 @@ def trie_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    trie: Trie,
+    trie: TrieTiles,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -352,7 +366,7 @@ class _TrieAttention(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        trie: Trie,
+        trie: TrieTiles,
         scale: float,
         window: int | None,
         softcap: float | None,
@@ -427,7 +441,7 @@ def _constants(query: torch.Tensor, launch: Launch, window: int | None, softcap:
     }  # fmt: skip
 
 
-def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, trie: Trie) -> None:
+def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, trie: TrieTiles) -> None:
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if not (query.dim() == key.dim() == 3 and key.shape == value.shape and query.shape[2] == key.shape[2]):
         raise ValueError(f"{shapes}; expected [U, heads, D] and twice [T, kv_heads, D]")

@@ -44,7 +44,7 @@ class KeyTiles(NamedTuple):
     places: int
 
 
-class Trie:
+class TrieTiles:
     """The layout of one packed stream and of its queries, and the tiles made of it so far.
 
     Args:
@@ -98,13 +98,14 @@ class Trie:
     def _visible(self, rows: np.ndarray, window: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Begins and ends of the ranges of keys that any of these rows sees."""
         near = slice(None, np.searchsorted(self._starts, rows[-1], "right"))
-        starts, ends = self._starts[near], self._ends[near]
-        last = rows[np.searchsorted(rows, self._until[starts]) - 1]  # the last row before the run's subtree ends ...
-        ends = np.where(self._until[starts] > rows[0], np.minimum(ends, last + 1), starts)  # ... if there is one
+        starts, ends, until = self._starts[near].copy(), self._ends[near], self._until[self._starts[near]]
+        below = np.searchsorted(rows, until)  # past the last of the rows in a run and its subtree
+        first = np.searchsorted(rows, starts)
+        ends = np.where(below > first, np.minimum(ends, rows[below - 1] + 1), starts)
         if window is not None:  # positions count on within a run
-            starts = np.maximum(
-                starts, starts + self._positions[rows].min() - window + 1 - self._positions[starts]
-            )
+            for run in np.flatnonzero(ends > starts):
+                nearest = self._positions[rows[first[run] : below[run]]].min()
+                starts[run] += max(0, nearest - window + 1 - self._positions[starts[run]])
         seen = ends > starts
         return starts[seen], ends[seen]
 
@@ -113,7 +114,7 @@ class Trie:
         begins = np.arange(0, len(until), keys)
         edges = np.append(begins[1:], len(until))
         least, most = (ufunc.reduceat(until, begins) for ufunc in (np.minimum, np.maximum))
-        latest, earliest = (ufunc.reduceat(positions, begins) for ufunc in (np.maximum, np.minimum))
+        earliest = np.minimum.reduceat(positions, begins)
         first, past = np.searchsorted(rows, begins), np.searchsorted(rows, most)
         tile_first = _sliding_least(positions[rows], queries)
         tile_last = -_sliding_least(-positions[rows], queries)
@@ -121,7 +122,7 @@ class Trie:
         for block, (begin, edge) in enumerate(zip(begins, edges)):
             tiles = np.arange(first[block], past[block], queries)
             if window is not None:
-                tiles = tiles[tile_first[tiles] - latest[block] < window]
+                tiles = tiles[self._near(tiles, queries, tile_first[tiles] - window, begin, edge)]
             ends = np.minimum(tiles + queries, len(rows))
             whole = (rows[tiles] >= edge - 1) & (rows[ends - 1] < least[block]) & (tiles + queries <= len(rows))
             if window is not None:
@@ -141,6 +142,14 @@ class Trie:
         table = np.concatenate([table, place[order, None]], axis=1)
         merged = np.array(list(shared.values()), dtype=np.int64).reshape(-1, 4)
         return KeyTiles(self._tensor(table), self._tensor(tiles), self._tensor(merged), int(sum(places)))
+
+    def _near(self, tiles: np.ndarray, size: int, latest: np.ndarray, begin: int, edge: int) -> np.ndarray:
+        """Which tiles of `size` queries a run of the keys begin:edge reaches that has a key later than `latest`."""
+        runs = slice(np.searchsorted(self._starts, begin, "right") - 1, np.searchsorted(self._starts, edge))
+        starts, ends = np.maximum(self._starts[runs], begin), np.minimum(self._ends[runs], edge)
+        first, past = np.searchsorted(self._rows, starts), np.searchsorted(self._rows, self._until[starts])
+        reached = (tiles[:, None] < past) & (tiles[:, None] + size > first)
+        return (reached & (self._positions[ends - 1] > latest[:, None])).any(axis=1)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         made = torch.from_numpy(array.astype(np.int32))
