@@ -20,21 +20,26 @@ import torch
 import triton
 import triton.language as tl
 
-from .head_tile import add_product, register_limit
+from .head_tile import register_limit
 from .trie_tiles import TrieTiles
 
 WIDEST = 256  # elements of a head
 ADD_ROWS = 16  # that a program of trie_add_up_kernel takes
 _LOG2E = tl.constexpr(1.4426950408889634)
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class Launch(NamedTuple):
-    """Tiles of block_m queries by block_n keys; `registers` that a thread may take, see `head_tile.register_limit`."""
+    """Tiles of block_m queries by block_n keys, products over block_k elements at a time (0: over all).
+
+    `registers` that a thread may take, see `head_tile.register_limit`.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    block_k: int = 0
     registers: int = 255
 
     @property
@@ -51,23 +56,48 @@ class TrieConfig(NamedTuple):
 
 
 @triton.jit
-def _rows_of(pointer, first, past, stride, width, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+def _rows_of(at, count, stride, width, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
              WHOLE: tl.constexpr):  # fmt: skip
-    """[BLOCK, BLOCK_D]: rows from `first` on; zeros from row `past` and element `width` on, unless WHOLE or EVEN_D."""
+    """[BLOCK, BLOCK_D] from the row at `at` on; zeros from row `count` and element `width` on, unless WHOLE, EVEN_D."""
     row, element = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    place = pointer + first.to(tl.int64) * stride + row[:, None] * stride + element[None, :]
+    place = at + row[:, None] * stride + element[None, :]
     if WHOLE and EVEN_D:
         return tl.load(place)
-    inside = (row < past - first)[:, None] & (element < width)[None, :]
+    inside = (row < count)[:, None] & (element < width)[None, :]
     return tl.load(place, mask=inside, other=0.0)
 
 
 @triton.jit
-def _keep_rows(pointer, values, first, past, stride, width, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+def _keep_rows(at, values, count, stride, width, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     row, element = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    place = pointer + first.to(tl.int64) * stride + row[:, None] * stride + element[None, :]
-    inside = (row < past - first)[:, None] & (element < width)[None, :]
-    tl.store(place, values.to(pointer.dtype.element_ty), mask=inside)
+    inside = (row < count)[:, None] & (element < width)[None, :]
+    tl.store(at + row[:, None] * stride + element[None, :], values.to(at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _product(a, b, total):
+    """total + a @ b in float32."""
+    if _INTERPRETED:  # NumPy has no bfloat16; widening is exact
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def _row_products(
+    a, b, a_at, b_at, a_count, b_count, stride_a, stride_b, width,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_D: tl.constexpr,
+):  # fmt: skip
+    """a @ b.T; where BLOCK_K is less than BLOCK_D read once more, BLOCK_K elements at a time, which takes registers
+    for as many only (products of float32 hold both operands whole)."""
+    total = tl.zeros((a.shape[0], b.shape[0]), tl.float32)
+    if BLOCK_K == BLOCK_D:
+        total = _product(a, tl.trans(b), total)
+    else:
+        for start in range(0, BLOCK_D, BLOCK_K):
+            some_a = _rows_of(a_at + start, a_count, stride_a, width - start, a.shape[0], BLOCK_K, EVEN_D, False)
+            some_b = _rows_of(b_at + start, b_count, stride_b, width - start, b.shape[0], BLOCK_K, EVEN_D, False)
+            total = _product(some_a, tl.trans(some_b), total)
+    return total
 
 
 @triton.jit
@@ -91,7 +121,7 @@ def _through_cap(grad, score, cap, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def _seen(row, position, key, until, key_position, window, HAS_WINDOW: tl.constexpr):
-    """Which queries (first axis) see which keys (second axis); rows of -1 see none, keys until 0 are seen by none."""
+    """Which queries see which keys, one along each axis; a row of -1 sees none, a key until 0 is seen by none."""
     seen = (key <= row) & (row < until)
     if HAS_WINDOW:
         seen = seen & (position - key_position < window)
@@ -99,22 +129,33 @@ def _seen(row, position, key, until, key_position, window, HAS_WINDOW: tl.conste
 
 
 @triton.jit
+def _seen_keys(score, row, position, first, until, positions, size_k, window, BLOCK_N: tl.constexpr,
+               HAS_WINDOW: tl.constexpr):  # fmt: skip
+    """Scores of a block of queries and the keys from `first` on, -inf where they are not seen."""
+    n = first + tl.arange(0, BLOCK_N)
+    end = tl.load(until + n, mask=n < size_k, other=0)
+    place = tl.load(positions + n, mask=n < size_k, other=0) if HAS_WINDOW else n
+    seen = _seen(row[:, None], position[:, None], n[None, :], end[None, :], place[None, :], window, HAS_WINDOW)
+    return tl.where(seen, score, float("-inf"))
+
+
+@triton.jit
 def _forward_tile(
-    q, row, position, highest, total, acc, first, key, value, until, positions, stride_kn, stride_vn, size_k,
-    width, scale, cap, window,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, HAS_CAP: tl.constexpr,
+    q, q_at, q_count, stride_qn, row, position, highest, total, acc, first, key, value, until, positions, stride_kn,
+    stride_vn, size_k, width, scale, cap, window,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_D: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The running maximum, sum and output of a block of queries after one tile of keys more."""
-    k = _rows_of(key, first, size_k, stride_kn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
-    product = add_product(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
+    k_at, v_at = key + first.to(tl.int64) * stride_kn, value + first.to(tl.int64) * stride_vn
+    count = size_k - first
+    k = _rows_of(k_at, count, stride_kn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
+    product = _row_products(
+        q, k, q_at, k_at, q_count, count, stride_qn, stride_kn, width, BLOCK_D, BLOCK_K, EVEN_D
+    )
     score = _scores(product, scale, cap, HAS_CAP)
     if not WHOLE:
-        n = first + tl.arange(0, BLOCK_N)
-        end = tl.load(until + n, mask=n < size_k, other=0)
-        place = tl.load(positions + n, mask=n < size_k, other=0) if HAS_WINDOW else n
-        seen = _seen(row[:, None], position[:, None], n[None, :], end[None, :], place[None, :], window, HAS_WINDOW)
-        score = tl.where(seen, score, float("-inf"))
+        score = _seen_keys(score, row, position, first, until, positions, size_k, window, BLOCK_N, HAS_WINDOW)
     higher = tl.maximum(highest, tl.max(score, axis=1))
     base = higher
     if not WHOLE:
@@ -122,8 +163,8 @@ def _forward_tile(
     probability = tl.exp2(score - base[:, None])
     shrink = tl.exp2(highest - base)
     total = total * shrink + tl.sum(probability, axis=1)
-    v = _rows_of(value, first, size_k, stride_vn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
-    acc = add_product(probability.to(v.dtype), v, acc * shrink[:, None])
+    v = _rows_of(v_at, count, stride_vn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
+    acc = _product(probability.to(v.dtype), v, acc * shrink[:, None])
     return higher, total, acc
 
 
@@ -132,17 +173,19 @@ def trie_forward_kernel(
     query, key, value, out, lse, rows, positions, until, blocks, tiles,
     stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_oh, stride_on,
     size_q, size_k, width, groups, scale, cap, window,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_D: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """out [size_q, heads, width] and lse [heads, size_q] (base 2); one program per head and block of queries."""
     head = tl.program_id(0).to(tl.int64)
     blocks += tl.program_id(1) * 5
-    low, past = tl.load(blocks), tl.load(blocks + 1)
-    m = low + tl.arange(0, BLOCK_M)
-    row = tl.load(rows + m, mask=m < past, other=-1)
+    low = tl.load(blocks)
+    count = tl.load(blocks + 1) - low
+    m = tl.arange(0, BLOCK_M)
+    row = tl.load(rows + low + m, mask=m < count, other=-1)
     position = tl.load(positions + row, mask=row >= 0, other=0) if HAS_WINDOW else row
-    q = _rows_of(query + head * stride_qh, low, past, stride_qn, width, BLOCK_M, BLOCK_D, EVEN_D, False)
+    q_at = query + head * stride_qh + low.to(tl.int64) * stride_qn
+    q = _rows_of(q_at, count, stride_qn, width, BLOCK_M, BLOCK_D, EVEN_D, False)
     key += head // groups * stride_kh
     value += head // groups * stride_vh
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -151,41 +194,46 @@ def trie_forward_kernel(
     begin, middle, end = tl.load(blocks + 2), tl.load(blocks + 3), tl.load(blocks + 4)
     for tile in range(begin, middle):
         highest, total, acc = _forward_tile(
-            q, row, position, highest, total, acc, tl.load(tiles + tile), key, value, until, positions, stride_kn,
-            stride_vn, size_k, width, scale, cap, window, BLOCK_N, BLOCK_D, EVEN_D, HAS_CAP, HAS_WINDOW, True,
+            q, q_at, count, stride_qn, row, position, highest, total, acc, tl.load(tiles + tile), key, value, until,
+            positions, stride_kn, stride_vn, size_k, width, scale, cap, window,
+            BLOCK_N, BLOCK_D, BLOCK_K, EVEN_D, HAS_CAP, HAS_WINDOW, True,
         )  # fmt: skip
     for tile in range(middle, end):
         highest, total, acc = _forward_tile(
-            q, row, position, highest, total, acc, tl.load(tiles + tile), key, value, until, positions, stride_kn,
-            stride_vn, size_k, width, scale, cap, window, BLOCK_N, BLOCK_D, EVEN_D, HAS_CAP, HAS_WINDOW, False,
+            q, q_at, count, stride_qn, row, position, highest, total, acc, tl.load(tiles + tile), key, value, until,
+            positions, stride_kn, stride_vn, size_k, width, scale, cap, window,
+            BLOCK_N, BLOCK_D, BLOCK_K, EVEN_D, HAS_CAP, HAS_WINDOW, False,
         )  # fmt: skip
     total = tl.where(row >= 0, total, 1.0)
-    _keep_rows(out + head * stride_oh, acc / total[:, None], low, past, stride_on, width, BLOCK_M, BLOCK_D)
-    tl.store(lse + head * size_q + m, highest + tl.log2(total), mask=m < past)
+    out += head * stride_oh + low.to(tl.int64) * stride_on
+    _keep_rows(out, acc / total[:, None], count, stride_on, width, BLOCK_M, BLOCK_D)
+    tl.store(lse + head * size_q + low + m, highest + tl.log2(total), mask=m < count)
 
 
 @triton.jit
 def _query_grad_tile(
-    q, upstream, row, position, lse, delta, acc, first, key, value, until, positions, stride_kn, stride_vn, size_k,
-    width, scale, cap, window,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, HAS_CAP: tl.constexpr,
+    q, q_at, upstream, g_at, q_count, stride_qn, stride_gn, row, position, lse, delta, acc, first, key, value, until,
+    positions, stride_kn, stride_vn, size_k, width, scale, cap, window,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_D: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    k = _rows_of(key, first, size_k, stride_kn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
-    v = _rows_of(value, first, size_k, stride_vn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
-    zeros = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
-    capped = _scores(add_product(q, tl.trans(k), zeros), scale, cap, HAS_CAP)
+    k_at, v_at = key + first.to(tl.int64) * stride_kn, value + first.to(tl.int64) * stride_vn
+    count = size_k - first
+    k = _rows_of(k_at, count, stride_kn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
+    v = _rows_of(v_at, count, stride_vn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
+    product = _row_products(
+        q, k, q_at, k_at, q_count, count, stride_qn, stride_kn, width, BLOCK_D, BLOCK_K, EVEN_D
+    )
+    capped = _scores(product, scale, cap, HAS_CAP)
     score = capped
     if not WHOLE:
-        n = first + tl.arange(0, BLOCK_N)
-        end = tl.load(until + n, mask=n < size_k, other=0)
-        place = tl.load(positions + n, mask=n < size_k, other=0) if HAS_WINDOW else n
-        seen = _seen(row[:, None], position[:, None], n[None, :], end[None, :], place[None, :], window, HAS_WINDOW)
-        score = tl.where(seen, score, float("-inf"))
+        score = _seen_keys(score, row, position, first, until, positions, size_k, window, BLOCK_N, HAS_WINDOW)
     probability = tl.exp2(score - lse[:, None])
-    grad = probability * (add_product(upstream, tl.trans(v), zeros) - delta[:, None])
-    grad = _through_cap(grad, capped, cap, HAS_CAP)
-    return add_product(grad.to(k.dtype), k, acc)
+    product = _row_products(
+        upstream, v, g_at, v_at, q_count, count, stride_gn, stride_vn, width, BLOCK_D, BLOCK_K, EVEN_D
+    )
+    grad = _through_cap(probability * (product - delta[:, None]), capped, cap, HAS_CAP)
+    return _product(grad.to(k.dtype), k, acc)
 
 
 @triton.jit
@@ -193,70 +241,81 @@ def trie_query_grad_kernel(
     query, key, value, out, grad_out, lse, delta, query_grad, rows, positions, until, blocks, tiles,
     stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_oh, stride_on, stride_gh, stride_gn,
     stride_dh, stride_dn, size_q, size_k, width, groups, scale, cap, window,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_D: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """query_grad, and delta [heads, size_q] = do . o, which the gradients of keys need; programs as in the forward."""
     head = tl.program_id(0).to(tl.int64)
     blocks += tl.program_id(1) * 5
-    low, past = tl.load(blocks), tl.load(blocks + 1)
-    m = low + tl.arange(0, BLOCK_M)
-    row = tl.load(rows + m, mask=m < past, other=-1)
+    low = tl.load(blocks)
+    count = tl.load(blocks + 1) - low
+    m = tl.arange(0, BLOCK_M)
+    row = tl.load(rows + low + m, mask=m < count, other=-1)
     position = tl.load(positions + row, mask=row >= 0, other=0) if HAS_WINDOW else row
-    upstream = _rows_of(grad_out + head * stride_gh, low, past, stride_gn, width, BLOCK_M, BLOCK_D, EVEN_D, False)
-    o = _rows_of(out + head * stride_oh, low, past, stride_on, width, BLOCK_M, BLOCK_D, EVEN_D, False)
+    g_at = grad_out + head * stride_gh + low.to(tl.int64) * stride_gn
+    upstream = _rows_of(g_at, count, stride_gn, width, BLOCK_M, BLOCK_D, EVEN_D, False)
+    o_at = out + head * stride_oh + low.to(tl.int64) * stride_on
+    o = _rows_of(o_at, count, stride_on, width, BLOCK_M, BLOCK_D, EVEN_D, False)
     own = tl.sum(upstream.to(tl.float32) * o.to(tl.float32), axis=1)
-    tl.store(delta + head * size_q + m, own, mask=m < past)
-    log_sum = tl.load(lse + head * size_q + m, mask=m < past, other=0.0)
-    q = _rows_of(query + head * stride_qh, low, past, stride_qn, width, BLOCK_M, BLOCK_D, EVEN_D, False)
+    tl.store(delta + head * size_q + low + m, own, mask=m < count)
+    log_sum = tl.load(lse + head * size_q + low + m, mask=m < count, other=0.0)
+    q_at = query + head * stride_qh + low.to(tl.int64) * stride_qn
+    q = _rows_of(q_at, count, stride_qn, width, BLOCK_M, BLOCK_D, EVEN_D, False)
     key += head // groups * stride_kh
     value += head // groups * stride_vh
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     begin, middle, end = tl.load(blocks + 2), tl.load(blocks + 3), tl.load(blocks + 4)
     for tile in range(begin, middle):
         acc = _query_grad_tile(
-            q, upstream, row, position, log_sum, own, acc, tl.load(tiles + tile), key, value, until, positions,
-            stride_kn, stride_vn, size_k, width, scale, cap, window, BLOCK_N, BLOCK_D, EVEN_D, HAS_CAP, HAS_WINDOW,
-            True,
+            q, q_at, upstream, g_at, count, stride_qn, stride_gn, row, position, log_sum, own, acc,
+            tl.load(tiles + tile), key, value, until, positions, stride_kn, stride_vn, size_k, width, scale, cap,
+            window, BLOCK_N, BLOCK_D, BLOCK_K, EVEN_D, HAS_CAP, HAS_WINDOW, True,
         )  # fmt: skip
     for tile in range(middle, end):
         acc = _query_grad_tile(
-            q, upstream, row, position, log_sum, own, acc, tl.load(tiles + tile), key, value, until, positions,
-            stride_kn, stride_vn, size_k, width, scale, cap, window, BLOCK_N, BLOCK_D, EVEN_D, HAS_CAP, HAS_WINDOW,
-            False,
+            q, q_at, upstream, g_at, count, stride_qn, stride_gn, row, position, log_sum, own, acc,
+            tl.load(tiles + tile), key, value, until, positions, stride_kn, stride_vn, size_k, width, scale, cap,
+            window, BLOCK_N, BLOCK_D, BLOCK_K, EVEN_D, HAS_CAP, HAS_WINDOW, False,
         )  # fmt: skip
-    _keep_rows(query_grad + head * stride_dh, acc * scale, low, past, stride_dn, width, BLOCK_M, BLOCK_D)
+    query_grad += head * stride_dh + low.to(tl.int64) * stride_dn
+    _keep_rows(query_grad, acc * scale, count, stride_dn, width, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
 def _key_grad_tile(
-    k, v, n, end, place, key_acc, value_acc, first, query, grad_out, lse, delta, rows, positions, stride_qn,
-    stride_gn, size_q, width, scale, cap, window,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, HAS_CAP: tl.constexpr,
+    k, k_at, v, v_at, k_count, stride_kn, stride_vn, n, end, place, key_acc, value_acc, first, query, grad_out, lse,
+    delta, rows, positions, stride_qn, stride_gn, size_q, width, scale, cap, window,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_D: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Scores with keys along the first axis."""
-    m = first + tl.arange(0, BLOCK_M)
-    q = _rows_of(query, first, size_q, stride_qn, width, BLOCK_M, BLOCK_D, EVEN_D, WHOLE)
-    upstream = _rows_of(grad_out, first, size_q, stride_gn, width, BLOCK_M, BLOCK_D, EVEN_D, WHOLE)
+    q_at, g_at = query + first.to(tl.int64) * stride_qn, grad_out + first.to(tl.int64) * stride_gn
+    count = size_q - first
+    q = _rows_of(q_at, count, stride_qn, width, BLOCK_M, BLOCK_D, EVEN_D, WHOLE)
+    upstream = _rows_of(g_at, count, stride_gn, width, BLOCK_M, BLOCK_D, EVEN_D, WHOLE)
+    m = tl.arange(0, BLOCK_M)
     if WHOLE:
-        log_sum, own = tl.load(lse + m), tl.load(delta + m)
+        log_sum, own = tl.load(lse + first + m), tl.load(delta + first + m)
     else:
-        log_sum = tl.load(lse + m, mask=m < size_q, other=0.0)
-        own = tl.load(delta + m, mask=m < size_q, other=0.0)
-    zeros = tl.zeros((k.shape[0], BLOCK_M), tl.float32)
-    capped = _scores(add_product(k, tl.trans(q), zeros), scale, cap, HAS_CAP)
+        log_sum = tl.load(lse + first + m, mask=m < count, other=0.0)
+        own = tl.load(delta + first + m, mask=m < count, other=0.0)
+    product = _row_products(
+        k, q, k_at, q_at, k_count, count, stride_kn, stride_qn, width, BLOCK_D, BLOCK_K, EVEN_D
+    )
+    capped = _scores(product, scale, cap, HAS_CAP)
     score = capped
     if not WHOLE:
-        row = tl.load(rows + m, mask=m < size_q, other=-1)
+        row = tl.load(rows + first + m, mask=m < count, other=-1)
         position = tl.load(positions + row, mask=row >= 0, other=0) if HAS_WINDOW else row
         seen = _seen(row[None, :], position[None, :], n[:, None], end[:, None], place[:, None], window, HAS_WINDOW)
         score = tl.where(seen, score, float("-inf"))
     probability = tl.exp2(score - log_sum[None, :])
-    value_acc = add_product(probability.to(upstream.dtype), upstream, value_acc)
-    grad = probability * (add_product(v, tl.trans(upstream), zeros) - own[None, :])
-    grad = _through_cap(grad, capped, cap, HAS_CAP)
-    key_acc = add_product(grad.to(q.dtype), q, key_acc)
+    value_acc = _product(probability.to(upstream.dtype), upstream, value_acc)
+    product = _row_products(
+        v, upstream, v_at, g_at, k_count, count, stride_vn, stride_gn, width, BLOCK_D, BLOCK_K, EVEN_D
+    )
+    grad = _through_cap(probability * (product - own[None, :]), capped, cap, HAS_CAP)
+    key_acc = _product(grad.to(q.dtype), q, key_acc)
     return key_acc, value_acc
 
 
@@ -265,7 +324,7 @@ def trie_key_grad_kernel(
     query, key, value, grad_out, lse, delta, key_grad, value_grad, sums, rows, positions, until, blocks, tiles,
     stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_gh, stride_gn, stride_dh, stride_dn,
     size_q, size_k, width, groups, scale, cap, window,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_D: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """key_grad and value_grad (same strides), or their parts in sums [places, kv_heads, 2, BLOCK_N, BLOCK_D].
@@ -274,12 +333,16 @@ def trie_key_grad_kernel(
     """
     head = tl.program_id(0).to(tl.int64)
     blocks += tl.program_id(1) * 6
-    low, past = tl.load(blocks), tl.load(blocks + 1)
+    low = tl.load(blocks)
+    k_count = tl.load(blocks + 1) - low
     n = low + tl.arange(0, BLOCK_N)
-    end = tl.load(until + n, mask=n < past, other=0)
-    place = tl.load(positions + n, mask=n < past, other=0) if HAS_WINDOW else n
-    k = _rows_of(key + head * stride_kh, low, past, stride_kn, width, BLOCK_N, BLOCK_D, EVEN_D, False)
-    v = _rows_of(value + head * stride_vh, low, past, stride_vn, width, BLOCK_N, BLOCK_D, EVEN_D, False)
+    inside = tl.arange(0, BLOCK_N) < k_count
+    end = tl.load(until + n, mask=inside, other=0)
+    place = tl.load(positions + n, mask=inside, other=0) if HAS_WINDOW else n
+    k_at = key + head * stride_kh + low.to(tl.int64) * stride_kn
+    v_at = value + head * stride_vh + low.to(tl.int64) * stride_vn
+    k = _rows_of(k_at, k_count, stride_kn, width, BLOCK_N, BLOCK_D, EVEN_D, False)
+    v = _rows_of(v_at, k_count, stride_vn, width, BLOCK_N, BLOCK_D, EVEN_D, False)
     key_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     value_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     begin, middle, stop = tl.load(blocks + 2), tl.load(blocks + 3), tl.load(blocks + 4)
@@ -287,23 +350,26 @@ def trie_key_grad_kernel(
     for step in range(0, count * groups):
         h = head * groups + step // count
         key_acc, value_acc = _key_grad_tile(
-            k, v, n, end, place, key_acc, value_acc, tl.load(tiles + begin + step % count), query + h * stride_qh,
-            grad_out + h * stride_gh, lse + h * size_q, delta + h * size_q, rows, positions, stride_qn, stride_gn,
-            size_q, width, scale, cap, window, BLOCK_M, BLOCK_D, EVEN_D, HAS_CAP, HAS_WINDOW, True,
+            k, k_at, v, v_at, k_count, stride_kn, stride_vn, n, end, place, key_acc, value_acc,
+            tl.load(tiles + begin + step % count), query + h * stride_qh, grad_out + h * stride_gh, lse + h * size_q,
+            delta + h * size_q, rows, positions, stride_qn, stride_gn, size_q, width, scale, cap, window,
+            BLOCK_M, BLOCK_D, BLOCK_K, EVEN_D, HAS_CAP, HAS_WINDOW, True,
         )  # fmt: skip
     count = stop - middle
     for step in range(0, count * groups):
         h = head * groups + step // count
         key_acc, value_acc = _key_grad_tile(
-            k, v, n, end, place, key_acc, value_acc, tl.load(tiles + middle + step % count), query + h * stride_qh,
-            grad_out + h * stride_gh, lse + h * size_q, delta + h * size_q, rows, positions, stride_qn, stride_gn,
-            size_q, width, scale, cap, window, BLOCK_M, BLOCK_D, EVEN_D, HAS_CAP, HAS_WINDOW, False,
+            k, k_at, v, v_at, k_count, stride_kn, stride_vn, n, end, place, key_acc, value_acc,
+            tl.load(tiles + middle + step % count), query + h * stride_qh, grad_out + h * stride_gh, lse + h * size_q,
+            delta + h * size_q, rows, positions, stride_qn, stride_gn, size_q, width, scale, cap, window,
+            BLOCK_M, BLOCK_D, BLOCK_K, EVEN_D, HAS_CAP, HAS_WINDOW, False,
         )  # fmt: skip
     key_acc *= scale
     kept = tl.load(blocks + 5)
     if kept < 0:
-        _keep_rows(key_grad + head * stride_dh, key_acc, low, past, stride_dn, width, BLOCK_N, BLOCK_D)
-        _keep_rows(value_grad + head * stride_dh, value_acc, low, past, stride_dn, width, BLOCK_N, BLOCK_D)
+        at = head * stride_dh + low.to(tl.int64) * stride_dn
+        _keep_rows(key_grad + at, key_acc, k_count, stride_dn, width, BLOCK_N, BLOCK_D)
+        _keep_rows(value_grad + at, value_acc, k_count, stride_dn, width, BLOCK_N, BLOCK_D)
     else:
         cell = tl.arange(0, BLOCK_N)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
         sums += (head + kept * tl.num_programs(0)) * (2 * BLOCK_N * BLOCK_D)
@@ -320,7 +386,8 @@ def trie_add_up_kernel(
     head = tl.program_id(0).to(tl.int64)
     shared += tl.program_id(1) * 4
     begin = tl.program_id(2) * ROWS
-    low, past = tl.load(shared) + begin, tl.load(shared + 1)
+    low = tl.load(shared) + begin
+    count = tl.load(shared + 1) - low
     cell = (begin + tl.arange(0, ROWS))[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     key_acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
     value_acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
@@ -328,8 +395,9 @@ def trie_add_up_kernel(
         part = sums + (head + kept * tl.num_programs(0)) * (2 * BLOCK_N * BLOCK_D)
         key_acc += tl.load(part + cell)
         value_acc += tl.load(part + BLOCK_N * BLOCK_D + cell)
-    _keep_rows(key_grad + head * stride_dh, key_acc, low, past, stride_dn, width, ROWS, BLOCK_D)
-    _keep_rows(value_grad + head * stride_dh, value_acc, low, past, stride_dn, width, ROWS, BLOCK_D)
+    at = head * stride_dh + low.to(tl.int64) * stride_dn
+    _keep_rows(key_grad + at, key_acc, count, stride_dn, width, ROWS, BLOCK_D)
+    _keep_rows(value_grad + at, value_acc, count, stride_dn, width, ROWS, BLOCK_D)
 
 
 def trie_attention(
@@ -436,8 +504,9 @@ def _constants(query: torch.Tensor, launch: Launch, window: int | None, softcap:
     width = query.shape[2]
     block_d = max(16, triton.next_power_of_2(width))
     return {
-        "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_D": block_d, "EVEN_D": block_d == width,
-        "HAS_CAP": softcap is not None, "HAS_WINDOW": window is not None, **launch.options,
+        "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_D": block_d,
+        "BLOCK_K": min(launch.block_k or block_d, block_d), "EVEN_D": block_d == width, "HAS_CAP": softcap is not None,
+        "HAS_WINDOW": window is not None, **launch.options,
     }  # fmt: skip
 
 
