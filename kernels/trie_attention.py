@@ -20,13 +20,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .head_tile import register_limit
+from .head_tile import add_product, register_limit
+from .trie_scores import keep_rows, row_products, rows_of, scores, seen_keys, sees, through_cap
 from .trie_tiles import TrieTiles
 
 WIDEST = 256  # elements of a head
 ADD_ROWS = 16  # that a program of trie_add_up_kernel takes
-_LOG2E = tl.constexpr(1.4426950408889634)
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class Launch(NamedTuple):
@@ -43,6 +42,11 @@ class Launch(NamedTuple):
     registers: int = 255
 
     @property
+    def tile(self) -> int:
+        """Pairs of queries and keys in a tile."""
+        return self.block_m * self.block_n
+
+    @property
     def options(self) -> dict[str, int]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **register_limit(self.registers)}
 
@@ -56,90 +60,6 @@ class TrieConfig(NamedTuple):
 
 
 @triton.jit
-def _rows_of(at, count, stride, width, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-             WHOLE: tl.constexpr):  # fmt: skip
-    """[BLOCK, BLOCK_D] from the row at `at` on; zeros from row `count` and element `width` on, unless WHOLE, EVEN_D."""
-    row, element = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    place = at + row[:, None] * stride + element[None, :]
-    if WHOLE and EVEN_D:
-        return tl.load(place)
-    inside = (row < count)[:, None] & (element < width)[None, :]
-    return tl.load(place, mask=inside, other=0.0)
-
-
-@triton.jit
-def _keep_rows(at, values, count, stride, width, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    row, element = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    inside = (row < count)[:, None] & (element < width)[None, :]
-    tl.store(at + row[:, None] * stride + element[None, :], values.to(at.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _product(a, b, total):
-    """total + a @ b in float32."""
-    if _INTERPRETED:  # NumPy has no bfloat16; widening is exact
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
-
-
-@triton.jit
-def _row_products(
-    a, b, a_at, b_at, a_count, b_count, stride_a, stride_b, width,
-    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_D: tl.constexpr,
-):  # fmt: skip
-    """a @ b.T; where BLOCK_K is less than BLOCK_D read once more, BLOCK_K elements at a time, which takes registers
-    for as many only (products of float32 hold both operands whole)."""
-    total = tl.zeros((a.shape[0], b.shape[0]), tl.float32)
-    if BLOCK_K == BLOCK_D:
-        total = _product(a, tl.trans(b), total)
-    else:
-        for start in range(0, BLOCK_D, BLOCK_K):
-            some_a = _rows_of(a_at + start, a_count, stride_a, width - start, a.shape[0], BLOCK_K, EVEN_D, False)
-            some_b = _rows_of(b_at + start, b_count, stride_b, width - start, b.shape[0], BLOCK_K, EVEN_D, False)
-            total = _product(some_a, tl.trans(some_b), total)
-    return total
-
-
-@triton.jit
-def _scores(product, scale, cap, HAS_CAP: tl.constexpr):
-    """In base 2, as `tl.exp2` and `lse` have it."""
-    if HAS_CAP:
-        score = (2.0 * tl.sigmoid(product * (2.0 * scale / cap)) - 1.0) * (cap * _LOG2E)  # tanh
-    else:
-        score = product * (scale * _LOG2E)
-    return score
-
-
-@triton.jit
-def _through_cap(grad, score, cap, HAS_CAP: tl.constexpr):
-    """The gradient of a capped score, times the slope of the cap there: 1 - tanh^2."""
-    if HAS_CAP:
-        share = score * (1.0 / (cap * _LOG2E))
-        grad *= 1.0 - share * share
-    return grad
-
-
-@triton.jit
-def _seen(row, position, key, until, key_position, window, HAS_WINDOW: tl.constexpr):
-    """Which queries see which keys, one along each axis; a row of -1 sees none, a key until 0 is seen by none."""
-    seen = (key <= row) & (row < until)
-    if HAS_WINDOW:
-        seen = seen & (position - key_position < window)
-    return seen
-
-
-@triton.jit
-def _seen_keys(score, row, position, first, until, positions, size_k, window, BLOCK_N: tl.constexpr,
-               HAS_WINDOW: tl.constexpr):  # fmt: skip
-    """Scores of a block of queries and the keys from `first` on, -inf where they are not seen."""
-    n = first + tl.arange(0, BLOCK_N)
-    end = tl.load(until + n, mask=n < size_k, other=0)
-    place = tl.load(positions + n, mask=n < size_k, other=0) if HAS_WINDOW else n
-    seen = _seen(row[:, None], position[:, None], n[None, :], end[None, :], place[None, :], window, HAS_WINDOW)
-    return tl.where(seen, score, float("-inf"))
-
-
-@triton.jit
 def _forward_tile(
     q, q_at, q_count, stride_qn, row, position, highest, total, acc, first, key, value, until, positions, stride_kn,
     stride_vn, size_k, width, scale, cap, window,
@@ -149,13 +69,13 @@ def _forward_tile(
     """The running maximum, sum and output of a block of queries after one tile of keys more."""
     k_at, v_at = key + first.to(tl.int64) * stride_kn, value + first.to(tl.int64) * stride_vn
     count = size_k - first
-    k = _rows_of(k_at, count, stride_kn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
-    product = _row_products(
+    k = rows_of(k_at, count, stride_kn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
+    product = row_products(
         q, k, q_at, k_at, q_count, count, stride_qn, stride_kn, width, BLOCK_D, BLOCK_K, EVEN_D
     )
-    score = _scores(product, scale, cap, HAS_CAP)
+    score = scores(product, scale, cap, HAS_CAP)
     if not WHOLE:
-        score = _seen_keys(score, row, position, first, until, positions, size_k, window, BLOCK_N, HAS_WINDOW)
+        score = seen_keys(score, row, position, first, until, positions, size_k, window, BLOCK_N, HAS_WINDOW)
     higher = tl.maximum(highest, tl.max(score, axis=1))
     base = higher
     if not WHOLE:
@@ -163,8 +83,8 @@ def _forward_tile(
     probability = tl.exp2(score - base[:, None])
     shrink = tl.exp2(highest - base)
     total = total * shrink + tl.sum(probability, axis=1)
-    v = _rows_of(v_at, count, stride_vn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
-    acc = _product(probability.to(v.dtype), v, acc * shrink[:, None])
+    v = rows_of(v_at, count, stride_vn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
+    acc = add_product(probability.to(v.dtype), v, acc * shrink[:, None])
     return higher, total, acc
 
 
@@ -185,7 +105,7 @@ def trie_forward_kernel(
     row = tl.load(rows + low + m, mask=m < count, other=-1)
     position = tl.load(positions + row, mask=row >= 0, other=0) if HAS_WINDOW else row
     q_at = query + head * stride_qh + low.to(tl.int64) * stride_qn
-    q = _rows_of(q_at, count, stride_qn, width, BLOCK_M, BLOCK_D, EVEN_D, False)
+    q = rows_of(q_at, count, stride_qn, width, BLOCK_M, BLOCK_D, EVEN_D, False)
     key += head // groups * stride_kh
     value += head // groups * stride_vh
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -206,7 +126,7 @@ def trie_forward_kernel(
         )  # fmt: skip
     total = tl.where(row >= 0, total, 1.0)
     out += head * stride_oh + low.to(tl.int64) * stride_on
-    _keep_rows(out, acc / total[:, None], count, stride_on, width, BLOCK_M, BLOCK_D)
+    keep_rows(out, acc / total[:, None], count, stride_on, width, BLOCK_M, BLOCK_D)
     tl.store(lse + head * size_q + low + m, highest + tl.log2(total), mask=m < count)
 
 
@@ -219,21 +139,21 @@ def _query_grad_tile(
 ):  # fmt: skip
     k_at, v_at = key + first.to(tl.int64) * stride_kn, value + first.to(tl.int64) * stride_vn
     count = size_k - first
-    k = _rows_of(k_at, count, stride_kn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
-    v = _rows_of(v_at, count, stride_vn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
-    product = _row_products(
+    k = rows_of(k_at, count, stride_kn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
+    v = rows_of(v_at, count, stride_vn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
+    product = row_products(
         q, k, q_at, k_at, q_count, count, stride_qn, stride_kn, width, BLOCK_D, BLOCK_K, EVEN_D
     )
-    capped = _scores(product, scale, cap, HAS_CAP)
+    capped = scores(product, scale, cap, HAS_CAP)
     score = capped
     if not WHOLE:
-        score = _seen_keys(score, row, position, first, until, positions, size_k, window, BLOCK_N, HAS_WINDOW)
+        score = seen_keys(score, row, position, first, until, positions, size_k, window, BLOCK_N, HAS_WINDOW)
     probability = tl.exp2(score - lse[:, None])
-    product = _row_products(
+    product = row_products(
         upstream, v, g_at, v_at, q_count, count, stride_gn, stride_vn, width, BLOCK_D, BLOCK_K, EVEN_D
     )
-    grad = _through_cap(probability * (product - delta[:, None]), capped, cap, HAS_CAP)
-    return _product(grad.to(k.dtype), k, acc)
+    grad = through_cap(probability * (product - delta[:, None]), capped, cap, HAS_CAP)
+    return add_product(grad.to(k.dtype), k, acc)
 
 
 @triton.jit
@@ -253,14 +173,14 @@ def trie_query_grad_kernel(
     row = tl.load(rows + low + m, mask=m < count, other=-1)
     position = tl.load(positions + row, mask=row >= 0, other=0) if HAS_WINDOW else row
     g_at = grad_out + head * stride_gh + low.to(tl.int64) * stride_gn
-    upstream = _rows_of(g_at, count, stride_gn, width, BLOCK_M, BLOCK_D, EVEN_D, False)
+    upstream = rows_of(g_at, count, stride_gn, width, BLOCK_M, BLOCK_D, EVEN_D, False)
     o_at = out + head * stride_oh + low.to(tl.int64) * stride_on
-    o = _rows_of(o_at, count, stride_on, width, BLOCK_M, BLOCK_D, EVEN_D, False)
+    o = rows_of(o_at, count, stride_on, width, BLOCK_M, BLOCK_D, EVEN_D, False)
     own = tl.sum(upstream.to(tl.float32) * o.to(tl.float32), axis=1)
     tl.store(delta + head * size_q + low + m, own, mask=m < count)
     log_sum = tl.load(lse + head * size_q + low + m, mask=m < count, other=0.0)
     q_at = query + head * stride_qh + low.to(tl.int64) * stride_qn
-    q = _rows_of(q_at, count, stride_qn, width, BLOCK_M, BLOCK_D, EVEN_D, False)
+    q = rows_of(q_at, count, stride_qn, width, BLOCK_M, BLOCK_D, EVEN_D, False)
     key += head // groups * stride_kh
     value += head // groups * stride_vh
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -278,7 +198,7 @@ def trie_query_grad_kernel(
             window, BLOCK_N, BLOCK_D, BLOCK_K, EVEN_D, HAS_CAP, HAS_WINDOW, False,
         )  # fmt: skip
     query_grad += head * stride_dh + low.to(tl.int64) * stride_dn
-    _keep_rows(query_grad, acc * scale, count, stride_dn, width, BLOCK_M, BLOCK_D)
+    keep_rows(query_grad, acc * scale, count, stride_dn, width, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
@@ -291,31 +211,31 @@ def _key_grad_tile(
     """Scores with keys along the first axis."""
     q_at, g_at = query + first.to(tl.int64) * stride_qn, grad_out + first.to(tl.int64) * stride_gn
     count = size_q - first
-    q = _rows_of(q_at, count, stride_qn, width, BLOCK_M, BLOCK_D, EVEN_D, WHOLE)
-    upstream = _rows_of(g_at, count, stride_gn, width, BLOCK_M, BLOCK_D, EVEN_D, WHOLE)
+    q = rows_of(q_at, count, stride_qn, width, BLOCK_M, BLOCK_D, EVEN_D, WHOLE)
+    upstream = rows_of(g_at, count, stride_gn, width, BLOCK_M, BLOCK_D, EVEN_D, WHOLE)
     m = tl.arange(0, BLOCK_M)
     if WHOLE:
         log_sum, own = tl.load(lse + first + m), tl.load(delta + first + m)
     else:
         log_sum = tl.load(lse + first + m, mask=m < count, other=0.0)
         own = tl.load(delta + first + m, mask=m < count, other=0.0)
-    product = _row_products(
+    product = row_products(
         k, q, k_at, q_at, k_count, count, stride_kn, stride_qn, width, BLOCK_D, BLOCK_K, EVEN_D
     )
-    capped = _scores(product, scale, cap, HAS_CAP)
+    capped = scores(product, scale, cap, HAS_CAP)
     score = capped
     if not WHOLE:
         row = tl.load(rows + first + m, mask=m < count, other=-1)
         position = tl.load(positions + row, mask=row >= 0, other=0) if HAS_WINDOW else row
-        seen = _seen(row[None, :], position[None, :], n[:, None], end[:, None], place[:, None], window, HAS_WINDOW)
+        seen = sees(row[None, :], position[None, :], n[:, None], end[:, None], place[:, None], window, HAS_WINDOW)
         score = tl.where(seen, score, float("-inf"))
     probability = tl.exp2(score - log_sum[None, :])
-    value_acc = _product(probability.to(upstream.dtype), upstream, value_acc)
-    product = _row_products(
+    value_acc = add_product(probability.to(upstream.dtype), upstream, value_acc)
+    product = row_products(
         v, upstream, v_at, g_at, k_count, count, stride_vn, stride_gn, width, BLOCK_D, BLOCK_K, EVEN_D
     )
-    grad = _through_cap(probability * (product - own[None, :]), capped, cap, HAS_CAP)
-    key_acc = _product(grad.to(q.dtype), q, key_acc)
+    grad = through_cap(probability * (product - own[None, :]), capped, cap, HAS_CAP)
+    key_acc = add_product(grad.to(q.dtype), q, key_acc)
     return key_acc, value_acc
 
 
@@ -341,8 +261,8 @@ def trie_key_grad_kernel(
     place = tl.load(positions + n, mask=inside, other=0) if HAS_WINDOW else n
     k_at = key + head * stride_kh + low.to(tl.int64) * stride_kn
     v_at = value + head * stride_vh + low.to(tl.int64) * stride_vn
-    k = _rows_of(k_at, k_count, stride_kn, width, BLOCK_N, BLOCK_D, EVEN_D, False)
-    v = _rows_of(v_at, k_count, stride_vn, width, BLOCK_N, BLOCK_D, EVEN_D, False)
+    k = rows_of(k_at, k_count, stride_kn, width, BLOCK_N, BLOCK_D, EVEN_D, False)
+    v = rows_of(v_at, k_count, stride_vn, width, BLOCK_N, BLOCK_D, EVEN_D, False)
     key_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     value_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     begin, middle, stop = tl.load(blocks + 2), tl.load(blocks + 3), tl.load(blocks + 4)
@@ -368,8 +288,8 @@ def trie_key_grad_kernel(
     kept = tl.load(blocks + 5)
     if kept < 0:
         at = head * stride_dh + low.to(tl.int64) * stride_dn
-        _keep_rows(key_grad + at, key_acc, k_count, stride_dn, width, BLOCK_N, BLOCK_D)
-        _keep_rows(value_grad + at, value_acc, k_count, stride_dn, width, BLOCK_N, BLOCK_D)
+        keep_rows(key_grad + at, key_acc, k_count, stride_dn, width, BLOCK_N, BLOCK_D)
+        keep_rows(value_grad + at, value_acc, k_count, stride_dn, width, BLOCK_N, BLOCK_D)
     else:
         cell = tl.arange(0, BLOCK_N)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
         sums += (head + kept * tl.num_programs(0)) * (2 * BLOCK_N * BLOCK_D)
@@ -396,8 +316,8 @@ def trie_add_up_kernel(
         key_acc += tl.load(part + cell)
         value_acc += tl.load(part + BLOCK_N * BLOCK_D + cell)
     at = head * stride_dh + low.to(tl.int64) * stride_dn
-    _keep_rows(key_grad + at, key_acc, count, stride_dn, width, ROWS, BLOCK_D)
-    _keep_rows(value_grad + at, value_acc, count, stride_dn, width, ROWS, BLOCK_D)
+    keep_rows(key_grad + at, key_acc, count, stride_dn, width, ROWS, BLOCK_D)
+    keep_rows(value_grad + at, value_acc, count, stride_dn, width, ROWS, BLOCK_D)
 
 
 def trie_attention(
@@ -451,7 +371,7 @@ class _TrieAttention(torch.autograd.Function):
         trie_forward_kernel[(heads, len(blocks))](
             query, key, value, out, lse, trie.rows, trie.positions, trie.until, blocks, tiles,
             *_strides(query, key, value, out), *_sizes(query, key), scale, softcap or 1.0, window or 0,
-            **_constants(query, launch, window, softcap),
+            **constants(launch, query.shape[2], window is not None, softcap is not None),
         )  # fmt: skip
         return out
 
@@ -471,16 +391,16 @@ class _TrieAttention(torch.autograd.Function):
         trie_query_grad_kernel[(query.shape[1], len(blocks))](
             query, key, value, out, grad, lse, delta, query_grad, trie.rows, trie.positions, trie.until, blocks, tiles,
             *_strides(query, key, value, out, grad, query_grad), *numbers,
-            **_constants(query, launch, window, softcap),
+            **constants(launch, query.shape[2], window is not None, softcap is not None),
         )  # fmt: skip
         launch = ctx.config.key_grad
-        constants = _constants(query, launch, window, softcap)
+        compiled = constants(launch, query.shape[2], window is not None, softcap is not None)
         blocks, tiles, shared, places = trie.key_tiles(launch.block_n, launch.block_m, window)
-        kv_heads, block_d = key.shape[1], constants["BLOCK_D"]
+        kv_heads, block_d = key.shape[1], compiled["BLOCK_D"]
         sums = lse.new_empty(max(places, 1), kv_heads, 2, launch.block_n, block_d)
         trie_key_grad_kernel[(kv_heads, len(blocks))](
             query, key, value, grad, lse, delta, key_grad, value_grad, sums, trie.rows, trie.positions, trie.until,
-            blocks, tiles, *_strides(query, key, value, grad, key_grad), *numbers, **constants,
+            blocks, tiles, *_strides(query, key, value, grad, key_grad), *numbers, **compiled,
         )  # fmt: skip
         if places:
             trie_add_up_kernel[(kv_heads, len(shared), launch.block_n // ADD_ROWS)](
@@ -500,13 +420,13 @@ def _sizes(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int, int, int]:
     return len(query), len(key), query.shape[2], query.shape[1] // key.shape[1]
 
 
-def _constants(query: torch.Tensor, launch: Launch, window: int | None, softcap: float | None) -> dict[str, Any]:
-    width = query.shape[2]
+def constants(launch: Launch, width: int, windowed: bool, capped: bool) -> dict[str, Any]:
+    """What a kernel is compiled for, and how it is launched."""
     block_d = max(16, triton.next_power_of_2(width))
     return {
         "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_D": block_d,
-        "BLOCK_K": min(launch.block_k or block_d, block_d), "EVEN_D": block_d == width, "HAS_CAP": softcap is not None,
-        "HAS_WINDOW": window is not None, **launch.options,
+        "BLOCK_K": min(launch.block_k or block_d, block_d), "EVEN_D": block_d == width, "HAS_CAP": capped,
+        "HAS_WINDOW": windowed, **launch.options,
     }  # fmt: skip
 
 

@@ -79,6 +79,13 @@ class TrieTiles:
             self._made[where] = self._key_tiles(keys, queries, window)
         return self._made[where]
 
+    def pairs(self, config: Any, window: int | None) -> tuple[int, int, int]:
+        """Of queries and keys in the tiles of the three kernels of a `trie_attention.TrieConfig`, masked ones too."""
+        forward, query_grad, key_grad = config
+        queries = (self.query_tiles(one.block_m, one.block_n, window) for one in (forward, query_grad))
+        keys = self.key_tiles(key_grad.block_n, key_grad.block_m, window)
+        return tuple(len(made.tiles) * one.tile for made, one in zip((*queries, keys), config))
+
     def _query_tiles(self, queries: int, keys: int, window: int | None) -> QueryTiles:
         least_until, positions = _sliding_least(self._until, keys), self._positions
         least_position = _sliding_least(positions, keys)
