@@ -24,14 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import AlroFastError
 from ..modeling import cpp_attention
-from .attention_bodies import (
-    cascade_attention,
-    dense_attention,
-    flash_serves,
-    gather_rows,
-    varlen_attention,
-    varlen_backend,
-)
+from .attention_bodies import cascade_attention, cuda_attention, dense_attention, gather_rows
 from .packing import Branch, PackedBatch, Segments, Tree, collate
 
 ATTENTION = "alro_tree"
@@ -188,11 +181,8 @@ def tree_attention(
     window = sliding_window if sliding_window is not None and sliding_window < layout.longest else None
     softcap = softcap or None
     same_width = query.shape[-1] == value.shape[-1]
-    if query.device.type == "cuda" and same_width and flash_serves(query):
-        backend = varlen_backend(softcap is not None, query.device)
-        if backend is not None:
-            sequences = layout.answers if answers else layout.stream
-            return varlen_attention(backend, query, key, value, sequences, scale, window, softcap), None
+    if query.device.type == "cuda" and same_width:
+        return cuda_attention(query, key, value, layout, scale, window, softcap, answers), None
     if window is None and softcap is None and cpp_attention.serves(query, value):
         return cpp_attention.tree_attention(query, key, value, layout, scale, answers), None
     if query.device.type == "cpu" and window is None and softcap is None and same_width and not answers:

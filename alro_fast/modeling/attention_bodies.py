@@ -1,4 +1,4 @@
-"""The sums of tree attention, three ways in torch; float32 on the CPU has its own kernels (`modeling.cpp_attention`).
+"""The sums of tree attention, three ways in torch and one in Triton; float32 on the CPU has its own kernels (`modeling.cpp_attention`).
 
 - *cascade* (CPU, where those kernels do not serve): every run of the trie in one causal call; then, level by level, the
   rows behind a run against the part of it that stands above them (no mask), merged by their log-sum-exps. With O and L
@@ -7,7 +7,10 @@
   is computed.
 - *varlen* (CUDA, half precision): keys and values gathered by one index, one FlashAttention call for all runs of the
   trie, len_q <= len_k, causal and aligned at the end.
-- *dense* (anything else: sliding windows and soft-capping on the CPU, float32 on CUDA): one masked SDPA call per unit.
+- *Triton* (CUDA, any dtype but float64, heads up to 256): `alro_fast.kernels.trie_attention` on the rows as they lie.
+  Where varlen serves too, the cheaper of the two by their costs for the batch at hand.
+- *dense* (anything else: windows and soft-capping on the CPU, heads of keys and values that differ, CUDA without Triton):
+  one masked SDPA call per unit.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AlroFastError
+from ..ops import trie_attention as trie_kernels
 from .packing import Segments, Varlen
 from .trie import Trie
 
@@ -337,21 +341,26 @@ def flash_serves(query: Tensor) -> bool:
     return half and width % 8 == 0 and width <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
+class Flash(NamedTuple):
+    """A variable-length kernel; `newest`: FlashAttention-3 or later."""
+
+    run: VarlenBackend
+    name: str
+    newest: bool
+
+
 @functools.cache
-def varlen_backend(softcap: bool, device: torch.device) -> VarlenBackend | None:
-    """The variable-length kernel for a device, chosen and logged once; None: there is none for soft-capped scores."""
+def varlen_backend(softcap: bool, device: torch.device) -> Flash | None:
+    """The variable-length kernel for a device; None: there is none for soft-capped scores."""
     if not softcap:
         from torch.nn.attention.varlen import varlen_attn
 
         name = _activate_newest_flash(device)
-        logger.info("tree attention: torch.nn.attention.varlen (%s)", name)
-        return torch_varlen(varlen_attn)
+        return Flash(torch_varlen(varlen_attn), f"torch.nn.attention.varlen ({name})", name in ("FA3", "FA4"))
     if importlib.util.find_spec("flash_attn") is not None:
         from flash_attn import flash_attn_varlen_func
 
-        logger.info("tree attention: the flash-attn package (soft-capped scores)")
-        return flash_attn_varlen(flash_attn_varlen_func)
-    logger.info("tree attention: dense SDPA per tree (soft-capped scores need the flash-attn package for more)")
+        return Flash(flash_attn_varlen(flash_attn_varlen_func), "the flash-attn package", False)
     return None
 
 
@@ -418,3 +427,97 @@ def _activate_newest_flash(device: torch.device) -> str:
         logger.info("tree attention: %s is not usable here (%s)", name, error)
         return "FlashAttention-2"
     return name
+
+
+# --- CUDA: the kernels over tries, or varlen -------------------------------------------------------------------------
+
+
+def trie_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Segments,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    answers: bool = False,
+) -> Tensor:
+    """All rows in one call of the kernels over tries; arguments and result as `dense_attention`."""
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    tiles = _tiles(layout, answers, query.device)
+    return trie_kernels.trie_attention(query, key, value, tiles, scale, window, softcap).unsqueeze(0)
+
+
+def _tiles(layout: Segments, answers: bool, device: torch.device) -> Any:
+    where = ("tiles", answers, device)
+    if where not in layout.cache:
+        rows = layout.answers.rows if answers else layout.stream.rows
+        layout.cache[where] = trie_kernels.make_tiles(layout.trie.until, layout.trie.positions, rows, device)
+    return layout.cache[where]
+
+
+def cuda_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Segments,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    answers: bool = False,
+) -> Tensor:
+    """By the body that serves and should take least; arguments and result as `dense_attention`."""
+    flash = varlen_backend(softcap is not None, query.device) if flash_serves(query) else None
+    ours = trie_kernels.trie_kernels_serve(query)
+    sequences = layout.answers if answers else layout.stream
+    if flash is not None and not (ours and _ours_is_faster(flash, query, key, layout, window, softcap, answers)):
+        _log_once(f"{flash.name}, keys gathered")
+        return varlen_attention(flash.run, query, key, value, sequences, scale, window, softcap)
+    if ours:
+        _log_once("Triton kernels over tries")
+        return trie_attention(query, key, value, layout, scale, window, softcap, answers)
+    _log_once("dense SDPA, a mask for each unit")
+    return dense_attention(query, key, value, layout, scale, window, softcap, answers)
+
+
+def _ours_is_faster(
+    flash: Flash,
+    query: Tensor,
+    key: Tensor,
+    layout: Segments,
+    window: int | None,
+    softcap: float | None,
+    answers: bool,
+) -> bool:
+    """By the cost model (`alro_fast.kernels.attention_costs`), once a batch, forward and backward together."""
+    where = ("faster", answers, window, softcap, query.shape, query.dtype)
+    if where not in layout.cache:
+        sequences = layout.answers if answers else layout.stream
+        gathered = 0 if sequences.kv_index is None else len(sequences.kv_index)
+        ours, theirs = trie_kernels.expected_seconds(
+            query[0].transpose(0, 1), key[0].transpose(0, 1), _tiles(layout, answers, query.device),
+            sequences.q_lengths, sequences.k_lengths, gathered, window, flash.newest,
+        )  # fmt: skip
+        layout.cache[where] = ours < theirs
+        if not answers:
+            _log_costs(ours, theirs, flash.name, query.shape[2], gathered)
+    return layout.cache[where]
+
+
+_costs_logged: set[bool] = set()
+
+
+def _log_costs(ours: float, theirs: float, name: str, rows: int, gathered: int) -> None:
+    """The first batch of each choice."""
+    if (ours < theirs) not in _costs_logged:
+        _costs_logged.add(ours < theirs)
+        logger.info(
+            "tree attention: a batch of %d rows should take %.2f ms a layer by Triton kernels over tries, %.2f ms by %s "
+            "with %d keys gathered (alro_fast/kernels/attention_costs.py): %s", rows, 1e3 * ours, 1e3 * theirs, name,
+            gathered, "Triton" if ours < theirs else "varlen",
+        )  # fmt: skip
+
+
+@functools.cache
+def _log_once(body: str) -> None:
+    logger.info("tree attention: %s", body)

@@ -79,6 +79,8 @@ class Varlen:
         kv_index: int64 [Tk], the stream row of each key; None where the keys are the stream as it is.
         cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1].
         max_seqlen_q, max_seqlen_k: the longest sequence, as Python numbers (no device sync to read them).
+        rows: int64 [Tq] in numpy, the stream row of each query; None where the queries are the stream as it is.
+        q_lengths, k_lengths: int64 [sequences] in numpy, on the host as `rows` is.
     """
 
     kv_index: Tensor | None
@@ -86,6 +88,9 @@ class Varlen:
     cu_seqlens_k: Tensor
     max_seqlen_q: int
     max_seqlen_k: int
+    rows: np.ndarray | None
+    q_lengths: np.ndarray
+    k_lengths: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,7 +279,7 @@ def _stream_sequences(trie: Trie) -> Varlen:
     begins = trie.runs[:-1]
     ends = trie.node_start[trie.runs[1:]]
     keys, k_lengths = trie.chains(ends - 1)
-    return _varlen(ends - trie.node_start[begins], k_lengths, keys if len(keys) > trie.num_rows else None)
+    return _varlen(ends - trie.node_start[begins], k_lengths, keys if len(keys) > trie.num_rows else None, None)
 
 
 def _answer_sequences(trie: Trie, rows: np.ndarray) -> Varlen:
@@ -282,16 +287,21 @@ def _answer_sequences(trie: Trie, rows: np.ndarray) -> Varlen:
     run = np.searchsorted(trie.runs, trie.row_node[rows], side="right")
     last = np.append((np.diff(rows) > 1) | (np.diff(run) > 0), True)
     keys, k_lengths = trie.chains(rows[last])
-    return _varlen(np.diff(np.flatnonzero(last), prepend=-1), k_lengths, keys)
+    return _varlen(np.diff(np.flatnonzero(last), prepend=-1), k_lengths, keys, rows)
 
 
-def _varlen(q_lengths: np.ndarray, k_lengths: np.ndarray, keys: np.ndarray | None) -> Varlen:
+def _varlen(
+    q_lengths: np.ndarray, k_lengths: np.ndarray, keys: np.ndarray | None, rows: np.ndarray | None
+) -> Varlen:
     return Varlen(
         kv_index=None if keys is None else torch.from_numpy(keys),
         cu_seqlens_q=torch.from_numpy(np.concatenate([[0], q_lengths.cumsum()]).astype(np.int32)),
         cu_seqlens_k=torch.from_numpy(np.concatenate([[0], k_lengths.cumsum()]).astype(np.int32)),
         max_seqlen_q=int(q_lengths.max()),
         max_seqlen_k=int(k_lengths.max()),
+        rows=rows,
+        q_lengths=q_lengths,
+        k_lengths=k_lengths,
     )
 
 
