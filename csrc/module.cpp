@@ -448,7 +448,7 @@ NB_MODULE(_cpp, m) {
   m.def("tree_attention", &tree_attention, "query"_a, "key"_a, "value"_a, "node_start"_a, "node_parent"_a,
         "query_row"_a, "scale"_a, "window"_a, "softcap"_a, "out"_a, "lse"_a, "grad"_a.none(), "d_query"_a.none(),
         "d_key"_a.none(), "d_value"_a.none(), "threads"_a,
-        "Forward; with `grad`, backward (out and lse are then what the forward wrote; d_key, d_value are added to).");
+        "Forward; with `grad`, backward (out and lse are then what the forward wrote).");
   m.def("vocab_pass", &vocab_pass, "hidden"_a, "weight"_a, "bias"_a.none(), "softcap"_a, "scale"_a, "first"_a.none(),
         "second"_a.none(), "entropy"_a, "mass_bound"_a, "lse"_a, "expected"_a.none(), "cross"_a.none(),
         "mixed"_a.none(), "spread"_a.none(), "threads"_a,

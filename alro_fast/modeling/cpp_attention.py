@@ -78,7 +78,7 @@ class _TreeAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         rows = [_rows(tensor) for tensor in (query, key, value)]
-        grads = [torch.empty(rows[0].shape), *(torch.zeros(tensor.shape) for tensor in rows[1:])]
+        grads = [torch.empty(tensor.shape, dtype=torch.float32) for tensor in rows]
         grad = grad[0] if grad.stride(-1) == 1 else grad[0].contiguous()
         _cpp.tree_attention(*rows, *ctx.how, out, lse, grad, *grads, torch.get_num_threads())
         return *(tensor.transpose(0, 1).unsqueeze(0) for tensor in grads), None, None, None, None, None

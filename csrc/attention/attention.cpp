@@ -22,7 +22,6 @@ void attention(AttentionArgs args, bool backward) {
   args.panel = plan.panels.data();
   args.unit = plan.units.data();
   const int64_t tasks = int64_t(plan.units.size()) * args.kv_heads;
-  if (tasks == 0) return;
   const int64_t work = plan.pairs * args.kv_heads * args.width;
   const int useful = int(std::min<int64_t>(work / (1 << 18) + 1, tasks));
   // Units add to keys they share in the order of the stream, which thread ever has them: each waits for its turn. Tasks

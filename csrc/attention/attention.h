@@ -32,6 +32,7 @@ struct QueryPanel {  // lanes count (query, head of the group), heads fastest
 struct QueryUnit {
   int64_t first_panel, last_panel;
   int64_t first_run, last_run, keys;  // every key that one of its panels looks at
+  int64_t first_row, last_row;        // rows of the stream after the last query before it, up to its own last one
 };
 
 struct AttentionArgs {
@@ -44,7 +45,7 @@ struct AttentionArgs {
   float scale, softcap;        // softcap 0: none
   int32_t window;              // a query sees the last `window` positions of its branch; 0: all
   int threads;
-  HeadRows grad, d_query, d_key, d_value;  // backward; d_key and d_value are added to
+  HeadRows grad, d_query, d_key, d_value;  // backward
   // of the plan
   const int32_t* until;     // [rows]
   const int32_t* position;  // [rows] in the branch
@@ -60,7 +61,7 @@ void attention(AttentionArgs, bool backward);
 struct AttentionKernels {
   int lanes, tile_keys;  // of a vector; of a tile at most
   // One unit and one key head. `sums` has room for the unit's keys: backward leaves what it has for d_key and d_value
-  // there, and add_sums adds it to them.
+  // there, and add_sums, called unit after unit, adds it to them.
   void (*forward)(const AttentionArgs&, int64_t unit, int64_t kv_head, float* scratch);
   void (*backward)(const AttentionArgs&, int64_t unit, int64_t kv_head, float* sums, float* scratch);
   void (*add_sums)(const AttentionArgs&, int64_t unit, int64_t kv_head, const float* sums);

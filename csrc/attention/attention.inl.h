@@ -19,14 +19,32 @@ template <int V>
 static void pack_rows(const HeadRows& from, const int64_t* query, const int64_t* head, int64_t width, float factor,
                       float* to) {
   constexpr int lanes = V * kLanes;
-  for (int lane = 0; lane < lanes; ++lane) {
-    if (query[lane] < 0) {
-      for (int64_t d = 0; d < width; ++d) to[d * lanes + lane] = 0;
-      continue;
+  for (int first = 0; first < lanes; first += kLanes)
+    for (int64_t d = 0; d < width; d += kLanes) {
+      vf block[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t row = query[first + i];
+        block[i] = row < 0 ? vf{} : load_some(from.at(row, head[first + i]) + d, width - d, vf{});
+      }
+      transpose(block);
+      for (int i = 0; i < kLanes && d + i < width; ++i)
+        store(to + (d + i) * lanes + first, splat(factor) * block[i]);
     }
-    const float* row = from.at(query[lane], head[lane]);
-    for (int64_t d = 0; d < width; ++d) to[d * lanes + lane] = factor * row[d];
-  }
+}
+
+// rows = factor [lanes] * transposed from [width, lanes]; lanes without a row are passed over
+template <int V>
+static void unpack_rows(const float* from, const float* factor, const int64_t* query, const int64_t* head,
+                        int64_t width, const HeadRows& to) {
+  constexpr int lanes = V * kLanes;
+  for (int first = 0; first < lanes; first += kLanes)
+    for (int64_t d = 0; d < width; d += kLanes) {
+      vf block[kLanes];
+      for (int i = 0; i < kLanes; ++i) block[i] = d + i < width ? load(from + (d + i) * lanes + first) : vf{};
+      transpose(block);
+      for (int i = 0; i < kLanes && query[first + i] >= 0; ++i)
+        store_some(to.at(query[first + i], head[first + i]) + d, splat(factor[first + i]) * block[i], width - d);
+    }
 }
 
 // to [lanes, padded] = factor * rows, zeros behind and for lanes without a row
@@ -229,11 +247,9 @@ static void attend_panel(const AttentionArgs& args, const QueryPanel& panel, int
     store(last[0] + j * kLanes, splat(1.0f) / total[j]);
     store(last[1] + j * kLanes, highest[j] + logarithm(total[j]));
   }
-  for (int lane = 0; lane < panel.lanes; ++lane) {
-    float* out = args.out.at(queries.query[lane], queries.head[lane]);
-    for (int64_t d = 0; d < width; ++d) out[d] = sums[d * lanes + lane] * last[0][lane];
+  unpack_rows<V>(sums, last[0], queries.query, queries.head, width, args.out);
+  for (int lane = 0; lane < panel.lanes; ++lane)
     args.lse[queries.query[lane] * args.heads + queries.head[lane]] = last[1][lane];
-  }
 }
 
 // d_key, d_value [keys of the unit, padded]
@@ -288,10 +304,9 @@ static void attend_panel_backward(const AttentionArgs& args, const QueryPanel& p
     keys.add_weighted<V>(args.key, kv_head, width, d_score, one, d_query);
   }
 
-  for (int lane = 0; lane < panel.lanes; ++lane) {
-    float* to = args.d_query.at(queries.query[lane], queries.head[lane]);
-    for (int64_t d = 0; d < width; ++d) to[d] = args.scale * d_query[d * lanes + lane];
-  }
+  float scale[lanes];
+  for (int lane = 0; lane < lanes; ++lane) scale[lane] = args.scale;
+  unpack_rows<V>(d_query, scale, queries.query, queries.head, width, args.d_query);
 }
 
 static int64_t attention_scratch(int64_t width, bool backward) {
@@ -322,16 +337,33 @@ static void attend_backward(const AttentionArgs& args, int64_t u, int64_t kv_hea
   }
 }
 
+// Rows that units before this one have looked at are added to, the others written; those between them get 0.
 static void add_attention_sums(const AttentionArgs& args, int64_t u, int64_t kv_head, const float* sums) {
   const QueryUnit& unit = args.unit[u];
   const int64_t padded = padded_width(args.width);
-  const float* d_key = sums;
-  const float* d_value = d_key + unit.keys * padded;
-  for (const KeyRun* run = args.run + unit.first_run; run < args.run + unit.last_run; ++run)
-    for (int64_t k = 0; k < run->count; ++k) {
-      axpy(1.0f, d_key + (run->place + k) * padded, args.d_key.at(run->row + k, kv_head), args.width);
-      axpy(1.0f, d_value + (run->place + k) * padded, args.d_value.at(run->row + k, kv_head), args.width);
+  const size_t bytes = sizeof(float) * args.width;
+  const HeadRows both[2] = {args.d_key, args.d_value};
+  for (const HeadRows& to : both) {
+    int64_t next = unit.first_row;
+    auto clear = [&](int64_t end) {
+      for (; next < end; ++next) memset(to.at(next, kv_head), 0, bytes);
+    };
+    for (const KeyRun* run = args.run + unit.first_run; run < args.run + unit.last_run; ++run) {
+      clear(run->row);
+      for (int64_t k = 0; k < run->count; ++k) {
+        const float* from = sums + (run->place + k) * padded;
+        float* at = to.at(run->row + k, kv_head);
+        if (run->row + k < next) {
+          axpy(1.0f, from, at, args.width);
+        } else {
+          memcpy(at, from, bytes);
+          ++next;
+        }
+      }
     }
+    clear(unit.last_row);
+    sums += unit.keys * padded;
+  }
 }
 
 static const AttentionKernels attention_table = {kLanes,          kKeys,              attend,

@@ -19,7 +19,7 @@ class Planner {
     cut_panels();
     cut_units();
     for (const QueryUnit& unit : plan_.units) {
-      for (int64_t p = unit.first_panel; p < unit.last_panel; ++p) add_tiles(unit, plan_.panels[p]);
+      for (int64_t p = unit.first_panel; p < unit.last_panel; ++p) add_tiles(unit, p);
     }
     return std::move(plan_);
   }
@@ -65,8 +65,10 @@ class Planner {
     const int64_t count = args_.queries * group_;
     for (int64_t lane = 0; lane < count;) {
       int64_t last = std::min(lane + 2 * lanes_, count);
-      for (int64_t q = lane / group_ + 1; q * group_ < last; ++q)
-        if (2 * common(row(q - 1), row(q)) <= plan_.position[row(q - 1)]) last = q * group_;
+      for (int64_t q = lane / group_ + 1; q * group_ < last; ++q) {
+        const int64_t before = row(q - 1), here = row(q);
+        if (node_[before] != node_[here] && 2 * common(before, here) <= plan_.position[before]) last = q * group_;
+      }
       plan_.panels.push_back({lane, last - lane, 0, 0});
       lane = last;
     }
@@ -78,6 +80,12 @@ class Planner {
     int64_t seen = -1, keys = 0;  // what a row sees up to another, that one sees as well
     for (int64_t q = first_lane / group_; q * group_ < last_lane; ++q) {
       const int64_t here = row(q);
+      if (seen >= 0 && node_[seen] == node_[here]) {
+        runs.back().count += int32_t(here - seen);
+        keys += here - seen;
+        seen = here;
+        continue;
+      }
       path_.clear();
       for (int64_t g = node_[here]; g >= 0; g = args_.node_parent[g]) {
         const int64_t start = args_.node_start[g], last = std::min(here + 1, end(g));
@@ -98,53 +106,55 @@ class Planner {
     return keys;
   }
 
-  struct Span {
-    int64_t lowest, highest;  // positions of queries
+  struct Window {
+    int64_t lowest, highest;  // the first position that the earliest of the queries sees, and the last of them
   };
-  Span positions(int64_t first_lane, int64_t last_lane) const {
-    Span span{INT32_MAX, -1};
+  Window window(int64_t first_lane, int64_t last_lane) const {
+    if (args_.window == 0) return {0, 0};
+    Window found{INT32_MAX, 0};
     for (int64_t q = first_lane / group_; q * group_ < last_lane; ++q) {
-      const int64_t at = plan_.position[row(q)];
-      span = {std::min(span.lowest, at), std::max(span.highest, at)};
+      const int64_t first = std::max<int64_t>(0, plan_.position[row(q)] - int64_t(args_.window) + 1);
+      found = {std::min(found.lowest, first), std::max(found.highest, first)};
     }
-    return span;
-  }
-  int64_t first_visible(int64_t position) const {
-    return args_.window > 0 ? std::max<int64_t>(0, position - args_.window + 1) : 0;
+    return found;
   }
 
   void cut_units() {
     std::vector<int64_t> pairs;
     for (const QueryPanel& panel : plan_.panels) {
-      spare_.clear();
       const int64_t last = panel.first_lane + panel.lanes;
-      const int64_t keys = add_runs(panel.first_lane, last, first_visible(positions(panel.first_lane, last).lowest), spare_);
+      const int64_t keys = add_runs(panel.first_lane, last, window(panel.first_lane, last).lowest, of_panels_);
+      ends_.push_back(of_panels_.size());
       pairs.push_back(keys * (panel.lanes > lanes_ ? 2 : 1) * lanes_);
       plan_.pairs += pairs.back();
     }
     const int64_t panels = int64_t(pairs.size());
-    for (int64_t first = 0, last; first < panels; first = last) {
-      int64_t work = 0;
-      for (last = first; last < panels && (last - first < kUnitPanels || work * kTasks < plan_.pairs * args_.kv_heads);)
+    int64_t first = 0, row_of_first = 0;
+    do {
+      int64_t last = first, work = 0, end = 0;
+      while (last < panels && (last - first < kUnitPanels || work * kTasks < plan_.pairs * args_.kv_heads)) {
+        end = plan_.panels[last].first_lane + plan_.panels[last].lanes;
         work += pairs[last++];
-      const int64_t begin = plan_.panels[first].first_lane;
-      const int64_t end = plan_.panels[last - 1].first_lane + plan_.panels[last - 1].lanes;
-      QueryUnit unit{first, last, int64_t(plan_.runs.size()), 0, 0};
-      unit.keys = add_runs(begin, end, first_visible(positions(begin, end).lowest), plan_.runs);
+      }
+      QueryUnit unit{first, last, int64_t(plan_.runs.size()), 0, 0, row_of_first, args_.rows};
+      if (last > first) {
+        const int64_t begin = plan_.panels[first].first_lane;
+        unit.keys = add_runs(begin, end, window(begin, end).lowest, plan_.runs);
+      }
       unit.last_run = int64_t(plan_.runs.size());
+      if (last < panels) unit.last_row = row_of_first = row((end - 1) / group_) + 1;
       plan_.units.push_back(unit);
       plan_.most_keys = std::max(plan_.most_keys, unit.keys);
-    }
+      first = last;
+    } while (first < panels);
   }
 
-  void add_tiles(const QueryUnit& unit, QueryPanel& panel) {
+  void add_tiles(const QueryUnit& unit, int64_t number) {
+    QueryPanel& panel = plan_.panels[number];
     const int64_t last_lane = panel.first_lane + panel.lanes;
-    const Span span = positions(panel.first_lane, last_lane);
-    const int64_t lowest = first_visible(span.lowest);
-    spare_.clear();
-    add_runs(panel.first_lane, last_lane, lowest, spare_);
+    const auto [lowest, highest] = window(panel.first_lane, last_lane);
     // The panel's first keys are those of its first row, by position.
-    const int64_t free_from = first_visible(span.highest) - lowest;
+    const int64_t free_from = highest - lowest;
     const int64_t free_to = common(row(panel.first_lane / group_), row((last_lane - 1) / group_)) - lowest;
     panel.first_tile = int64_t(plan_.tiles.size());
     int64_t at = unit.first_run, done = 0;
@@ -157,7 +167,8 @@ class Planner {
       done += tile.keys;
       tile = {tile.last_run, 0, 0, 0, 0};
     };
-    for (KeyRun left : spare_) {
+    for (size_t r = number ? ends_[number - 1] : 0; r < ends_[number]; ++r) {
+      KeyRun left = of_panels_[r];
       while (plan_.runs[at].row + plan_.runs[at].count <= left.row) ++at;
       left.place = plan_.runs[at].place + left.row - plan_.runs[at].row;
       while (left.count > 0) {
@@ -177,7 +188,8 @@ class Planner {
   AttentionPlan plan_;
   std::vector<int32_t> node_;   // [rows]
   std::vector<int64_t> depth_;  // [nodes] position of the node's first row
-  std::vector<KeyRun> spare_, path_;
+  std::vector<KeyRun> path_, of_panels_;
+  std::vector<size_t> ends_;  // [panels] of its keys in of_panels_
 };
 
 }  // namespace
