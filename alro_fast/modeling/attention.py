@@ -111,7 +111,7 @@ def use_tree_attention(model: nn.Module, answer_rows_only: bool = True) -> nn.Mo
     former = trunk.config._attn_implementation
     with _evaluating(trunk), torch.no_grad():
         tree = _probe_tree(trunk)
-        alone = torch.cat([_alone(trunk, ids)[start - 1 : -1] for ids, start in zip(tree.ids, tree.answer_starts)])
+        alone = torch.cat([_alone(trunk, ids[:-1])[start - 1 :] for ids, start in zip(tree.ids, tree.answer_starts)])
         batch = collate([tree], [0]).to(alone.device)
         trunk.set_attn_implementation(ATTENTION)
         try:

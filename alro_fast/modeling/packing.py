@@ -1,7 +1,8 @@
 """Trees of token sequences, and the padding-free batches they are packed into.
 
 Branches that begin alike share the rows of what they have in common (`alro_fast.modeling.trie`): a batch takes one row of
-the trunk for every distinct (prefix, token) of it. A row's position id is its place in its own branch, so nothing but the
+the trunk for every distinct (prefix, token) of it that something follows. The last token of a branch predicts nothing, and
+has a row only where another branch goes on from it. A row's position id is its place in its own branch, so nothing but the
 attention (`alro_fast.modeling.attention`) knows that branches lie side by side.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,8 @@ class Tree:
     Attributes:
         ids: per branch, int64 [length].
         answer_starts: per branch.
-        num_tokens: rows the tree takes in a packed stream: distinct (prefix, token) of its branches.
-        unshared_tokens: rows the same branches would take one by one.
+        num_tokens: rows the tree takes in a packed stream: distinct (prefix, token) of its branches without their ends.
+        unshared_tokens: tokens of all branches.
         num_answer_rows: answer tokens of all branches.
 
     Raises:
@@ -56,7 +57,7 @@ class Tree:
 
     @cached_property
     def num_tokens(self) -> int:
-        return grow([self.ids]).num_rows
+        return grow(_groups([self], "list")).num_rows
 
     @cached_property
     def unshared_tokens(self) -> int:
@@ -101,7 +102,7 @@ class Segments:
         stream: every row a query.
         answers: the distinct answer rows alone as queries.
         unit_answers: distinct answer rows of each unit.
-        longest, shortest: tokens of the longest and of the shortest branch.
+        longest, shortest: rows of the longest and of the shortest branch.
         cache: what an attention body derives from the layout once per batch (masks, calls).
     """
 
@@ -145,7 +146,7 @@ class PackedBatch:
         branch_rows: per tree, the label offsets of its branches: branch b of tree t has labels
             `branch_rows[t][b] : branch_rows[t][b + 1]`.
         one_label_a_row: label_rows are 0, 1, ... N - 1.
-        unique_tokens: stream rows; unshared_tokens: tokens of all branches one by one;
+        unique_tokens: stream rows, T; unshared_tokens: tokens of all branches one by one;
             padded_tokens: rows of the rectangle (branches x longest branch) an ordinary padded batch would hold.
     """
 
@@ -208,7 +209,7 @@ def collate(trees: Sequence[Tree], indices: Sequence[int], share: str = "batch")
     return PackedBatch(
         input_ids=torch.from_numpy(trie.ids),
         position_ids=torch.from_numpy(trie.positions),
-        segments=_segments(trie, distinct, int(lengths.max()), int(lengths.min())),
+        segments=_segments(trie, distinct, int(lengths.max()) - 1, int(lengths.min()) - 1),
         labels=torch.from_numpy(np.concatenate([branch[start:] for branch, start in zip(ids, starts)])),
         label_rows=torch.from_numpy(label_rows),
         row_tree=torch.from_numpy(np.repeat(np.arange(len(chosen)), np.add.reduceat(counts, firsts[:-1]))),
@@ -223,12 +224,12 @@ def collate(trees: Sequence[Tree], indices: Sequence[int], share: str = "batch")
 
 
 def _groups(trees: Sequence[Tree], share: str) -> list[list[np.ndarray]]:
-    """The branches that may share rows, together."""
-    if share == "batch":
-        return [[branch for tree in trees for branch in tree.ids]]
+    """The branches that may share rows, together; each without its last token, which nothing is predicted from."""
+    each = [[branch[:-1] for branch in tree.ids] for tree in trees]
     if share == "list":
-        return [tree.ids for tree in trees]
-    return [[branch] for tree in trees for branch in tree.ids]
+        return each
+    branches = list(chain.from_iterable(each))
+    return [branches] if share == "batch" else [[branch] for branch in branches]
 
 
 def _predicting_rows(trie: Trie, lengths: np.ndarray, starts: np.ndarray) -> np.ndarray:

@@ -181,11 +181,11 @@ def test_a_batch_on_another_device_is_refused():
 @pytest.mark.parametrize(
     ("kind", "longest", "shortest", "refused"),
     [
-        ("longrope", 16, 9, False),
-        ("longrope", 17, 17, False),
-        ("longrope", 17, 16, True),
-        ("dynamic", 16, 9, False),
-        ("dynamic", 17, 17, True),
+        ("longrope", 17, 9, False),
+        ("longrope", 18, 18, False),
+        ("longrope", 18, 17, True),
+        ("dynamic", 17, 9, False),
+        ("dynamic", 18, 18, True),
     ],
 )
 def test_rotations_that_depend_on_the_longest_branch(kind, longest, shortest, refused):

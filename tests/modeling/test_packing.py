@@ -36,13 +36,13 @@ def random_trees(draw):
 @pytest.mark.parametrize(
     ("branches", "tokens"),
     [
-        ([([1, 2, 3], 2), ([1, 2, 4, 5], 2)], 5),
-        ([([1, 2, 3, 9], 1), ([1, 2, 3, 8], 1)], 5),  # reaches into the answers
-        ([([1, 2], 1), ([1, 2, 3], 1)], 3),  # a whole branch
-        ([([1, 2, 3], 1), ([1, 2, 3], 2)], 3),  # equal branches
-        ([([1, 2], 1), ([2, 1], 1)], 4),  # nothing
-        ([([4, 5, 6], 1)], 3),  # one branch: everything
-        ([([1, 2, 3, 4], 2), ([1, 2, 3, 5], 2), ([1, 7], 1)], 6),  # what some have alike, and what all have
+        ([([1, 2, 3], 2), ([1, 2, 4, 5], 2)], 3),  # ends predict nothing
+        ([([1, 2, 3, 9, 9], 1), ([1, 2, 3, 8, 9], 1)], 5),  # reaches into the answers
+        ([([1, 2], 1), ([1, 2, 3], 1)], 2),  # a whole branch, its end too
+        ([([1, 2, 3], 1), ([1, 2, 3], 2)], 2),  # equal branches
+        ([([1, 2], 1), ([2, 1], 1)], 2),  # nothing
+        ([([4, 5, 6], 1)], 2),  # one branch: everything
+        ([([1, 2, 3, 4, 0], 2), ([1, 2, 3, 5, 0], 2), ([1, 7, 0], 1)], 6),  # what some have alike, and what all have
     ],
 )
 def test_what_begins_alike_counts_once(branches, tokens):
@@ -54,14 +54,14 @@ def test_what_begins_alike_counts_once(branches, tokens):
 def test_stream_of_two_trees():
     trees = [tree(([1, 2, 3, 4], 2), ([1, 2, 5, 6, 7], 3)), tree(([8, 9], 1))]
     batch = collate(trees, [0, 1])
-    assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
-    assert batch.position_ids.tolist() == [0, 1, 2, 3, 2, 3, 4, 0, 1]
+    assert batch.input_ids.tolist() == [1, 2, 3, 5, 6, 8]  # 4, 7 and 9 are ends
+    assert batch.position_ids.tolist() == [0, 1, 2, 2, 3, 0]
     assert batch.labels.tolist() == [3, 4, 6, 7, 9]
-    assert batch.answer_rows.tolist() == [1, 2, 4, 5, 7]  # 3 follows the last row of what both begin with
+    assert batch.answer_rows.tolist() == [1, 2, 3, 4, 5]  # 3 follows the last row of what both begin with
     assert batch.one_label_a_row
     assert batch.row_tree.tolist() == [0, 0, 0, 0, 1]
     assert batch.row_branch.tolist() == [0, 0, 1, 1, 0]
-    assert (batch.unique_tokens, batch.unshared_tokens, batch.padded_tokens) == (9, 11, 15)
+    assert (batch.unique_tokens, batch.unshared_tokens, batch.padded_tokens) == (6, 11, 15)
     assert batch.branch_rows == ((0, 2, 4), (4, 5))
 
 
@@ -77,12 +77,12 @@ def test_trees_of_a_batch_share_what_they_begin_with():
     """Two lists under one instruction [7, 7]; the second has a branch that goes on as one of the first does."""
     trees = [tree(([7, 7, 1, 2], 3), ([7, 7, 1, 3], 3)), tree(([7, 7, 4], 2), ([7, 7, 1, 3, 5], 3))]
     batch = collate(trees, [0, 1])
-    assert batch.input_ids.tolist() == [7, 7, 1, 2, 3, 5, 4]
-    assert batch.answer_rows.tolist() == [2, 2, 1, 2, 4]
-    assert collate(trees, [0, 1], "list").input_ids.tolist() == [7, 7, 1, 2, 3, 7, 7, 4, 1, 3, 5]
+    assert batch.input_ids.tolist() == [7, 7, 1, 3]
+    assert batch.answer_rows.tolist() == [2, 2, 1, 2, 3]
+    assert collate(trees, [0, 1], "list").input_ids.tolist() == [7, 7, 1, 7, 7, 1, 3]
     unshared = collate(trees, [0, 1], "none")
-    assert unshared.input_ids.tolist() == [7, 7, 1, 2, 7, 7, 1, 3, 7, 7, 4, 7, 7, 1, 3, 5]
-    assert unshared.unique_tokens == batch.unshared_tokens == 16
+    assert unshared.input_ids.tolist() == [7, 7, 1, 7, 7, 1, 7, 7, 7, 7, 1, 3]
+    assert unshared.unique_tokens == batch.unshared_tokens - 4 == 12
 
 
 @given(random_trees(), st.sampled_from(["batch", "list", "none"]))
@@ -98,7 +98,7 @@ def test_every_answer_token_is_predicted_by_the_row_before_it(trees, share):
     for number, t in enumerate(trees):
         for b, (ids, answer_start) in enumerate(zip(t.ids, t.answer_starts)):
             rows = next(branches)
-            assert batch.input_ids[rows].tolist() == ids.tolist()
+            assert batch.input_ids[rows].tolist() == ids[:-1].tolist()
             assert batch.branch_rows[number][b : b + 2] == (n, n + len(ids) - answer_start)
             for position in range(answer_start, len(ids)):
                 assert batch.answer_rows[n] == rows[position - 1]
@@ -110,7 +110,7 @@ def test_every_answer_token_is_predicted_by_the_row_before_it(trees, share):
     assert batch.one_label_a_row == (batch.label_rows.tolist() == list(range(n)))
     cuts = zip(layout.units.tolist(), layout.units.tolist()[1:])
     assert layout.unit_answers == tuple(sum(a <= row < b for row in layout.distinct_rows.tolist()) for a, b in cuts)
-    lengths = [len(ids) for t in trees for ids in t.ids]
+    lengths = [len(ids) - 1 for t in trees for ids in t.ids]
     assert (layout.longest, layout.shortest) == (max(lengths), min(lengths))
 
 
@@ -142,7 +142,7 @@ def check_sequences(varlen, queries, path):
 
 
 def test_a_tree_over_the_budget_is_named():
-    trees = [tree(([1, 2], 1)), tree(([1, 2, 3, 4], 2), name="user 17, list 3")]
+    trees = [tree(([1, 2], 1)), tree(([1, 2, 3, 4, 5], 2), name="user 17, list 3")]
     with pytest.raises(AlroFastError, match=r"tree user 17, list 3 \(number 1\) takes 4 tokens, more than .* 3"):
         pack(trees, 3)
     with pytest.raises(AlroFastError, match="token_budget is 0"):
@@ -182,7 +182,7 @@ def test_pack_covers_all_trees():
 
 
 def test_batches_travel():
-    batch = collate([tree(([1, 2, 3], 1), ([1, 2, 4], 1))], [0])
+    batch = collate([tree(([1, 2, 3, 9], 1), ([1, 2, 4, 9], 1))], [0])
     copy = pickle.loads(pickle.dumps(batch))
     moved = batch.to("meta")
     for name, value in vars(batch).items():
@@ -196,4 +196,4 @@ def test_batches_travel():
 
 def test_ids_may_be_arrays_or_tensors():
     for ids in (np.array([1, 2, 3], dtype=np.int32), torch.tensor([1, 2, 3])):
-        assert collate([tree((ids, 2))], [0]).input_ids.tolist() == [1, 2, 3]
+        assert collate([tree((ids, 2))], [0]).input_ids.tolist() == [1, 2]

@@ -52,8 +52,8 @@ def plain_trie(groups: list[list[list[int]]]) -> PlainTrie:
 
 
 def groups_of(trees: list, share: str) -> list[list[list[int]]]:
-    """The branches that may share rows: of a batch, of each tree ("list"), or of nobody ("none")."""
-    groups = [[ids.tolist() for ids in tree.ids] for tree in trees]
+    """The branches that may share rows: of a batch, of each tree ("list"), or of nobody ("none"); without their ends."""
+    groups = [[ids[:-1].tolist() for ids in tree.ids] for tree in trees]
     if share == "batch":
         return [[ids for group in groups for ids in group]]
     return groups if share == "list" else [[ids] for group in groups for ids in group]
