@@ -183,8 +183,8 @@ def tree_attention(
     same_width = query.shape[-1] == value.shape[-1]
     if query.device.type == "cuda" and same_width:
         return cuda_attention(query, key, value, layout, scale, window, softcap, answers), None
-    if window is None and softcap is None and cpp_attention.serves(query, value):
-        return cpp_attention.tree_attention(query, key, value, layout, scale, answers), None
+    if cpp_attention.serves(query, value):
+        return cpp_attention.tree_attention(query, key, value, layout, scale, window, softcap, answers), None
     if query.device.type == "cpu" and window is None and softcap is None and same_width and not answers:
         return cascade_attention(query, key, value, layout, scale), None
     return dense_attention(query, key, value, layout, scale, window, softcap, answers), None

@@ -7,20 +7,18 @@
   is computed.
 - *varlen* (CUDA, half precision): keys and values gathered by one index, one FlashAttention call for all runs of the
   trie, len_q <= len_k, causal and aligned at the end.
-- *Triton* (CUDA, any dtype but float64, heads up to 256): `alro_fast.kernels.trie_attention` on the rows as they lie.
-  Where varlen serves too, the cheaper of the two by their costs for the batch at hand.
-- *dense* (anything else: windows and soft-capping on the CPU, heads of keys and values that differ, CUDA without Triton):
-  one masked SDPA call per unit.
+- *Triton* (CUDA, any dtype but float64, heads up to 256): `alro_fast.kernels.trie_attention`, on the rows as they lie.
+  Where varlen serves too, the cheaper of the two by what a model of both expects of the batch at hand.
+- *dense* (anything else: windows and soft caps on the CPU where the kernels do not serve, heads of keys and values that
+  differ on CUDA): one masked SDPA call per unit.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
-import inspect
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AlroFastError
+from ..ops import flash as flash_kernels
 from ..ops import trie_attention as trie_kernels
 from .packing import Segments, Varlen
 from .trie import Trie
@@ -97,9 +96,9 @@ def _masks(layout: Segments, window: int | None, like: Tensor, answers: bool) ->
         if cells > MOST_MASKED:
             raise AlroFastError(
                 f"a batch with masks of {cells:,} entries ({layout.num_rows:,} rows, {layout.longest:,} tokens in its "
-                f"longest branch) is over the {MOST_MASKED:,} that attention by masks serves (float32 on CUDA, "
-                "soft-capped scores, windows on the CPU): lower --max_length or --tokens_per_batch, or use --bf16 true "
-                "on a GPU"
+                f"longest branch) is over the {MOST_MASKED:,} that attention by masks serves (float32 or soft-capped "
+                "scores on CUDA, windows or soft caps in other types on the CPU): lower --max_length or "
+                "--tokens_per_batch, or use --bf16 true on a GPU"
             )
         rows = layout.distinct_rows if answers else torch.arange(layout.num_rows, device=like.device)
         masks: list[tuple[Tensor | slice, Tensor]] = []
@@ -278,12 +277,8 @@ class _Cascade(torch.autograd.Function):
 
 # --- varlen: CUDA ----------------------------------------------------------------------------------------------------
 
-# backend(query [Tq, heads, D], key, value [Tk, kv_heads, D], sequences, scale, window, softcap) -> [Tq, heads, D]
-VarlenBackend = Callable[[Tensor, Tensor, Tensor, Varlen, float, int | None, float | None], Tensor]
-
-
 def varlen_attention(
-    backend: VarlenBackend,
+    backend: flash_kernels.VarlenBackend,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -334,101 +329,6 @@ class _Gather(torch.autograd.Function):
         return total.index_add_(0, index, grad.to(wide)).to(grad.dtype), None
 
 
-def flash_serves(query: Tensor) -> bool:
-    """Whether FlashAttention has a kernel for this dtype, width and device (Ampere or later)."""
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    width = query.shape[-1]
-    return half and width % 8 == 0 and width <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
-
-
-class Flash(NamedTuple):
-    """A variable-length kernel; `newest`: FlashAttention-3 or later."""
-
-    run: VarlenBackend
-    name: str
-    newest: bool
-
-
-@functools.cache
-def varlen_backend(softcap: bool, device: torch.device) -> Flash | None:
-    """The variable-length kernel for a device; None: there is none for soft-capped scores."""
-    if not softcap:
-        from torch.nn.attention.varlen import varlen_attn
-
-        name = _activate_newest_flash(device)
-        return Flash(torch_varlen(varlen_attn), f"torch.nn.attention.varlen ({name})", name in ("FA3", "FA4"))
-    if importlib.util.find_spec("flash_attn") is not None:
-        from flash_attn import flash_attn_varlen_func
-
-        return Flash(flash_attn_varlen(flash_attn_varlen_func), "the flash-attn package", False)
-    return None
-
-
-def torch_varlen(varlen_attn: Callable[..., Any]) -> VarlenBackend:
-    """`torch.nn.attention.varlen.varlen_attn`, whose spelling changed: `enable_gqa` came after torch 2.11.
-
-    Without the flag the kernel takes fewer key heads as they are; with it the flag has to be set.
-    """
-    extra = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-    def run(query, key, value, sequences, scale, window, softcap):
-        assert softcap is None
-        return varlen_attn(
-            query,
-            key,
-            value,
-            sequences.cu_seqlens_q,
-            sequences.cu_seqlens_k,
-            sequences.max_seqlen_q,
-            sequences.max_seqlen_k,
-            scale=scale,
-            window_size=(-1 if window is None else window - 1, 0),
-            **extra,
-        )
-
-    return run
-
-
-def flash_attn_varlen(flash_attn_varlen_func: Callable[..., Tensor]) -> VarlenBackend:
-    """`flash_attn_varlen_func` of the flash-attn package (2.6 and later: soft-capping)."""
-
-    def run(query, key, value, sequences, scale, window, softcap):
-        return flash_attn_varlen_func(
-            query,
-            key,
-            value,
-            sequences.cu_seqlens_q,
-            sequences.cu_seqlens_k,
-            sequences.max_seqlen_q,
-            sequences.max_seqlen_k,
-            softmax_scale=scale,
-            causal=True,
-            window_size=(-1 if window is None else window - 1, 0),
-            softcap=softcap or 0.0,
-        )
-
-    return run
-
-
-def _activate_newest_flash(device: torch.device) -> str:
-    """Let torch's FlashAttention dispatch to FA3 (Hopper) or FA4 (Blackwell) where its package is installed."""
-    from torch.nn import attention
-
-    current = getattr(attention, "current_flash_attention_impl", lambda: None)()  # not every torch from 2.11 on has it
-    if current:
-        return current
-    major, _ = torch.cuda.get_device_capability(device)
-    name, package = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute")}.get(major, (None, ""))
-    if name is None or importlib.util.find_spec(package.split(".")[0]) is None:
-        return "FlashAttention-2"
-    try:
-        attention.activate_flash_attention_impl(name)
-    except (ImportError, RuntimeError, ValueError) as error:
-        logger.info("tree attention: %s is not usable here (%s)", name, error)
-        return "FlashAttention-2"
-    return name
-
-
 # --- CUDA: the kernels over tries, or varlen -------------------------------------------------------------------------
 
 
@@ -467,7 +367,7 @@ def cuda_attention(
     answers: bool = False,
 ) -> Tensor:
     """By the body that serves and should take least; arguments and result as `dense_attention`."""
-    flash = varlen_backend(softcap is not None, query.device) if flash_serves(query) else None
+    flash = flash_kernels.varlen_backend(softcap is not None, query.device) if flash_kernels.serves(query) else None
     ours = trie_kernels.trie_kernels_serve(query)
     sequences = layout.answers if answers else layout.stream
     if flash is not None and not (ours and _ours_is_faster(flash, query, key, layout, window, softcap, answers)):
@@ -481,7 +381,7 @@ def cuda_attention(
 
 
 def _ours_is_faster(
-    flash: Flash,
+    flash: flash_kernels.Flash,
     query: Tensor,
     key: Tensor,
     layout: Segments,
