@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from alro_fast.kernels import configs, expected, gather, listwise, row_kernel, vocab_stats
+from alro_fast.kernels import configs, expected, gather, listwise, row_kernel, trie_attention, vocab_stats
 
 TARGETS = {
     **{f"sm{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 100, 120)},
@@ -39,18 +39,23 @@ INSTRUCTIONS = {
 }
 
 # Types of arguments by name; integers not named here are i32, and 1 where they are the stride along a row.
-_HALF = {"hidden", "weight", "bias", "p", "out", "p_out", "mixed_out", "spread_out", "grad_out", "source"}
+_HALF = {
+    "hidden", "weight", "bias", "p", "out", "p_out", "mixed_out", "spread_out", "grad_out", "source", "query", "key",
+    "value", "query_grad", "key_grad", "value_grad",
+}  # fmt: skip
 _INT64 = {
     "rows_a", "rows_b", "pair_rows", "begins", "order", "bounds", "second", "first", "order_first", "bounds_first",
     "order_second", "bounds_second", "rows", "ids", "keys", "ends", "places", "ranks", "sizes", "twin",
 }  # fmt: skip
-_INT32 = {"live", "kept", "kept_count"}
+_INT32 = {"live", "kept", "kept_count", "positions", "until", "blocks", "shared"}
 _FLOAT = {"scale", "cap", "mass_bound", "gamma", "sigma"}
+_DIVISIBLE = {"size_h", "width"}  # by 16, as sizes of heads and hidden states are
 _ONE = {"stride_hk", "stride_wk", "stride_sk"}
 _COUNTS = {
     "slots", "tiles", "tiles_per_split", "splits", "count", "all_tiles", "columns", "per_group", "first_column",
-    "first_slot", "first_tile",
+    "first_slot", "first_tile", "width", "groups", "window",
 }  # fmt: skip
+_INT32_OF_TRIES = {"rows", "tiles"}  # tensors of int32 there, other things elsewhere
 _COUNT_ROWS = {"select_kernel", "probability_kernel", "accumulate_kernel"}  # `rows` is a tensor elsewhere
 
 
@@ -94,6 +99,9 @@ def cases(architecture: str) -> Iterator[Case]:
         for full in (False, True):
             for case in _head_cases(label, config, element, full):
                 yield from distinct(case)
+    for label, config, width, element_size in configs.shipped_trie_configs(architecture):
+        for case in _trie_cases(label, config, width, "bf16" if element_size == 2 else "fp32"):
+            yield from distinct(case)
     for case in _small_cases():
         yield from distinct(case)
 
@@ -141,6 +149,25 @@ def _head_cases(label: str, config: configs.HeadConfig, element: str, full: bool
     )  # fmt: skip
 
 
+def _trie_cases(label: str, config: trie_attention.TrieConfig, width: int, element: str) -> Iterator[Case]:
+    """Attention over tries, plain and with everything switched on."""
+    kernels = (
+        trie_attention.trie_forward_kernel,
+        trie_attention.trie_query_grad_kernel,
+        trie_attention.trie_key_grad_kernel,
+    )
+    for full in (False, True):
+        for kernel, launch in zip(kernels, config):
+            constants = trie_attention.constants(launch, width, full, full) | {"EVEN_D": not full}
+            options = {key: constants.pop(key) for key in launch.options}
+            yield Case(
+                kernel, f"{label} full" if full else label, constants, options["num_warps"], options["num_stages"],
+                element != "fp32", element, launch.registers,
+            )  # fmt: skip
+    shape = {"BLOCK_N": config.key_grad.block_n, "BLOCK_D": width, "ROWS": trie_attention.ADD_ROWS}
+    yield Case(trie_attention.trie_add_up_kernel, label, shape, 4, 3, False, element)
+
+
 def _small_cases() -> Iterator[Case]:
     for size in (16, 32, 64, 128):
         for form, columns in (("ranking", size), ("ratings", 16)):
@@ -174,7 +201,7 @@ def compile_case(case: Case, architecture: str) -> Report:
         signature[argument] = kind = _argument_type(argument, name, case)
         if kind == "constexpr" and argument not in constants:
             constants[argument] = 1
-        if kind != "constexpr" and (kind.startswith("*") or argument.startswith("stride") or argument == "size_h"):
+        if kind != "constexpr" and (kind.startswith("*") or argument.startswith("stride") or argument in _DIVISIBLE):
             attributes[(position,)] = [["tt.divisibility", 16]]
     limit = {"maxnreg": case.registers} if case.registers and target.backend == "cuda" else {}
     compiled = triton.compile(
@@ -208,6 +235,8 @@ def _argument_type(argument: str, kernel: str, case: Case) -> str:
         return "constexpr"
     if argument in _FLOAT:
         return "fp32"
+    if argument in _INT32_OF_TRIES and kernel.startswith("trie_"):
+        return "*i32"
     if (
         argument in _COUNTS
         or argument.startswith(("stride", "size_"))

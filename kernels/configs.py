@@ -1,4 +1,4 @@
-"""Launch configurations: one table, looked up by (architecture, hidden size, rows). Nothing is tuned at run time.
+"""Launch configurations: tables, looked up by architecture and sizes. Nothing is tuned at run time.
 
 Architectures: "sm80" (A100), "sm86" (A10, RTX 3090), "sm89" (L4, L40S, RTX 4090), "sm90" (H100, H200), "sm100" (B200),
 "sm120" (RTX 5090, RTX PRO 6000), "gfx942" (MI300), "interpreter" (CPU, tests).
@@ -9,6 +9,7 @@ spills, on shared memory over the limit and on a matrix kernel without tensor-co
 from typing import NamedTuple
 
 from .expected import ExpectedConfig
+from .trie_attention import Launch, TrieConfig
 from .vocab_stats import StatsConfig
 
 SHARED_LIMIT = {  # bytes a block may have; CUDA C++ Programming Guide, compute capabilities; CDNA 3 ISA (LDS)
@@ -161,3 +162,60 @@ def shipped_configs(architecture: str) -> list[tuple[str, HeadConfig, int]]:
                 config = head_config(architecture, hidden_size, rows, element_size)
                 found.setdefault(config, (f"{8 * element_size}-bit H {hidden_size} N {rows}", config, element_size))
     return list(found.values())
+
+
+def _trie(forward: tuple, query_grad: tuple, key_grad: tuple, block_k: int = 0) -> TrieConfig:
+    """Each (queries, keys, warps, stages)."""
+    return TrieConfig(*(Launch(*launch, block_k=block_k) for launch in (forward, query_grad, key_grad)))
+
+
+_TRIE_AMPERE = (
+    _trie((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
+    _trie((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
+    _trie((64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
+)
+_TRIE_HOPPER = (
+    _trie((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
+    _trie((128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 2)),
+    _trie((128, 32, 8, 2), (128, 32, 8, 2), (32, 32, 8, 2)),
+)
+_TRIE_FLOAT32 = (
+    _trie((64, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), 32),
+    _trie((64, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), 32),
+    _trie((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1), 32),
+)
+_TRIE_WIDTHS = (64, 128, 256)  # of heads: the rows above serve up to these, padded to a power of two
+# Per architecture: half precision, float32. Chosen as the largest tiles that compile without spills, for all that is
+# switched on and for nothing.
+_TRIE = {
+    **dict.fromkeys(("sm80", "sm86", "sm89", "sm120"), (_TRIE_AMPERE, _TRIE_FLOAT32)),
+    **dict.fromkeys(("sm90", "sm100"), (_TRIE_HOPPER, _TRIE_FLOAT32)),
+    "gfx942": (
+        (
+            _trie((64, 64, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)),
+            _trie((64, 64, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)),
+            _trie((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        ),
+        (
+            _trie((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1), 32),
+            _trie((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1), 32),
+            _trie((32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1), 32),
+        ),
+    ),
+    "interpreter": 2 * (3 * (_trie((32, 32, 1, 1), (32, 32, 1, 1), (32, 32, 1, 1)),),),
+}
+
+
+def trie_config(architecture: str, width: int, element_size: int) -> TrieConfig:
+    """How attention over tries is launched for heads of `width` elements of `element_size` bytes."""
+    rows = _TRIE[architecture][element_size > 2]
+    return next(row for row, widest in zip(rows, _TRIE_WIDTHS) if width <= widest)
+
+
+def shipped_trie_configs(architecture: str) -> list[tuple[str, TrieConfig, int, int]]:
+    """(label, configuration, width, element size) of every width that is compiled for an architecture."""
+    return [
+        (f"{8 * size}-bit D {width}", trie_config(architecture, width, size), width, size)
+        for size in (2, 4)
+        for width in (16, 32, 64, 128, 256)
+    ]

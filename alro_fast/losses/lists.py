@@ -174,7 +174,7 @@ def alro_counts(labels: Tensor, lists: RankingLists, ignore_index: int = -100) -
 class ALROCounts(NamedTuple):
     """What the three means divide by; give those of the whole batch when it is split over steps or processes."""
 
-    rows: Tensor | float  # with a label
+    rows: Tensor | float  # with a label; of several labels, each
     lists: Tensor | float  # with a candidate
     twins: Tensor | float  # with a twin
 
@@ -197,7 +197,7 @@ def check_lists(
     if len(shape) != 2:
         raise AlroFastError(f"slot_rows has shape {tuple(shape)}; expected [L, M]")
     wanted = {
-        "labels": (row_count,),
+        "labels": (row_count, *labels.shape[1:2]),
         "slot_rows": shape,
         "candidate_ids": shape,
         "ratings": shape,
@@ -241,9 +241,9 @@ def _check_list_values(labels: Tensor, lists: RankingLists, row_count: int, voca
     used = slot_rows >= 0
     if (used[:, 1:] & ~used[:, :-1]).any():
         raise AlroFastError("slot_rows has a slot after a pad; expected each list's slots first, then its pads")
-    _check_distinct("slot_rows", slot_rows, "row")
     sizes = used.sum(dim=1)
     if grades is None:
+        _check_distinct("slot_rows", slot_rows, "row")  # graded candidates of one text may share theirs
         check_values("candidate_ids", candidate_ids, candidate_ids < vocab_size, f"{in_vocab}, -1 on pads")
         check_values(
             "candidate_ids", candidate_ids, (candidate_ids >= 0) == used, "on slots and -1 on the pads of slot_rows"
@@ -274,8 +274,8 @@ def _check_list_values(labels: Tensor, lists: RankingLists, row_count: int, voca
         raise AlroFastError(
             f"twin[{place}] is {int(twin[place])}, whose size or ratings differ; expected one axis of items in both"
         )
-    shared = has_twin & ((slot_rows == slot_rows[of]) & used).any(dim=1)
-    if shared.any():
+    shared = has_twin & ((slot_rows == slot_rows[of]) | ~used).all(dim=1)
+    if grades is None and shared.any():
         place = int(shared.nonzero()[0, 0])
         raise AlroFastError(
             f"slot_rows of list {place} and of list {int(twin[place])}, which it is the twin of, are the same rows; a "
@@ -299,15 +299,17 @@ def _check_agreement(labels: Tensor, lists: RankingLists, ignore_index: int) -> 
             f"ranks of list {place} put {before} before {after}; expected higher ratings first, ungraded ones last"
         )
     rows = lists.slot_rows.clamp(min=0).long()
-    found, tokens = labels.long()[rows] if len(labels) else rows, _targets(lists)
-    wrong = used & (found != ignore_index) & (tokens >= 0) & (found != tokens)
+    every = labels.long().view(len(labels), -1)  # a row may predict several, one of them this slot's
+    found, tokens = every[rows] if len(labels) else rows[..., None], _targets(lists)
+    labelled = used & (found != ignore_index).any(dim=-1)
+    wrong = labelled & (tokens >= 0) & (found != tokens[..., None]).all(dim=-1)
     if lists.grades is not None:  # a rating between grades: any of them may stand for it
-        wrong |= used & (found != ignore_index) & (tokens < 0) & ~torch.isin(found, lists.grades.token_ids)
+        wrong |= labelled & (tokens < 0) & ~torch.isin(found, lists.grades.token_ids).any(dim=-1)
     if wrong.any():
         place, slot = wrong.nonzero()[0].tolist()
         what = f"token {int(tokens[place, slot])}" if tokens[place, slot] >= 0 else "one of grades.token_ids"
         raise AlroFastError(
-            f"labels holds {int(found[place, slot])} at row {int(rows[place, slot])}, which slot_rows names for slot "
+            f"labels holds {int(found[place, slot, 0])} at row {int(rows[place, slot])}, which slot_rows names for slot "
             f"{slot} of list {place}; expected {what}, or {ignore_index}: are the rows off by one, or candidate_ids or "
             "ratings of another order?"
         )

@@ -56,7 +56,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     needs = "its kernels need compute capability 8.0 or later, and 99 KB of shared memory for a block"
-    return None if _architecture(device) is not None else needs
+    return None if architecture(device) is not None else needs
 
 
 def vocab_pass(
@@ -485,11 +485,11 @@ def _addmm_widens(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _config(hidden: Tensor) -> configs.HeadConfig:
-    return configs.head_config(_architecture(hidden.device), hidden.shape[1], len(hidden), hidden.element_size())
+    return configs.head_config(architecture(hidden.device), hidden.shape[1], len(hidden), hidden.element_size())
 
 
 @functools.cache
-def _architecture(device: torch.device) -> str | None:
+def architecture(device: torch.device) -> str | None:
     """The table's name for a device; None: too old."""
     if device.type == "cpu":
         return "interpreter"
