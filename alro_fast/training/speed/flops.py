@@ -63,6 +63,9 @@ class Flops(NamedTuple):
     def __add__(self, other: Flops) -> Flops:  # type: ignore[override]
         return Flops(*(mine + others for mine, others in zip(self, other)))
 
+    def __sub__(self, other: Flops) -> Flops:
+        return Flops(*(mine - others for mine, others in zip(self, other)))
+
     @property
     def total(self) -> float:
         return self.trunk + self.attention + self.head

@@ -30,6 +30,8 @@ class Meter:
         self.trained, self.read = Work(), Work()  # with gradients, and without
         self._batch = Work()
         self._observer: Observer | None = None
+        self._laps: list[tuple[float, float]] = []  # FLOPs, seconds
+        self._counted = 0.0
 
     def take(self, packed: PackedBatch) -> None:
         """The batch, on the CPU, that the next forward passes run over."""
@@ -57,6 +59,18 @@ class Meter:
             return None
         prices: tuple[Prices, Prices] = self._observer.prices(True), self._observer.prices(False)
         return prices[0].of(self.trained) + prices[1].of(self.read)
+
+    def lap(self, seconds: float) -> None:
+        """So many seconds went by, in which everything was done that was not there at the lap before."""
+        done = self.flops()
+        if done is not None:
+            self._laps.append((done.total - self._counted, seconds))
+            self._counted = done.total
+
+    def utilisation(self, whole: bool = False) -> float | None:
+        """FLOPs over seconds and peak, of the last lap or of all; None where FLOPs are not known."""
+        flops, seconds = map(sum, zip(*(self._laps if whole else self._laps[-1:]))) if self._laps else (0.0, 0.0)
+        return flops / seconds / self.peak() if seconds else None
 
     def peak(self) -> float:
         """FLOP/s of large matrix products on the model's device."""
