@@ -24,7 +24,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import AlroFastError
 from ..modeling import cpp_attention
-from .attention_bodies import cascade_attention, dense_attention, flash_serves, varlen_attention, varlen_backend
+from .attention_bodies import (
+    cascade_attention,
+    dense_attention,
+    flash_serves,
+    gather_rows,
+    varlen_attention,
+    varlen_backend,
+)
 from .packing import Branch, PackedBatch, Segments, Tree, collate
 
 ATTENTION = "alro_tree"
@@ -44,6 +51,20 @@ def tree_hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
     Returns:
         [N, H] in the model's dtype, in the order of `batch.labels`; differentiable.
     """
+    return by_label(answer_hidden_states(model, batch), batch)
+
+
+def by_label(hidden: Tensor, batch: PackedBatch) -> Tensor:
+    """[U, H] of `answer_hidden_states` -> [N, H], a row for every label; gradients are added up in float32."""
+    return hidden if batch.one_label_a_row else gather_rows(hidden, batch.label_rows)
+
+
+def answer_hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """As `tree_hidden_states`, each row once whatever branches need it.
+
+    Returns:
+        [U, H], in the order of `batch.segments.distinct_rows`; `batch.label_rows` counts its rows.
+    """
     trunk = trunk_of(model)
     if trunk.config._attn_implementation != ATTENTION:
         raise AlroFastError(
@@ -59,7 +80,7 @@ def tree_hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
     if getattr(trunk, ROWS_ONLY, False):
         with _last_layer_on_answer_rows(trunk, batch.segments):
             return _run(trunk, batch)
-    return _run(trunk, batch).index_select(0, batch.answer_rows)
+    return _run(trunk, batch).index_select(0, batch.segments.distinct_rows)
 
 
 def use_tree_attention(model: nn.Module, answer_rows_only: bool = True) -> nn.Module:
@@ -90,7 +111,7 @@ def use_tree_attention(model: nn.Module, answer_rows_only: bool = True) -> nn.Mo
     former = trunk.config._attn_implementation
     with _evaluating(trunk), torch.no_grad():
         tree = _probe_tree(trunk)
-        alone = torch.cat([_alone(trunk, ids)[start - 1 : -1] for ids, start in zip(tree.ids, tree.answer_starts)])
+        alone = torch.cat([_alone(trunk, ids[:-1])[start - 1 :] for ids, start in zip(tree.ids, tree.answer_starts)])
         batch = collate([tree], [0]).to(alone.device)
         trunk.set_attn_implementation(ATTENTION)
         try:
@@ -146,14 +167,14 @@ def tree_attention(
 
     Args:
         query: [1, heads, T, D]; key, value: [1, kv_heads, T, D], position embeddings applied. In the last layer's
-            second pass [1, ..., N, D]: the answer rows.
+            second pass [1, ..., U, D]: the distinct answer rows.
         scaling: factor of the scores, default D**-0.5.
         sliding_window: a query sees positions p with 0 <= its own - p < sliding_window.
         softcap: scores become softcap * tanh(score / softcap).
         alro_segments: the layout of the stream.
 
     Returns:
-        [1, T or N, heads, D], None. Padding rows get zeros or values that no other row depends on.
+        [1, T or U, heads, D], None. Padding rows get zeros or values that no other row depends on.
     """
     _refuse(module, attention_mask, dropout, alro_segments, unused)
     answers = isinstance(alro_segments, _LastLayer)
@@ -239,7 +260,7 @@ def _select(value: Any, layout: Segments) -> Any:
     """The answer rows of every tensor [1, T, ...] in a layer's arguments (hidden states, positions, rotations)."""
     if isinstance(value, Tensor):
         by_row = value.dim() > 1 and value.shape[:2] == (1, layout.num_rows)
-        return value.index_select(1, layout.answer_rows) if by_row else value
+        return value.index_select(1, layout.distinct_rows) if by_row else value
     if isinstance(value, tuple):
         return tuple(_select(part, layout) for part in value)
     if isinstance(value, dict):
@@ -251,7 +272,7 @@ def _bears_rows_only(trunk: PreTrainedModel, batch: PackedBatch, expected: Tenso
     """Whether the restricted last layer gives the same rows; an architecture may count its rows later on."""
     try:
         with _last_layer_on_answer_rows(trunk, batch.segments):
-            error = _difference(_run(trunk, batch), expected)
+            error = _difference(by_label(_run(trunk, batch), batch), expected)
     except Exception as reason:
         logger.info("%s: the last layer computes all rows (%s)", type(trunk).__name__, reason)
         return False
@@ -319,7 +340,7 @@ def _refuse_rotations(trunk: PreTrainedModel, layout: Segments) -> None:
 
 
 def _run(trunk: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """[T, H] hidden states of the stream, or [N, H] of the answer rows if the last layer is restricted to them."""
+    """[T, H] hidden states of the stream, or [U, H] of the answer rows if the last layer is restricted to them."""
     output = trunk(
         input_ids=batch.input_ids.unsqueeze(0),
         position_ids=batch.position_ids.unsqueeze(0),
@@ -335,10 +356,11 @@ def _alone(trunk: PreTrainedModel, ids: Any) -> Tensor:
 
 
 def _probe_tree(trunk: PreTrainedModel) -> Tree:
-    """Three branches of different lengths behind a prefix of three tokens, ids spread over the vocabulary."""
+    """Three branches of different lengths behind a prefix of three tokens, two of which share a fourth; ids spread over
+    the vocabulary."""
     vocabulary = len(cast(Tensor, trunk.get_input_embeddings().weight))
     spread = [(7 * step * vocabulary) // 101 % vocabulary for step in range(1, 15)]
-    prefix, tails = spread[:3], (spread[3:8], spread[8:10], spread[10:14])
+    prefix, tails = spread[:3], (spread[3:8], spread[8:10], [spread[3], *spread[10:14]])
     return Tree([Branch([*prefix, *tail], 3) for tail in tails], name="of the self-check")
 
 

@@ -1,13 +1,13 @@
 """The sums of tree attention, three ways in torch; float32 on the CPU has its own kernels (`modeling.cpp_attention`).
 
-- *cascade* (CPU, where those kernels do not serve): the prefix and the first branch in one causal call; every other
-  branch twice, against the prefix (no mask) and against itself (causal), the two merged by their log-sum-exps. With O
-  and L the merged output and log-sum-exp, P_ij = exp(s_ij - L_i) and D_i = dO_i . O_i hold for both parts, so each
-  part's backward runs on (O, L) and the gradients add up. No mask is read and no score of a pair that may not see each
-  other is computed.
-- *varlen* (CUDA, half precision): keys and values gathered by one index, one FlashAttention call for all branches of
-  all trees, len_q <= len_k, causal and aligned at the end.
-- *dense* (anything else: sliding windows and soft-capping on the CPU, float32 on CUDA): one masked SDPA call per tree.
+- *cascade* (CPU, where those kernels do not serve): every run of the trie in one causal call; then, level by level, the
+  rows behind a run against the part of it that stands above them (no mask), merged by their log-sum-exps. With O and L
+  the merged output and log-sum-exp, P_ij = exp(s_ij - L_i) and D_i = dO_i . O_i hold for all parts, so each part's
+  backward runs on (O, L) and the gradients add up. No mask is read and no score of a pair that may not see each other
+  is computed.
+- *varlen* (CUDA, half precision): keys and values gathered by one index, one FlashAttention call for all runs of the
+  trie, len_q <= len_k, causal and aligned at the end.
+- *dense* (anything else: sliding windows and soft-capping on the CPU, float32 on CUDA): one masked SDPA call per unit.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import AlroFastError
-from .packing import Segments, TreeSpan, Varlen
+from .packing import Segments, Varlen
+from .trie import Trie
 
 logger = logging.getLogger("alro_fast.modeling.attention")
 
@@ -45,20 +47,29 @@ def dense_attention(
     softcap: float | None,
     answers: bool = False,
 ) -> Tensor:
-    """One masked call per tree over plain differentiable operations.
+    """One masked call per unit of the layout over plain differentiable operations.
 
     Args:
-        query: [1, heads, T, D], or with `answers` [1, heads, N, D]: the answer rows alone.
+        query: [1, heads, T, D], or with `answers` [1, heads, U, D]: the distinct answer rows alone.
         key, value: [1, kv_heads, T, D].
 
     Returns:
-        [1, T or N, heads, D].
+        [1, T or U, heads, D].
     """
     masks = _masks(layout, window, query, answers)
-    rows = [span.end - span.start for span in layout.spans]
-    queries = query.split(layout.answer_counts if answers else rows, dim=2)
-    calls = zip(queries, key.split(rows, dim=2), value.split(rows, dim=2), masks)
-    return torch.cat([_dense_call(*call, scale, softcap) for call in calls], dim=2).transpose(1, 2)
+    queries = query.split([len(mask) for _, mask in masks], dim=2)
+    parts = [
+        _dense_call(part, _seen(key, keys), _seen(value, keys), mask, scale, softcap)
+        for part, (keys, mask) in zip(queries, masks)
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+def _seen(tensor: Tensor, keys: Tensor | slice) -> Tensor:
+    """[1, kv_heads, T, D] -> the rows `keys` of it."""
+    if isinstance(keys, slice):
+        return tensor[:, :, keys]
+    return gather_rows(tensor[0].transpose(0, 1), keys).transpose(0, 1).unsqueeze(0)
 
 
 def _dense_call(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -70,38 +81,41 @@ def _dense_call(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: 
     return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
 
 
-def _masks(layout: Segments, window: int | None, like: Tensor, answers: bool) -> list[Tensor]:
-    """Per tree an additive mask [queries, rows]: 0 where the query may see the row's key, else -inf."""
+def _masks(layout: Segments, window: int | None, like: Tensor, answers: bool) -> list[tuple[Tensor | slice, Tensor]]:
+    """Per unit that has queries: the rows of its keys, and an additive mask [queries, keys]: 0 where the query may see
+    the key, else -inf."""
     where = (window, like.dtype, like.device, answers)
     if where not in layout.cache:
-        counts = layout.answer_counts if answers else [span.end - span.start for span in layout.spans]
-        cells = sum(count * (span.end - span.start) for count, span in zip(counts, layout.spans))
+        units = list(itertools.pairwise(layout.trie.units.tolist()))
+        counts = layout.unit_answers if answers else tuple(end - start for start, end in units)
+        above = [layout.trie.chains(np.array([start]))[0][:-1] for start, _ in units]
+        cells = sum(count * (end - start + len(rows)) for count, (start, end), rows in zip(counts, units, above))
         if cells > MOST_MASKED:
-            longest = max(span.end - span.start for span in layout.spans)
             raise AlroFastError(
-                f"a batch with masks of {cells:,} entries ({longest:,} rows in its longest tree) is over "
-                f"the {MOST_MASKED:,} that attention by masks serves (float32 on CUDA, soft-capped scores, windows "
-                "on the CPU): lower --max_length or --tokens_per_batch, or use --bf16 true on a GPU"
+                f"a batch with masks of {cells:,} entries ({layout.num_rows:,} rows, {layout.longest:,} tokens in its "
+                f"longest branch) is over the {MOST_MASKED:,} that attention by masks serves (float32 on CUDA, "
+                "soft-capped scores, windows on the CPU): lower --max_length or --tokens_per_batch, or use --bf16 true "
+                "on a GPU"
             )
-        masks = []
-        rows = layout.answer_rows.cpu().split(layout.answer_counts) if answers else [None] * len(layout.spans)
-        for span, own in zip(layout.spans, rows):
-            visible = _visible(span, window, slice(None) if own is None else own - span.start, like.device)
-            masks.append(like.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf))
+        rows = layout.distinct_rows if answers else torch.arange(layout.num_rows, device=like.device)
+        masks: list[tuple[Tensor | slice, Tensor]] = []
+        for (start, end), before, own in zip(units, above, rows.int().split(counts)):
+            if len(own):
+                keys = torch.cat([torch.from_numpy(before), torch.arange(start, end)]).to(like.device)
+                visible = _visible(layout, window, own, keys)
+                mask = like.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+                masks.append((keys if len(before) else slice(start, end), mask))
         layout.cache[where] = masks
     return layout.cache[where]
 
 
-def _visible(span: TreeSpan, window: int | None, rows: Tensor | slice, device: torch.device) -> Tensor:
-    """[rows, rows of the tree] bool, made on `device`; int32 positions, the wide intermediate of the three."""
-    branches = torch.arange(len(span.lengths)).repeat_interleave(torch.tensor(span.lengths))
-    owner = torch.cat([torch.full((span.prefix,), -1), branches])
-    position = torch.cat([torch.arange(span.prefix), *(span.prefix + torch.arange(length) for length in span.lengths)])
-    owner, position = (tensor.to(device, torch.int32) for tensor in (owner, position))
-    rows = rows if isinstance(rows, slice) else rows.to(device)
-    distance = position[rows, None] - position[None, :]
-    visible = ((owner[None, :] == -1) | (owner[rows, None] == owner[None, :])) & (distance >= 0)
-    return visible if window is None else visible & (distance < window)
+def _visible(layout: Segments, window: int | None, rows: Tensor, keys: Tensor) -> Tensor:
+    """[rows, keys] bool, by the rule of `Segments`; int32 positions, the widest intermediate."""
+    visible = (keys.int() <= rows[:, None]) & (rows[:, None] < layout.until[keys])
+    if window is not None:
+        positions = layout.positions.int()
+        visible &= positions[rows][:, None] - positions[keys] < window
+    return visible
 
 
 # --- cascade: the CPU ------------------------------------------------------------------------------------------------
@@ -173,20 +187,32 @@ def _calls(layout: Segments, dtype: torch.dtype) -> tuple[list[_Call], list[_Cal
     """The calls that write a row's output first, and the calls that are merged into what a row already has."""
     where = ("cascade", dtype)
     if where not in layout.cache:
+        trie = layout.trie
+        cuts = trie.node_start[trie.runs]  # of the runs
         corner = torch.full((CHUNK, layout.longest), -torch.inf, dtype=dtype).triu(layout.longest - CHUNK + 1)
         first: list[_Call] = []
-        second: list[_Call] = []
-        for span in layout.spans:
-            row = span.start
-            for count, length in _runs((span.prefix + span.lengths[0], *span.lengths[1:])):
-                first += _causal_calls(row, count, length, corner)
-                row += count * length
-            head, rows = span.prefix + span.lengths[0], span.end - span.start
-            if span.prefix and rows > head:
-                prefix = _Rows(span.start, 1, span.prefix, 0, span.prefix)
-                second.append(_Call(_Rows(span.start, 1, rows, head, rows), prefix, False, None))
-        layout.cache[where] = first, second
+        row = 0
+        for count, length in _alike(np.diff(cuts).tolist()):
+            first += _causal_calls(row, count, length, corner)
+            row += count * length
+        layout.cache[where] = first, [_below(*where) for where in _parts_seen_below(trie, cuts)]
     return layout.cache[where]
+
+
+def _parts_seen_below(trie: Trie, cuts: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
+    """(start, end, low, high): rows start:end of a run are seen whole by rows low:high, which are behind the run."""
+    starts, until = trie.node_start[:-1], trie.node_until.astype(np.int64)
+    run = np.searchsorted(cuts, starts, side="right") - 1
+    low = cuts[run + 1]
+    seen = np.flatnonzero(until > low)
+    for _, nodes in itertools.groupby(seen.tolist(), key=lambda node: (run[node], until[node])):
+        one, *more = nodes
+        yield int(starts[one]), int(trie.node_start[(more or [one])[-1] + 1]), int(low[one]), int(until[one])
+
+
+def _below(start: int, end: int, low: int, high: int) -> _Call:
+    queries, keys = _Rows(low, 1, high - low, 0, high - low), _Rows(start, 1, end - start, 0, end - start)
+    return _Call(queries, keys, False, None)
 
 
 def _causal_calls(start: int, count: int, length: int, corner: Tensor) -> Iterator[_Call]:
@@ -199,11 +225,10 @@ def _causal_calls(start: int, count: int, length: int, corner: Tensor) -> Iterat
         yield _Call(queries, keys, not low, mask)
 
 
-def _runs(lengths: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Neighbours of equal length as (how many, length), empty ones left out."""
+def _alike(lengths: list[int]) -> Iterator[tuple[int, int]]:
+    """Neighbours of equal length as (how many, length)."""
     for length, run in itertools.groupby(lengths):
-        if length:
-            yield len(list(run)), length
+        yield len(list(run)), length
 
 
 def cascade_attention(query: Tensor, key: Tensor, value: Tensor, layout: Segments, scale: float) -> Tensor:
@@ -263,10 +288,10 @@ def varlen_attention(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """All branches of all trees in one call of a variable-length kernel.
+    """All rows of the trie in one call of a variable-length kernel.
 
-    A sequence has the last len_q positions of a branch as queries and the branch up to there as keys; aligned at the
-    end, causal (and windowed) order is that of the branch alone.
+    A sequence has the last len_q positions of a path as queries and the path up to there as keys; aligned at the end,
+    causal (and windowed) order is that of a branch alone.
 
     Args:
         query: [1, heads, Tq, D]; key, value: [1, kv_heads, T, D], the rows `sequences.kv_index` counts.
@@ -276,17 +301,20 @@ def varlen_attention(
     """
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if sequences.kv_index is not None:
-        key, value = _Gather.apply(key, sequences.kv_index), _Gather.apply(value, sequences.kv_index)
+        key, value = gather_rows(key, sequences.kv_index), gather_rows(value, sequences.kv_index)
     return backend(query, key, value, sequences, scale, window, softcap).unsqueeze(0)
 
 
-class _Gather(torch.autograd.Function):
-    """rows.index_select(0, index) whose backward adds in float32: a prefix row's gradient is a sum over branches.
+def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """rows.index_select(0, index) whose backward adds in float32: the gradient of a row taken many times is a sum.
 
     On CUDA the sum is by atomic additions, in an order of the device's choice: two runs may differ in the last bits of
     float32, before rounding to the dtype of `rows`. `torch.use_deterministic_algorithms(True)` makes them equal.
     """
+    return _Gather.apply(rows, index)
 
+
+class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)

@@ -11,7 +11,8 @@ from torch import nn
 
 from .attention import tree_hidden_states
 from .lm_head import head_of
-from .packing import Tree, collate, plan_forwards
+from .packing import Tree, collate
+from .planning import plan_forwards
 
 Autocast = Callable[[], AbstractContextManager]
 

@@ -14,7 +14,8 @@ from torch import nn
 from ..errors import AlroFastError
 from ..modeling.attention import tree_hidden_states
 from ..modeling.lm_head import head_of
-from ..modeling.packing import Tree, collate, plan_forwards
+from ..modeling.packing import Tree, collate
+from ..modeling.planning import plan_forwards
 from .decoding import token_logits
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from ..errors import AlroFastError
-from ..modeling.packing import EpochPlans, halve, plan_batches
+from ..modeling.planning import EpochPlans, halve, plan_batches
 
 CURSOR = "cursor"  # its entry among the stateful_callbacks of trainer_state.json
 

@@ -43,7 +43,7 @@ def test_every_family_agrees_with_plain_forwards(family, answer_rows_only):
     trees, seen = make_trees(), []
     handle = trunk_of(model).layers[-1].mlp.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[1]))
     tree_hidden_states(model, batch := collate(trees, range(len(trees))))
-    assert seen == [len(batch.labels) if answer_rows_only else len(batch.input_ids)]
+    assert seen == [len(batch.segments.distinct_rows) if answer_rows_only else len(batch.input_ids)]
     handle.remove()
     assert_same(model, trees)
 
@@ -88,8 +88,9 @@ def test_branches_do_not_see_each_other(family):
             ids = branches[b].ids
             ids[-2] = ids[-2] + 1 if ids[-2] + 1 < VOCABULARY else 3
             changed[t] = Tree(branches)
-            assert changed[t].prefix_length == trees[t].prefix_length
-            after = tree_hidden_states(model, collate(changed, range(len(trees))))
+            other = collate(changed, range(len(trees)))
+            assert other.segments.until.tolist() == before.segments.until.tolist()
+            after = tree_hidden_states(model, other)
             own = (before.row_tree == t) & (before.row_branch == b)
             assert torch.equal(after[~own], hidden[~own])
             assert not torch.equal(after[own], hidden[own])
@@ -180,11 +181,11 @@ def test_a_batch_on_another_device_is_refused():
 @pytest.mark.parametrize(
     ("kind", "longest", "shortest", "refused"),
     [
-        ("longrope", 16, 9, False),
-        ("longrope", 17, 17, False),
-        ("longrope", 17, 16, True),
-        ("dynamic", 16, 9, False),
-        ("dynamic", 17, 17, True),
+        ("longrope", 17, 9, False),
+        ("longrope", 18, 18, False),
+        ("longrope", 18, 17, True),
+        ("dynamic", 17, 9, False),
+        ("dynamic", 18, 18, True),
     ],
 )
 def test_rotations_that_depend_on_the_longest_branch(kind, longest, shortest, refused):

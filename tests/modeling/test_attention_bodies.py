@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from plain_tries import groups_of, plain_trie
 from tree_models import (
     FAMILIES,
     assert_same,
@@ -23,7 +24,7 @@ from tree_models import (
 )
 
 from alro_fast.errors import AlroFastError
-from alro_fast.modeling import attention, attention_bodies
+from alro_fast.modeling import attention, attention_bodies, trie
 from alro_fast.modeling.attention import tree_attention, tree_hidden_states, use_tree_attention
 from alro_fast.modeling.attention_bodies import (
     dense_attention,
@@ -35,22 +36,18 @@ from alro_fast.modeling.attention_bodies import (
 from alro_fast.modeling.packing import Branch, Tree, collate
 
 
-def naive(query, key, value, batch, scale, window, softcap):
-    """[1, T, heads, D], one branch at a time: the definition, in plain operations."""
+def naive(query, key, value, branches, scale, window, softcap):
+    """[1, T, heads, D], one branch at a time: the definition, in plain operations. branches: stream rows of each."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     out = torch.zeros_like(query)
-    for span in batch.segments.spans:
-        prefix, own = torch.arange(span.start, span.start + span.prefix), span.start + span.prefix
-        for length in span.lengths:
-            rows = torch.cat([prefix, torch.arange(own, own + length)])
-            scores = query[:, :, rows] @ key[:, :, rows].transpose(-1, -2) * scale
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
-            distance = torch.arange(len(rows))[:, None] - torch.arange(len(rows))
-            hidden = (distance < 0) | (distance >= (len(rows) if window is None else window))
-            out = out.index_copy(2, rows, scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value[:, :, rows])
-            own += length
+    for rows in map(torch.tensor, branches):
+        scores = query[:, :, rows] @ key[:, :, rows].transpose(-1, -2) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        distance = torch.arange(len(rows))[:, None] - torch.arange(len(rows))
+        hidden = (distance < 0) | (distance >= (len(rows) if window is None else window))
+        out = out.index_copy(2, rows, scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value[:, :, rows])
     return out.transpose(1, 2)
 
 
@@ -113,7 +110,7 @@ def answer_rows_of(body):
     """A body that computes the answer rows alone, made comparable with one that computes all."""
 
     def run(query, key, value, layout, *rest):
-        return body(query.index_select(2, layout.answer_rows), key, value, layout, *rest)
+        return body(query.index_select(2, layout.distinct_rows), key, value, layout, *rest)
 
     return run
 
@@ -142,16 +139,24 @@ LENGTHS = st.sampled_from([1, 2, 5, 31, 127, 128, 129, 191, 192, 193, 385])
 
 @st.composite
 def layouts(draw):
-    """Trees by their lengths: prefix 0, 1 or around a tile's edge, branches of 0 to 385 own rows, neighbours alike."""
-    trees = []
-    for _ in range(draw(st.integers(1, 3))):
-        prefix = draw(st.one_of(st.just(0), LENGTHS))
-        tails = draw(st.lists(st.one_of(st.sampled_from([1, 1, 7]), LENGTHS), min_size=1, max_size=5))
-        branches = [[1] * prefix + [10 + b] * max(length, 2 - prefix) for b, length in enumerate(tails)]
-        if prefix > 1 and draw(st.booleans()):
-            branches.insert(draw(st.integers(0, len(branches))), [1] * prefix)  # the prefix itself is a branch
-        trees.append(Tree([Branch(ids, 1) for ids in branches]))
-    return collate(trees, range(len(trees)))
+    """Trees by their lengths: stems under stems, of 0, 1 or around a tile's edge, branches of 0 to 385 own rows,
+    neighbours alike; and the stream rows of every branch."""
+    trees, root = [], [1] * draw(st.sampled_from([0, 0, 3, 130]))
+    for number in range(draw(st.integers(1, 3))):
+        branches = []
+        stem = root + [2 + number] * draw(st.one_of(st.just(0), LENGTHS))
+        for level in range(draw(st.integers(1, 2))):
+            stem = stem + [6 + level] * (0 if level == 0 else draw(LENGTHS))
+            tails = draw(st.lists(st.one_of(st.sampled_from([1, 1, 7]), LENGTHS), min_size=1, max_size=4))
+            branches += [stem + [10 + b] * max(length, 2 - len(stem)) for b, length in enumerate(tails)]
+        if len(stem) > 1 and draw(st.booleans()):
+            branches.insert(draw(st.integers(0, len(branches))), stem)  # what others begin with is a branch
+        trees.append(Tree([Branch(ids, draw(st.sampled_from([1, len(ids) - 1]))) for ids in branches]))
+    share = draw(st.sampled_from(["batch", "batch", "list", "none"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trie, "UNIT_ROWS", draw(st.sampled_from([1024, 200, 40])))
+        batch = collate(trees, range(len(trees)), share)
+    return batch, plain_trie(groups_of(trees, share)).branches
 
 
 def attention_inputs(batch, heads, kv_heads, dtype=torch.float64):
@@ -163,21 +168,22 @@ def attention_inputs(batch, heads, kv_heads, dtype=torch.float64):
 
 
 @given(
-    batch=layouts(),
+    layout=layouts(),
     heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
     window=st.sampled_from([None, None, 1, 6, 100]),
     softcap=st.sampled_from([None, None, 1.5]),
     body=st.sampled_from(list(BODIES)),
 )
-@settings(max_examples=120, deadline=None)
-def test_bodies_agree_with_the_loop_over_branches(batch, heads, window, softcap, body):
+@settings(max_examples=80, deadline=None)
+def test_bodies_agree_with_the_loop_over_branches(layout, heads, window, softcap, body):
+    batch, branches = layout
     if body.startswith("varlen"):
         softcap = None
     (query, key, value), upstream = attention_inputs(batch, *heads)
-    rows = batch.answer_rows if "answers" in body else torch.arange(batch.segments.num_rows)
+    rows = batch.segments.distinct_rows if "answers" in body else torch.arange(batch.segments.num_rows)
     results = []
     for out in (
-        naive(query, key, value, batch, 0.3, window, softcap)[:, rows],
+        naive(query, key, value, branches, 0.3, window, softcap)[:, rows],
         BODIES[body](query, key, value, batch.segments, 0.3, window, softcap)[:, : len(rows)],
     ):
         results.append([out, *torch.autograd.grad((out * upstream[:, rows]).sum(), (query, key, value))])
@@ -206,7 +212,7 @@ def test_gather_adds_half_precision_gradients_in_float32():
             return function(*args, **kwargs or {})
 
     rows = torch.zeros(2, 1, 1, dtype=torch.bfloat16, requires_grad=True)
-    gathered = attention_bodies._Gather.apply(rows, torch.tensor([0] * 300 + [1]))
+    gathered = attention_bodies.gather_rows(rows, torch.tensor([0] * 300 + [1]))
     with Watch():
         gathered.backward(torch.full((301, 1, 1), 1.0078125, dtype=torch.bfloat16))
     assert sums == [torch.float32]
@@ -326,14 +332,14 @@ def test_masks_are_made_where_the_queries_are_and_refused_above_a_size(monkeypat
                 made.append((out.device.type, out.element_size()))
             return out
 
-    layout = collate(make_trees(), range(5)).segments
+    layout = collate(make_trees(), range(5)).to("meta").segments
     with Watch():
         attention_bodies._masks(layout, 3, torch.empty(1, device="meta"), answers=False)
     assert {device for device, _ in made} == {"meta"}
     assert max(size for _, size in made) == 4
     monkeypatch.setattr(attention_bodies, "MOST_MASKED", 10)
     with pytest.raises(AlroFastError, match="lower --max_length"):
-        attention_bodies._masks(layout, None, torch.empty(1), answers=False)
+        attention_bodies._masks(layout, None, torch.empty(1, device="meta"), answers=False)
 
 
 def test_a_torch_that_names_no_current_kernel_is_served(monkeypatch):

@@ -143,9 +143,8 @@ def test_the_shared_prompt_row_predicts_every_first_answer_token():
     batch = build_batch(examples, objective)
     prompt = len(examples[0].views[0].branches[0].prompt_ids)
     firsts = [batch.packed.answer_rows[rows].item() for rows in batch.packed.branch_rows[0][:-1]]
-    assert firsts == [prompt - 1] * 5  # answers begin alike (" N", " E"), so the shared prefix is the prompt
-    assert examples[0].tree.prefix_length == prompt
-    assert batch.packed.unique_tokens == prompt + sum(len(b.answer_ids) for b in examples[0].views[0].branches)
+    assert firsts == [prompt - 1] * 5  # answers begin alike (" N", " E"), so they share more than the prompt
+    assert batch.packed.unique_tokens < prompt + sum(len(b.answer_ids) for b in examples[0].views[0].branches)
     model = lora_model()
     hidden = tree_hidden_states(model, batch.packed)
     rows = [batch.packed.branch_rows[0][b] for b in range(5)]

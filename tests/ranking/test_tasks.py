@@ -116,7 +116,7 @@ def test_a_user_is_one_forward_pass(monkeypatch):
     alone.rank(hinted(3, sizes=10), shuffles=2)
     assert len(calls) == 3
     for batch in calls:
-        assert len(batch.segments.spans) == 2  # a tree of points, one of everything else
+        assert len(batch.branch_rows) == 2  # a tree of points, one of everything else
         assert batch.unshared_tokens > 2 * batch.unique_tokens
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alro_fast.errors import AlroFastError
-from alro_fast.modeling.packing import EpochPlans, plan_batches
+from alro_fast.modeling.planning import EpochPlans, plan_batches
 from alro_fast.training.batches import CURSOR, Cursor, PlannedBatches, share_out
 
 BUDGET = 50

@@ -1,0 +1,47 @@
+"""Plans hold every tree once within the budget; seeds change which trees meet."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alro_fast.modeling.planning import plan_batches, plan_forwards
+
+
+@given(st.lists(st.integers(1, 50), max_size=60), st.sampled_from([None, 0, 1, 123]), st.sampled_from([None, 1, 3]))
+@settings(max_examples=150, deadline=None)
+def test_plan_places_every_tree_once_within_the_budget(sizes, seed, most):
+    plan = plan_batches(sizes, 50, seed, most=most)
+    assert sorted(i for batch in plan for i in batch) == list(range(len(sizes)))
+    assert all(sum(sizes[i] for i in batch) <= 50 for batch in plan)
+    assert plan == plan_batches(sizes, 50, seed, most=most)
+    assert all(len(batch) <= (most or 60) for batch in plan)
+    fills = sorted(sum(sizes[i] for i in batch) for batch in plan if len(batch) != most)
+    assert len(fills) < 2 or fills[0] + fills[1] > 50  # else the later of the two need not have been opened
+
+
+def test_plan_fills_batches_that_fit_exactly():
+    assert plan_batches([6, 4, 5, 5, 7, 3], 10) == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_plan_prefers_the_fullest_batch_with_room():
+    assert plan_batches([6, 5, 4], 10) == [[0, 2], [1]]
+
+
+def test_seeds_change_order_and_neighbours():
+    sizes = np.random.default_rng(0).integers(50, 400, size=3000).tolist()
+    plans = [plan_batches(sizes, 1000, seed) for seed in (0, 1)]
+    neighbours = [{frozenset(batch) for batch in plan} for plan in plans]
+    assert len(neighbours[0] & neighbours[1]) < 0.05 * len(plans[0])
+    assert all(len(plan) * 1000 < 1.03 * sum(sizes) for plan in plans)
+
+
+def test_a_tree_over_the_budget_swells_no_other_batch():
+    """It goes alone; what fits is packed as ever; with 0 everything goes alone."""
+    sizes = [3, 9, 4, 30, 6, 2]
+    plan = plan_forwards(sizes, 10)
+    assert [3] in plan
+    assert sorted(i for batch in plan for i in batch) == list(range(6))
+    assert all(sum(sizes[i] for i in batch) <= 10 for batch in plan if batch != [3])
+    assert plan_forwards(sizes, 30) == plan_batches(sizes, 30)
+    assert plan_forwards(sizes, 0) == [[i] for i in range(6)]
+    assert plan_forwards([], 10) == []
