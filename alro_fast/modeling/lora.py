@@ -69,7 +69,7 @@ class LoRALinear(PeftLinear):
         return active[0] if isinstance(dropout, nn.Identity) or not dropout.training else None
 
     def _is_bare(self, adapter: str) -> bool:
-        """Whether the weights of base, A and B are whole as they lie there, and nothing waits for their modules' calls."""
+        """Whether the weights of base, A and B lie there whole, and nothing waits for their modules to be called."""
         parts = (self.base_layer, self.lora_A[adapter], self.lora_B[adapter])
         return all(
             type(part) in (nn.Linear, FusedLinear)

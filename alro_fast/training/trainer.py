@@ -147,7 +147,7 @@ class RankerTrainer(Trainer):
         _accept_trees(model)
         self.add_callback(_MeterStart(self))
         self.add_callback(_Progress(self))
-        self.profiler = None if args.profile is None else Profiler(self.meter, Path(cast(str, args.output_dir)), args.profile)
+        self.profiler = Profiler(self.meter, Path(cast(str, args.output_dir)), args.profile) if args.profile else None
         if self.profiler is not None and args.process_index == 0:
             self.add_callback(self.profiler)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
@@ -329,7 +329,7 @@ class RankerTrainer(Trainer):
         """Adds the loss's parts, throughput and sharing to the Trainer's line of a training step."""
         if "loss" in logs and self._counted["lists"]:
             steps = self.state.global_step - self._noted_step
-            seconds = time.perf_counter() - self._since
+            seconds = self._lap()
             counted = self._counted
             logs |= {name: (total / max(steps, 1)).item() for name, total in self._sums.items()}
             logs["lists_per_second"] = round(counted["lists"] / seconds, 2)
@@ -337,15 +337,24 @@ class RankerTrainer(Trainer):
             logs["sharing_ratio"] = round(counted["unshared_tokens"] / counted["unique_tokens"], 3)
             logs["padding_ratio"] = round(counted["padded_tokens"] / counted["unshared_tokens"], 3)
             logs["head_row_share"] = round(counted["head_rows"] / counted["unique_tokens"], 4)
-            self.meter.lap(seconds)
             if (share := self.meter.utilisation()) is not None:
                 logs["utilisation"] = round(share, 3)
             self._sums.clear()
             self._counted = dict.fromkeys(counted, 0)
-            self._noted_step, self._since = self.state.global_step, time.perf_counter()
-        if "train_runtime" in logs and (share := self.meter.utilisation(whole=True)) is not None:
-            logs["utilisation"] = round(share, 3)
+            self._noted_step = self.state.global_step
+        if "train_runtime" in logs:
+            if self._counted["lists"]:  # steps after the last line
+                self._lap()
+            if (share := self.meter.utilisation(whole=True)) is not None:
+                logs["utilisation"] = round(share, 3)
         super().log(logs, start_time)
+
+    def _lap(self) -> float:
+        """Seconds of the steps since the last lap."""
+        seconds = time.perf_counter() - self._since - self.meter.pause
+        self.meter.lap(seconds)
+        self.meter.pause, self._since = 0.0, time.perf_counter()
+        return seconds
 
     # ---- evaluation and saving
 

@@ -125,7 +125,7 @@ def test_saved_files_are_plain_peft(tmp_path):
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_parts_that_are_sharded_by_themselves_are_gathered(one_process, dtype):
-    """FSDP2 around every linear, those of A and B too: its hooks gather and cast what the fused call would read past."""
+    """FSDP2 around every linear, those of A and B too: its hooks gather and cast; nothing is read past them."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     def sharded(fuse: bool) -> nn.Module:

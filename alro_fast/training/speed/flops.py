@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -35,19 +34,18 @@ class Work(NamedTuple):
     """What a forward pass goes over; sums of several are sums of their fields."""
 
     stream_rows: int = 0  # distinct tokens
-    answer_rows: int = 0  # rows of the stream that predict an answer's token, each once
-    head_rows: int = 0  # answer tokens
+    answer_rows: int = 0  # those that predict an answer's token
     pairs: int = 0  # visible (query, key), over all layers
 
     @classmethod
     def of(cls, packed: PackedBatch, config: Any) -> Work:
         """Of one packed batch on the CPU, for the trunk of a model with this configuration."""
         seen = packed.position_ids + 1  # a row sees its branch up to itself
-        answering = packed.answer_rows.unique()
+        answering = packed.segments.distinct_rows
         windows = _windows(config)
         pairs = sum(int(_within(seen, window).sum()) for window in windows[:-1])
         pairs += int(_within(seen[answering], windows[-1]).sum())
-        return cls(len(seen), len(answering), len(packed.labels), pairs)
+        return cls(len(seen), len(answering), pairs)
 
     def __add__(self, other: Work) -> Work:  # type: ignore[override]
         return Work(*(mine + others for mine, others in zip(self, other)))
@@ -72,23 +70,23 @@ class Flops(NamedTuple):
 
 
 class Prices(NamedTuple):
-    """FLOPs of a unit of each field of `Work`."""
+    """FLOPs of a unit of `Work`."""
 
-    stream_rows: float
-    answer_rows: float
-    head_rows: float
+    stream_rows: float  # in the trunk
+    answer_rows: float  # in the trunk's last layer
     pairs: float
+    head_rows: float  # of an answer row in the head
 
     def of(self, work: Work) -> Flops:
         return Flops(
             self.stream_rows * work.stream_rows + self.answer_rows * work.answer_rows,
             self.pairs * work.pairs,
-            self.head_rows * work.head_rows,
+            self.head_rows * work.answer_rows,
         )
 
 
 class Observer:
-    """Watches one forward and backward pass; `forward` and `step` are its prices.
+    """Watches one forward and backward pass of a causal LM on tree attention, for `prices`.
 
     Attributes:
         unknown: why nothing can be said of this model, or None.
@@ -110,7 +108,7 @@ class Observer:
     @contextmanager
     def watching(self, packed: PackedBatch) -> Iterator[None]:
         """While this lasts the trunk runs once, with gradients; the backward pass may follow later."""
-        stream, answers = len(packed.input_ids), len(packed.answer_rows)
+        stream, answers = len(packed.input_ids), len(packed.segments.distinct_rows)
         handles = [linear.register_forward_hook(self._seen(stream, answers)) for linear in self.linears]
         try:
             yield
@@ -125,7 +123,7 @@ class Observer:
                 self.unknown = f"a {type(linear).__name__} takes {rows} of {stream} rows"
             call = _Call(linear, rows == stream, bool(args[0].requires_grad), bool(output.requires_grad))
             if output.requires_grad:
-                output.register_hook(call.reach)
+                output.register_hook(call.reach)  # type: ignore[no-untyped-call]
             self.calls.append(call)
 
         return hook
@@ -144,7 +142,7 @@ class Observer:
         pairs *= 1 + 2 * deep / len(self.layers) if gradients else 1
         weight = self.head.weight
         products = 2 + weight.requires_grad if gradients else 1
-        return Prices(of_rows[True], of_rows[False], 2.0 * products * weight.numel(), pairs)
+        return Prices(of_rows[True], of_rows[False], pairs, 2.0 * products * weight.numel())
 
 
 class _Call:
@@ -189,9 +187,7 @@ def _linear_flops(linear: Any, input_needs: bool, gradients: bool) -> float:
             trained = linear.lora_A[name].weight.requires_grad
             rank = linear.lora_A[name].weight.shape[0]
             products += [(width * rank, trained, input_needs), (rank * out, trained, trained or input_needs)]
-    return sum(
-        2.0 * size * (1 + (trains + needs if gradients else 0)) for size, trains, needs in products
-    )  # fmt: skip
+    return sum(2.0 * size * (1 + (trains + needs if gradients else 0)) for size, trains, needs in products)
 
 
 def _windows(config: Any) -> list[int | None]:

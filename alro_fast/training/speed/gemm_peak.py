@@ -28,7 +28,7 @@ def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 @functools.cache
 def _gemm_peak(kind: str, index: int | None, dtype: torch.dtype, threads: int) -> float:
-    device, best = torch.device(kind, index), 0.0
+    device, best = torch.device(kind if index is None else f"{kind}:{index}"), 0.0
     shapes = SHAPES.get(kind, SHAPES["cuda"])
     for rows, columns, depth in shapes:
         x = torch.randn(rows, depth, device=device).to(dtype)

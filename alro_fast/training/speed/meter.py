@@ -22,6 +22,9 @@ class Meter:
     Args:
         model: a causal LM on tree attention, with or without PEFT.
         dtype: that of its products, under autocast another than the weights'.
+
+    Attributes:
+        pause: seconds since the last lap that were not of steps.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -31,7 +34,7 @@ class Meter:
         self._batch = Work()
         self._observer: Observer | None = None
         self._laps: list[tuple[float, float]] = []  # FLOPs, seconds
-        self._counted = 0.0
+        self._counted = self.pause = 0.0
 
     def take(self, packed: PackedBatch) -> None:
         """The batch, on the CPU, that the next forward passes run over."""

@@ -91,6 +91,7 @@ class Profiler(TrainerCallback):
         self._profile.export_chrome_trace(str(self.folder / TRACE))
         table = Table.of(self._profile.events(), wall, self.steps, done, self.meter)
         (self.folder / TABLE).write_text(table.markdown(last), encoding="utf-8")
+        self.meter.pause += time.perf_counter() - self._started - wall
 
 
 class Operation(NamedTuple):
@@ -116,7 +117,7 @@ class Table(NamedTuple):
     @classmethod
     def of(cls, events: Sequence[Any], wall: float, steps: int, flops: Flops | None, meter: Meter) -> Table:
         """events: of `torch.profiler.profile`."""
-        cuda, parts, marks = torch.cuda.is_available(), _Parts(events), 0.0
+        cuda, parts = torch.cuda.is_available(), _Parts(events)
         thread = next((event.thread for event in events if event.name.startswith(_MARK)), 0)
         seconds = dict.fromkeys((*PARTS, OTHER), 0.0)
         kinds: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -193,7 +194,7 @@ class _Parts:
 
     def _found(self, event: Any) -> str:
         if event.name.startswith(_MARK):
-            return event.name.removeprefix(_MARK)
+            return str(event.name).removeprefix(_MARK)
         for piece, name in _NAMED.items():
             if piece in event.name:
                 return name
