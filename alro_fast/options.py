@@ -268,6 +268,12 @@ class RankerTrainingArguments(TrainingArguments):
     tokens_per_batch: int = option(
         4096, "Distinct tokens (shared prompts counted once) in one forward pass, per device."
     )
+    share: str = option(
+        "batch",
+        "Prompts that begin alike go through the model once: batch: of all lists of a forward pass; list: of each list "
+        "by itself; none: every prompt alone.",
+        ["batch", "list", "none"],
+    )
     lists_per_batch: int | None = option(
         None, "At most so many lists, or records of preferences, in one forward pass of training. Default: what fits."
     )

@@ -57,6 +57,7 @@ def main(argv: Sequence[str]) -> None:
         base_model=options.base_model,
         trust_remote_code=options.trust_remote_code,
         token_budget=options.token_budget,
+        share=options.share,
     )
     if ranker.prompts.identifiers == "items":
         source = in_catalogue(source, catalogue(options.adapter), complaints)

@@ -28,7 +28,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alro_fast.losses.preference import dmpo_loss
-from alro_fast.modeling.attention import tree_hidden_states, use_tree_attention
+from alro_fast.modeling.attention import answer_hidden_states, use_tree_attention
 from alro_fast.modeling.layers import fuse_layers
 from alro_fast.modeling.lm_head import head_of
 from alro_fast.modeling.lora import fuse_lora
@@ -88,14 +88,14 @@ class Ours:
         fuse_lora(self.model)
         self.objective = DMPOObjective(ObjectiveArguments(dmpo_variant=variant, dpo_beta=BETA), None)
         users = make_users()
-        examples = [Example((Tree(branches_of(ids)),), (ids,), None) for ids in users]
+        examples = [Example(Tree(branches_of(ids)), (ids,), None) for ids in users]
         packed = collate([example.tree for example in examples], range(USERS))
         targets, counts = self.objective.targets(packed, examples)
         self.batch = Batch(packed, targets, counts, USERS, [])
 
     def step(self) -> float:
-        batch = self.objective.complete(self.model, self.batch, lambda packed: tree_hidden_states(self.model, packed))
-        hidden = tree_hidden_states(self.model, batch.packed)
+        batch = self.objective.complete(self.model, self.batch, lambda packed: answer_hidden_states(self.model, packed))
+        hidden = answer_hidden_states(self.model, batch.packed)
         terms = self.objective.loss(hidden, head_of(self.model), batch.packed, batch.targets)
         terms[0].value.backward()
         return terms[0].value.item()

@@ -385,14 +385,15 @@ alro::HeadRows head_rows(const A& array, const char* name, int64_t rows, int64_t
   return {const_cast<float*>(static_cast<const float*>(array.data())), array.stride(0), array.stride(1)};
 }
 
-// trees [trees, 5]: start, prefix_end, end of its rows; first and last (excluded) of its queries
-void tree_attention(const Array& query, const Array& key, const Array& value, const Array& trees,
-                    const Array& query_row, const Array& branch_row, double scale, const Out& out, const Out& lse,
-                    const MaybeArray& grad, const MaybeOut& d_query, const MaybeOut& d_key, const MaybeOut& d_value,
-                    int threads) {
+void tree_attention(const Array& query, const Array& key, const Array& value, const Array& node_start,
+                    const Array& node_parent, const Array& query_row, double scale, int window, double softcap,
+                    const Out& out, const Out& lse, const MaybeArray& grad, const MaybeOut& d_query,
+                    const MaybeOut& d_key, const MaybeOut& d_value, int threads) {
   if (query.ndim() != 3 || key.ndim() != 3) fail("query, key: expected 3 dimensions");
-  const int64_t queries = int64_t(query.shape(0)), rows = int64_t(key.shape(0));
   alro::AttentionArgs args{};
+  args.queries = int64_t(query.shape(0));
+  args.rows = int64_t(key.shape(0));
+  const int64_t queries = args.queries, rows = args.rows;
   args.heads = int64_t(query.shape(1));
   args.width = int64_t(query.shape(2));
   args.kv_heads = int64_t(key.shape(1));
@@ -405,30 +406,21 @@ void tree_attention(const Array& query, const Array& key, const Array& value, co
   args.value = head_rows(value, "value", rows, args.kv_heads, args.width);
   args.out = head_rows(out, "out", queries, args.heads, args.width);
   args.lse = dense<float>(lse, "lse", {queries, args.heads});
-  args.trees = trees.ndim() == 2 ? int64_t(trees.shape(0)) : 0;
-  const int64_t* numbers = dense<int64_t>(trees, "trees", {args.trees, 5});
+  args.nodes = node_parent.ndim() == 1 ? int64_t(node_parent.shape(0)) : 0;
+  args.node_parent = dense<int32_t>(node_parent, "node_parent", {args.nodes});
+  args.node_start = dense<int64_t>(node_start, "node_start", {args.nodes + 1});
+  bool tiled = args.node_start[0] == 0 && args.node_start[args.nodes] == rows;
+  for (int64_t g = 0; g < args.nodes; ++g) tiled &= args.node_start[g] <= args.node_start[g + 1];
+  if (!tiled) fail("node_start: expected ascending rows of key, from the first to the end");
   args.query_row = dense<int32_t>(query_row, "query_row", {queries});
-  args.branch_row = dense<int32_t>(branch_row, "branch_row", {rows});
-  static_assert(sizeof(alro::TreeRows) == 5 * sizeof(int64_t));
-  args.tree = reinterpret_cast<const alro::TreeRows*>(numbers);
-  int64_t row = 0, asked = 0;
-  for (int64_t t = 0; t < args.trees; ++t) {
-    const alro::TreeRows& tree = args.tree[t];
-    if (tree.start < row || tree.prefix_end < tree.start || tree.end < tree.prefix_end || tree.end > rows)
-      fail("trees: expected ascending rows of key, start <= prefix_end <= end");
-    if (tree.first_query < asked || tree.last_query < tree.first_query || tree.last_query > queries)
-      fail("trees: expected ascending rows of query");
-    for (int64_t r = tree.start; r < tree.end; ++r) {
-      const int64_t branch = args.branch_row[r];
-      if (branch < tree.prefix_end || branch > tree.end || (r >= tree.prefix_end && branch > r))
-        fail("branch_row: expected the first row of the branch a row belongs to, or the prefix's end");
-    }
-    for (int64_t q = tree.first_query; q < tree.last_query; ++q)
-      if (args.query_row[q] < tree.start || args.query_row[q] >= tree.end)
-        fail("query_row: expected a row of the query's tree");
-    row = tree.end;
-    asked = tree.last_query;
-  }
+  for (int64_t q = 0; q < queries; ++q)
+    if (args.query_row[q] < (q ? args.query_row[q - 1] : 0) || args.query_row[q] >= rows)
+      fail("query_row: expected ascending rows of key");
+  if (window < 0) fail("window: expected 0 (none) or more");
+  args.window = window;
+  check_finite(softcap, "softcap");
+  if (softcap < 0) fail("softcap: expected 0 (none) or more");
+  args.softcap = float(softcap);
   check_finite(scale, "scale");
   args.scale = float(scale);
   if (threads < 1 || threads > 4096) fail("threads: expected 1 to 4096");
@@ -453,9 +445,10 @@ NB_MODULE(_cpp, m) {
   m.def(
       "select_instruction_set", [](const std::string& name) { return alro::select_kernels(name.c_str()); }, "name"_a,
       "False where this machine or this build has no such set; for tests and benchmarks.");
-  m.def("tree_attention", &tree_attention, "query"_a, "key"_a, "value"_a, "trees"_a, "query_row"_a, "branch_row"_a,
-        "scale"_a, "out"_a, "lse"_a, "grad"_a.none(), "d_query"_a.none(), "d_key"_a.none(), "d_value"_a.none(),
-        "threads"_a, "Forward; with `grad`, backward (out and lse are then what the forward wrote).");
+  m.def("tree_attention", &tree_attention, "query"_a, "key"_a, "value"_a, "node_start"_a, "node_parent"_a,
+        "query_row"_a, "scale"_a, "window"_a, "softcap"_a, "out"_a, "lse"_a, "grad"_a.none(), "d_query"_a.none(),
+        "d_key"_a.none(), "d_value"_a.none(), "threads"_a,
+        "Forward; with `grad`, backward (out and lse are then what the forward wrote).");
   m.def("vocab_pass", &vocab_pass, "hidden"_a, "weight"_a, "bias"_a.none(), "softcap"_a, "scale"_a, "first"_a.none(),
         "second"_a.none(), "entropy"_a, "mass_bound"_a, "lse"_a, "expected"_a.none(), "cross"_a.none(),
         "mixed"_a.none(), "spread"_a.none(), "threads"_a,

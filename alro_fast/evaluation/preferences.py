@@ -37,6 +37,7 @@ def score_preferences(
     sources: Sequence[Preference | RankingList],
     token_budget: int = 8192,
     backend: str = "auto",
+    share: str = "batch",
 ) -> list[Scored]:
     """Summed log-probabilities of every record's answers under `model` as it stands.
 
@@ -44,9 +45,10 @@ def score_preferences(
     """
     encoded = [prompts.encode(source) for source in sources]
     trees = [Tree(branches_of(ids), name=source.list_id) for source, ids in zip(sources, encoded)]
+    scored = answer_logprobs(model, trees, token_budget, backend, share=share)
     return [
         Scored(source.user_id, sums[ids.chosen], sums[ids.rejected], ids.paired)
-        for source, ids, sums in zip(sources, encoded, answer_logprobs(model, trees, token_budget, backend))
+        for source, ids, sums in zip(sources, encoded, scored)
     ]
 
 
@@ -101,7 +103,9 @@ def evaluate_preferences(options: Any) -> None:
             if ranker == "untuned" and not hasattr(model, "disable_adapter"):
                 continue
             with cast(Any, model).disable_adapter() if ranker == "untuned" else contextlib.nullcontext():
-                scored[ranker] = score_preferences(model, prompts, people, options.token_budget)
+                scored[ranker] = score_preferences(
+                    model, prompts, people, options.token_budget, share=options.share
+                )
             answers += sum(len(one.chosen) + len(one.rejected) for one in scored[ranker])
         results[name], scores[name] = measure(scored, options.bootstrap), scored
     seconds = time.perf_counter() - started

@@ -56,6 +56,7 @@ def evaluate_rankings(options: argparse.Namespace, how: RankingOptions) -> None:
             base_model=options.base_model,
             trust_remote_code=options.trust_remote_code,
             token_budget=options.token_budget,
+            share=options.share,
         )
     if options.adapter is not None and ranker.prompts.identifiers == "items":
         check_catalogue(Path(options.adapter), prepared)

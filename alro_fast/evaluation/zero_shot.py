@@ -58,4 +58,7 @@ def zero_shot_ranker(options: argparse.Namespace, prepared: PreparedData) -> Ran
     prompts = PromptBuilder(tokenizer, options.template, identifiers=options.identifiers, items=prepared.items)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model: Any = load_base(base_path(name), dtype, trust, place=f"--model_name_or_path {name}")
-    return Ranker(model.to(device).eval(), tokenizer, prompts, answer=options.answer, token_budget=options.token_budget)
+    return Ranker(
+        model.to(device).eval(), tokenizer, prompts, answer=options.answer, token_budget=options.token_budget,
+        share=options.share,
+    )  # fmt: skip

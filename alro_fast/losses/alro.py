@@ -32,7 +32,7 @@ class ALROLossOutput(NamedTuple):
     """Scalars, differentiable; `expected_rank` is a constant."""
 
     loss: Tensor  # the three terms below, weighed by `term_weights`
-    sft: Tensor  # mean over rows with a label of -log p(label)
+    sft: Tensor  # mean over labels of -log p(label)
     soft_lambda: Tensor  # mean over lists, both orders
     permutation: Tensor  # mean over lists with a twin
     expected_rank: Tensor  # [L, M] expected slot of candidate i, lower is better (ratings form: its expected grade)
@@ -70,7 +70,7 @@ def alro_loss(
     """ALRO loss of L lists, both orders in one call.
 
     hidden [N, H]: the answer rows of all lists and both orders; weight [V, H], bias [V]; labels [N]: next token of each
-    row, `ignore_index` for none. Every scalar is float32 (float64 for float64 input).
+    row, `ignore_index` for none; or [N, K], where a row predicts several, of several sequences. Every scalar is float32 (float64 for float64 input).
 
     gamma: sharpness of the soft-argmax (1 suits log-probs, about 10 probabilities); sigma: slope of the pairwise loss.
     score, score_space: what the soft-argmax reads, the "logprob", "prob" or "logit" of an identifier, normalised over
@@ -218,7 +218,7 @@ def _compose(
         )
     sizes = (slot_rows >= 0).sum(dim=1)
     ids = candidate_ids if grades is None else grades.token_ids.expand(len(slot_rows), -1)
-    targets = torch.where(labels == ignore_index, -1, labels.long())[:, None]
+    targets = torch.where(labels == ignore_index, -1, labels.long()).view(len(labels), -1)
 
     if options.psl_space == "vocab" and grades is None and values_are_free(candidate_ids):
         check_shared_tokens(lists)

@@ -59,7 +59,7 @@ def alro_counts(labels: Tensor, lists: RankingLists, ignore_index: int = -100) -
 class ALROCounts(NamedTuple):
     """What the three means divide by; give those of the whole batch when it is split over steps or processes."""
 
-    rows: Tensor | float  # with a label
+    rows: Tensor | float  # with a label; of several labels, each
     lists: Tensor | float  # with a candidate
     twins: Tensor | float  # with a twin
 
@@ -82,7 +82,7 @@ def check_lists(
     if len(shape) != 2:
         raise AlroFastError(f"slot_rows has shape {tuple(shape)}; expected [L, M]")
     wanted = {
-        "labels": (row_count,),
+        "labels": (row_count, *labels.shape[1:2]),
         "slot_rows": shape,
         "candidate_ids": shape,
         "ratings": shape,

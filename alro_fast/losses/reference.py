@@ -209,7 +209,9 @@ def alro_loss_from_logits(
         if lists.twin[index] >= 0:
             permutations.append(_permutation(z, lists, index, psl, psl_space, psl_detach, psl_mask_emitted))
 
-    row_losses = F.cross_entropy(z, labels.long(), ignore_index=ignore_index, reduction="sum")
+    every = labels.reshape(len(labels), -1).long()  # a row may predict several
+    each = z.repeat_interleave(every.shape[1], dim=0)
+    row_losses = F.cross_entropy(each, every.flatten(), ignore_index=ignore_index, reduction="sum")
     if counts is None:
         listed = int((lists.slot_rows >= 0).any(dim=1).sum())
         counts = ALROCounts(max(int((labels != ignore_index).sum()), 1), max(listed, 1), max(len(permutations), 1))

@@ -193,8 +193,8 @@ def tree_attention(
         if backend is not None:
             sequences = layout.answers if answers else layout.stream
             return varlen_attention(backend, query, key, value, sequences, scale, window, softcap), None
-    if window is None and softcap is None and cpp_attention.serves(query, value):
-        return cpp_attention.tree_attention(query, key, value, layout, scale, answers), None
+    if cpp_attention.serves(query, value):
+        return cpp_attention.tree_attention(query, key, value, layout, scale, window, softcap, answers), None
     if query.device.type == "cpu" and window is None and softcap is None and same_width and not answers:
         return cascade_attention(query, key, value, layout, scale), None
     return dense_attention(query, key, value, layout, scale, window, softcap, answers), None

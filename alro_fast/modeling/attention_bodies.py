@@ -7,7 +7,8 @@
   is computed.
 - *varlen* (CUDA, half precision): keys and values gathered by one index, one FlashAttention call for all runs of the
   trie, len_q <= len_k, causal and aligned at the end.
-- *dense* (anything else: sliding windows and soft-capping on the CPU, float32 on CUDA): one masked SDPA call per unit.
+- *dense* (anything else: float32 on CUDA, windows and soft caps on the CPU where the kernels do not serve): one masked
+  SDPA call per unit.
 """
 
 from __future__ import annotations
@@ -93,9 +94,9 @@ def _masks(layout: Segments, window: int | None, like: Tensor, answers: bool) ->
         if cells > MOST_MASKED:
             raise AlroFastError(
                 f"a batch with masks of {cells:,} entries ({layout.num_rows:,} rows, {layout.longest:,} tokens in its "
-                f"longest branch) is over the {MOST_MASKED:,} that attention by masks serves (float32 on CUDA, "
-                "soft-capped scores, windows on the CPU): lower --max_length or --tokens_per_batch, or use --bf16 true "
-                "on a GPU"
+                f"longest branch) is over the {MOST_MASKED:,} that attention by masks serves (float32 or soft-capped "
+                "scores on CUDA, windows or soft caps in other types on the CPU): lower --max_length or "
+                "--tokens_per_batch, or use --bf16 true on a GPU"
             )
         rows = layout.distinct_rows if answers else torch.arange(layout.num_rows, device=like.device)
         masks: list[tuple[Tensor | slice, Tensor]] = []

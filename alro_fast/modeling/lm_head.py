@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import AlroFastError
 from .attention import trunk_of
+from .packing import IGNORED, PackedBatch
 
 # How configurations name what their models do to logits. Factors first, divisors second; exceptions by model type.
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -38,10 +39,16 @@ class Head(NamedTuple):
         """All but the weight, as the keyword arguments of ops and losses."""
         return {"bias": self.bias, "softcap": self.softcap, "scale": self.scale}
 
-    def logprobs(self, hidden: Tensor, labels: Tensor, *, ignore_index: int = -100, backend: str = "auto") -> Tensor:
-        """log p(label) of every row, full vocabulary: float32 [N]; 0 (no gradient) where ignored.
+    def label_logprobs(self, hidden: Tensor, batch: PackedBatch, *, backend: str = "auto") -> Tensor:
+        """log p of every label of a packed batch: float32 [N]; hidden [U, H], its distinct answer rows: each goes
+        through the head once, whatever number of labels it has."""
+        found = self.logprobs(hidden, batch.label_table, ignore_index=IGNORED, backend=backend)
+        return found.flatten() if batch.one_label_a_row else found.flatten().index_select(0, batch.label_places)
 
-        hidden [N, H], of any floating dtype; labels [N].
+    def logprobs(self, hidden: Tensor, labels: Tensor, *, ignore_index: int = -100, backend: str = "auto") -> Tensor:
+        """log p(label) of every row, full vocabulary: float32 of the labels' shape; 0 (no gradient) where ignored.
+
+        hidden [N, H], of any floating dtype; labels [N], or [N, K]: several of each row.
         """
         hidden = hidden.to(self.weight.dtype)  # mixed precision hands the trunk's results out in another
         return ops.linear_logprobs(

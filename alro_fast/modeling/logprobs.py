@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from .attention import tree_hidden_states
+from .attention import answer_hidden_states
 from .lm_head import head_of
-from .packing import Tree, collate
+from .packing import Tree, collate, common_rows
 from .planning import plan_forwards
 
 Autocast = Callable[[], AbstractContextManager]
@@ -24,22 +24,23 @@ def answer_logprobs(
     token_budget: int = 8192,
     backend: str = "auto",
     autocast: Autocast = nullcontext,
+    share: str = "batch",
 ) -> list[np.ndarray]:
     """Per tree, the summed log-probability of every branch's answer: float64 [branches] each. The model in eval mode.
 
     A tree over the budget gets a forward of its own. autocast: a context around the trunk, as training has; the head is
-    outside.
+    outside. share: as `packing.collate` takes it.
     """
     training, device = model.training, next(model.parameters()).device
     model.eval()
     sums: list[np.ndarray] = [np.empty(0)] * len(trees)
-    sizes = [tree.num_tokens for tree in trees]
+    sizes = [tree.rows(share) for tree in trees]
     head = head_of(model)
-    for indices in plan_forwards(sizes, token_budget):
-        packed = collate(trees, indices).to(device)
+    for indices in plan_forwards(sizes, token_budget, common_rows(trees, share)):
+        packed = collate(trees, indices, share).to(device)
         with autocast():
-            hidden = tree_hidden_states(model, packed)
-        rows = head.logprobs(hidden, packed.labels, backend=backend).double().cpu().numpy()
+            hidden = answer_hidden_states(model, packed)
+        rows = head.label_logprobs(hidden, packed, backend=backend).double().cpu().numpy()
         for place, index in enumerate(indices):
             offsets = packed.branch_rows[place]
             sums[index] = np.add.reduceat(rows[: offsets[-1]], offsets[:-1])

@@ -20,7 +20,10 @@ from torch import Tensor
 
 from ..errors import AlroFastError
 from .planning import plan_batches
-from .trie import Trie, grow, ranges
+from .trie import Common, Trie, grow, ranges
+
+IGNORED = -100  # a label that is none, as transformers has it
+SHARES = ("batch", "list", "none")  # whose branches share the rows of what they begin with alike
 
 @dataclass(frozen=True, eq=False)
 class Branch:
@@ -57,7 +60,16 @@ class Tree:
 
     @cached_property
     def num_tokens(self) -> int:
-        return grow(_groups([self], "list")).num_rows
+        return self.rows("batch")
+
+    def rows(self, share: str) -> int:
+        """Rows the tree takes in a stream that is shared so (`collate`)."""
+        return self.unshared_tokens - len(self.ids) if share == "none" else grow(_groups([self], share)).num_rows
+
+    @property
+    def contexts(self) -> list[np.ndarray]:
+        """The branches without their last tokens, which nothing is predicted from."""
+        return [ids[:-1] for ids in self.ids]
 
     @cached_property
     def unshared_tokens(self) -> int:
@@ -140,6 +152,8 @@ class PackedBatch:
         segments: attention metadata; `segments.distinct_rows` [U] are the rows that labels are predicted from.
         labels: int64 [N], ordered by tree, branch, position.
         label_rows: int64 [N], which of the U rows predicts each label: one row serves every branch that needs it.
+        label_table: int64 [U, K], the labels of each row, at most K, -100 on pads; label_places: int64 [N], where in its
+            U * K entries each label stands.
         row_tree: int64 [N], counted within this batch: `tree_indices[row_tree[n]]` is the input tree of labels[n].
         row_branch: int64 [N].
         tree_indices: the input trees of this batch.
@@ -155,6 +169,8 @@ class PackedBatch:
     segments: Segments
     labels: Tensor
     label_rows: Tensor
+    label_table: Tensor
+    label_places: Tensor
     row_tree: Tensor
     row_branch: Tensor
     tree_indices: tuple[int, ...]
@@ -177,10 +193,22 @@ class PackedBatch:
         return _mapped(self, Tensor.pin_memory)
 
 
-def pack(trees: Sequence[Tree], token_budget: int, seed: int | None = None) -> list[PackedBatch]:
+def pack(
+    trees: Sequence[Tree], token_budget: int, seed: int | None = None, share: str = "batch"
+) -> list[PackedBatch]:
     """Plan and collate all `trees`: every tree once, whole, in batches of at most `token_budget` rows."""
-    plan = plan_batches([tree.num_tokens for tree in trees], token_budget, seed, names=[str(tree) for tree in trees])
-    return [collate(trees, indices) for indices in plan]
+    names = [str(tree) for tree in trees]
+    sizes = [tree.rows(share) for tree in trees]
+    plan = plan_batches(sizes, token_budget, seed, names=names, common=common_rows(trees, share))
+    return [collate(trees, indices, share) for indices in plan]
+
+
+def common_rows(trees: Sequence[Tree], share: str) -> int:
+    """Rows that all of `trees` have alike and a batch takes once: the `common` of a plan."""
+    common = Common()
+    for tree in trees if share == "batch" else ():
+        common.add(tree.contexts)
+    return common.num_rows
 
 
 def collate(trees: Sequence[Tree], indices: Sequence[int], share: str = "batch") -> PackedBatch:
@@ -188,7 +216,12 @@ def collate(trees: Sequence[Tree], indices: Sequence[int], share: str = "batch")
 
     share: "batch" makes one forest of all trees, so that every distinct (prefix, token) of the batch is one row; "list"
     a trie of each tree; "none" gives every branch rows of its own.
+
+    Raises:
+        AlroFastError: no trees, or another `share`.
     """
+    if share not in SHARES:
+        raise AlroFastError(f"share is {share!r}; expected one of {', '.join(SHARES)}")
     if not len(indices):
         raise AlroFastError("no trees to collate; a batch needs at least one")
     chosen = [trees[index] for index in indices]
@@ -203,6 +236,8 @@ def collate(trees: Sequence[Tree], indices: Sequence[int], share: str = "batch")
     asked[rows] = True
     distinct = np.flatnonzero(asked)
     label_rows = (asked.cumsum() - 1)[rows]
+    labels = np.concatenate([branch[start:] for branch, start in zip(ids, starts)])
+    table, places = _table(labels, label_rows, len(distinct))
     branches = np.array([len(tree.ids) for tree in chosen])
     firsts = np.concatenate([[0], branches.cumsum()])  # the first branch of each tree
     branch_rows = tuple(tuple(offsets[a : b + 1].tolist()) for a, b in pairwise(firsts.tolist()))
@@ -210,8 +245,10 @@ def collate(trees: Sequence[Tree], indices: Sequence[int], share: str = "batch")
         input_ids=torch.from_numpy(trie.ids),
         position_ids=torch.from_numpy(trie.positions),
         segments=_segments(trie, distinct, int(lengths.max()) - 1, int(lengths.min()) - 1),
-        labels=torch.from_numpy(np.concatenate([branch[start:] for branch, start in zip(ids, starts)])),
+        labels=torch.from_numpy(labels),
         label_rows=torch.from_numpy(label_rows),
+        label_table=torch.from_numpy(table),
+        label_places=torch.from_numpy(places),
         row_tree=torch.from_numpy(np.repeat(np.arange(len(chosen)), np.add.reduceat(counts, firsts[:-1]))),
         row_branch=torch.from_numpy(np.repeat(ranges(np.zeros_like(branches), branches), counts)),
         tree_indices=tuple(int(index) for index in indices),
@@ -224,8 +261,8 @@ def collate(trees: Sequence[Tree], indices: Sequence[int], share: str = "batch")
 
 
 def _groups(trees: Sequence[Tree], share: str) -> list[list[np.ndarray]]:
-    """The branches that may share rows, together; each without its last token, which nothing is predicted from."""
-    each = [[branch[:-1] for branch in tree.ids] for tree in trees]
+    """What may share rows, together."""
+    each = [tree.contexts for tree in trees]
     if share == "list":
         return each
     branches = list(chain.from_iterable(each))
@@ -240,6 +277,18 @@ def _predicting_rows(trie: Trie, lengths: np.ndarray, starts: np.ndarray) -> np.
     low = np.maximum(depth, starts[branch] - 1)
     high = np.minimum(depth + trie.node_rows[node], lengths[branch] - 1)
     return ranges(trie.node_start[node] + low - depth, np.maximum(high - low, 0))
+
+
+def _table(labels: np.ndarray, label_rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """`PackedBatch.label_table` of `count` rows, and `label_places`; labels of a row in their order."""
+    each = np.bincount(label_rows, minlength=count)
+    order = np.argsort(label_rows, kind="stable")
+    slots = np.empty_like(label_rows)
+    slots[order] = ranges(np.zeros_like(each), each)
+    places = label_rows * each.max() + slots
+    table = np.full((count, each.max()), IGNORED, dtype=np.int64)
+    table.flat[places] = labels
+    return table, places
 
 
 def _segments(trie: Trie, distinct: np.ndarray, longest: int, shortest: int) -> Segments:

@@ -21,6 +21,7 @@ def plan_batches(
     seed: int | None = None,
     names: Sequence[str] | None = None,
     most: int | None = None,
+    common: int = 0,
 ) -> list[list[int]]:
     """Best-fit-decreasing bin packing: which trees, by index, go into which batch.
 
@@ -34,6 +35,7 @@ def plan_batches(
             shuffles the batches.
         names: what to call the trees in errors.
         most: trees a batch may hold; None: as many as fit.
+        common: rows that all trees have alike (`trie.Common`), which a batch takes once.
 
     Raises:
         AlroFastError: a tree is larger than the budget, or the budget is not positive.
@@ -48,6 +50,7 @@ def plan_batches(
             f"{name} (number {worst}) takes {lengths[worst]} tokens, more than token_budget {token_budget}: a tree is "
             f"never split; raise token_budget to {lengths[worst]} or more, or shorten the history"
         )
+    lengths, token_budget = _of_their_own(lengths, token_budget, common)
     if seed is None:
         return sorted(sorted(batch) for batch in _best_fit_decreasing(range(len(lengths)), lengths, token_budget, most))
     return _shuffled_plan(lengths, token_budget, seed, most=most)
@@ -66,16 +69,19 @@ class EpochPlans:
         token_budget: rows a batch may hold.
         seed: None for one plan that all epochs share (`plan_batches` without a seed).
         most: trees a batch may hold; None: as many as fit.
+        common: rows that all trees have alike.
 
     Raises:
         AlroFastError: as `plan_batches`.
     """
 
-    def __init__(self, sizes: Sequence[int], token_budget: int, seed: int | None, most: int | None = None) -> None:
-        self.lengths, self.token_budget, self.seed = np.asarray(sizes, dtype=np.int64), token_budget, seed
-        self.most = most
-        densest = plan_batches(sizes, token_budget, most=most)
-        first = densest if seed is None else plan_batches(sizes, token_budget, seed, most=most)
+    def __init__(
+        self, sizes: Sequence[int], token_budget: int, seed: int | None, most: int | None = None, common: int = 0
+    ) -> None:
+        densest = plan_batches(sizes, token_budget, most=most, common=common)
+        first = densest if seed is None else plan_batches(sizes, token_budget, seed, most=most, common=common)
+        self.lengths, self.token_budget = _of_their_own(np.asarray(sizes, dtype=np.int64), token_budget, common)
+        self.seed, self.most = seed, most
         self.num_batches = max(len(first), len(densest))
 
     def __call__(self, epoch: int) -> list[list[int]]:
@@ -93,12 +99,18 @@ def halve(batches: list[list[int]], place: int) -> None:
     batches[place : place + 1] = [batches[place][:middle], batches[place][middle:]]
 
 
-def plan_forwards(sizes: Sequence[int], token_budget: int) -> list[list[int]]:
+def plan_forwards(sizes: Sequence[int], token_budget: int, common: int = 0) -> list[list[int]]:
     """`plan_batches` where a tree larger than the budget is no error, but a batch of its own. 0: every tree is."""
     fitting = [i for i, size in enumerate(sizes) if size <= token_budget]
-    plan = plan_batches([sizes[i] for i in fitting], token_budget) if fitting else []
+    plan = plan_batches([sizes[i] for i in fitting], token_budget, common=common) if fitting else []
     alone = [[i] for i, size in enumerate(sizes) if size > token_budget]
     return sorted([[fitting[i] for i in batch] for batch in plan] + alone)
+
+
+def _of_their_own(lengths: np.ndarray, token_budget: int, common: int) -> tuple[np.ndarray, int]:
+    """Sizes and budget without the rows that all trees have alike; of each tree a row is left, to be planned with."""
+    common = min(common, int(lengths.min(initial=token_budget)) - 1)
+    return lengths - common, token_budget - common
 
 
 def _shuffled_plan(

@@ -126,6 +126,26 @@ def grow(groups: Sequence[Sequence[np.ndarray]]) -> Trie:
     return _flattened(roots, ends)
 
 
+class Common:
+    """The rows that all of many tries have alike, tree after tree: the instructions of a data set's prompts."""
+
+    def __init__(self) -> None:
+        self._paths: list[np.ndarray] | None = None  # None: of no tree
+
+    def add(self, branches: Sequence[np.ndarray]) -> None:
+        """One more tree, by its branches: each int64 [length]."""
+        if self._paths is None:
+            self._paths = list(branches)
+            return
+        shared = [path[: max(_common(path, ids) for ids in branches)] for path in self._paths]
+        self._paths = list({path.tobytes(): path for path in shared if len(path)}.values())
+
+    @property
+    def num_rows(self) -> int:
+        """How many; 0 where no tree was added."""
+        return grow([self._paths]).num_rows if self._paths else 0
+
+
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """start, start + 1, ... of each of `counts` numbers, one range after the other: int64."""
     ends = counts.cumsum()

@@ -64,28 +64,29 @@ class ALROObjective(SFTObjective):
         ranks = torch.zeros((len(views), width), dtype=torch.long)
         twin = torch.full((len(views),), -1, dtype=torch.long)
         grades = None
-        original = tree = 0  # of the example at hand: its first view's index, its first tree's index in the batch
+        original = branch = 0  # of the example at hand: its first view's index; its first branch not yet read
         for l, (t, v) in enumerate(views):
             example, view = examples[t], examples[t].views[v]
             m = len(sources[t].candidates)
             if v == 0:
-                original = l
+                original, branch = l, 0
             else:
                 twin[l] = original
-            if self.answer == "ranking":  # one tree for all views, a branch each; a row for every slot of the answer
+            if self.answer == "ranking":  # a branch per view; a row for every slot of the answer
                 ratings[l, :m] = torch.tensor(sources[t].ratings)
                 ranks[l, :m] = torch.tensor(view.ranks)
-                slot_rows[l, :m] = packed.branch_rows[tree][v] + torch.tensor(view.slot_offsets)
+                slot_rows[l, :m] = packed.label_rows[packed.branch_rows[t][v] + torch.tensor(view.slot_offsets)]
                 candidate_ids[l, :m] = torch.tensor(view.candidate_ids)
-            else:  # a tree per view, a branch per rated candidate, a row where its grade is predicted
+            else:  # a branch per view and rated candidate, a row where its grade is predicted
                 # An unrated candidate has no grade, hence no row: it is left out, ranks stay those of the rest.
                 rated = [i for i, branch in enumerate(view.branches) if branch.answer_ids]
                 ratings[l, : len(rated)] = torch.tensor([sources[t].ratings[i] for i in rated])
                 ranks[l, : len(rated)] = torch.tensor([view.ranks[i] for i in rated])
-                rows = zip(rated, packed.branch_rows[tree + v])
-                slot_rows[l, : len(rated)] = torch.tensor([row + view.branches[i].grade_offset for i, row in rows])
+                firsts = packed.branch_rows[t][branch : branch + len(rated)]
+                places = [first + view.branches[i].grade_offset for i, first in zip(rated, firsts)]
+                slot_rows[l, : len(rated)] = packed.label_rows[torch.tensor(places)]
                 grades = Grades(torch.tensor(view.grade_ids), torch.tensor(view.grade_values))
-            tree += len(example.trees) if v == len(example.views) - 1 else 0
+                branch += len(rated)
         twins = sum(len(example.views) - 1 for example in examples)
         counts = {"sft": len(packed.labels), "soft_lambda": len(views), "permutation": twins}
         lists = RankingLists(slot_rows, candidate_ids, ratings, ranks, twin, grades)
@@ -95,7 +96,7 @@ class ALROObjective(SFTObjective):
         """The three terms of `alro_loss`, with their weights."""
         options = self.arguments
         out = alro_loss(
-            hidden, head.weight, packed.labels, targets.lists,
+            hidden, head.weight, packed.label_table, targets.lists,
             alpha=options.alpha, beta=options.beta, gamma=sharpness(options.gamma, options.score), sigma=options.sigma,
             score=options.score, score_space=options.score_space,
             psl=options.psl, psl_space=options.psl_space, psl_detach=options.psl_detach,

@@ -151,15 +151,9 @@ def learned_answers(options: Mapping[str, Any]) -> str:
 class Example(NamedTuple):
     """One ranking list, ready to train on: its tree, and what the objective needs to read the answers back."""
 
-    trees: tuple[Tree, ...]  # one for all presentations, or one for each
+    tree: Tree  # of all presentations
     views: tuple[Any, ...]  # the presentations, in branch order
     source: RankingList | Preference
-
-    @property
-    def tree(self) -> Tree:
-        """The only tree of an example that has one."""
-        (tree,) = self.trees
-        return tree
 
 
 class LossTerm(NamedTuple):
@@ -209,7 +203,8 @@ class Objective(Protocol):
         """What the loss needs besides hidden states, and the count behind each of its terms."""
 
     def loss(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: Any) -> list[LossTerm]:
-        """Loss terms of one packed batch; `hidden` [N, H] holds its answer rows."""
+        """Loss terms of one packed batch; `hidden` [U, H] holds its distinct answer rows, each of which may predict
+        several of its labels (`packed.label_table`)."""
 
 
 def build_objective(

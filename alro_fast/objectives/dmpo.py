@@ -69,7 +69,7 @@ class ChosenObjective:
 
     def loss(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: Any) -> list[LossTerm]:
         """The mean cross-entropy, full vocabulary."""
-        logprobs = head.logprobs(hidden, packed.labels, backend=self.arguments.backend)
+        logprobs = head.label_logprobs(hidden, packed, backend=self.arguments.backend)
         return [LossTerm("sft", -logprobs.mean(), 1.0, len(packed.labels))]
 
 
@@ -187,7 +187,7 @@ class DMPOObjective(ChosenObjective):
         return terms
 
     def _sums(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: PreferenceTargets) -> Tensor:
-        logprobs = head.logprobs(hidden, packed.labels, backend=self.arguments.backend)
+        logprobs = head.label_logprobs(hidden, packed, backend=self.arguments.backend)
         return logprobs.new_zeros(len(targets.lengths)).index_add(0, targets.branch, logprobs)
 
 
@@ -211,7 +211,7 @@ def branches_of(ids: PreferenceIds) -> list[Branch]:
 
 
 def _example(source: Preference | RankingList, ids: PreferenceIds) -> Example:
-    return Example((Tree(branches_of(ids), name=source.list_id),), (ids,), source)
+    return Example(Tree(branches_of(ids), name=source.list_id), (ids,), source)
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:

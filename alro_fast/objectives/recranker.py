@@ -2,7 +2,7 @@
 
     loss = sum over tasks of weight * mean over the task's answer tokens of -log p(token)
 
-A list gives one tree of pointwise questions and one of pairwise and listwise ones. What is asked, and in what order
+A list's questions are one tree: pointwise ones follow the rated items, pairwise and listwise ones the liked ones. What is asked, and in what order
 things are shown (position shifting: the two of a pair, the candidates, the history), depends on (seed, epoch, list)
 alone.
 """
@@ -76,11 +76,11 @@ class RecRankerObjective:
         return bool(ask.points or ask.pairs or ask.orders)
 
     def examples(self, lists: Sequence[RankingList], indices: Sequence[int], epoch: int) -> list[Example]:
-        """Two trees per list at most: questions that follow the rated items, and those that follow the liked ones."""
+        """A tree per list: questions that follow the rated items, and those that follow the liked ones."""
         asks = [self.ask(source, index, epoch) for source, index in zip(lists, indices)]
         made = self.prompts.encode(asks)
         return [
-            Example(tuple(trees_of(prompts, f"list {source.list_id}")), (prompts,), source)
+            Example(Tree(branches_of(prompts), name=f"list {source.list_id}"), (prompts,), source)
             for source, prompts in zip(lists, made)
         ]
 
@@ -95,7 +95,7 @@ class RecRankerObjective:
 
     def loss(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: TaskRows) -> list[LossTerm]:
         """A term per task: the mean cross-entropy of its answers' tokens, full vocabulary."""
-        logprobs = head.logprobs(hidden, packed.labels, backend=self.arguments.backend)
+        logprobs = head.label_logprobs(hidden, packed, backend=self.arguments.backend)
         sums = logprobs.new_zeros(len(TASKS)).index_add(0, targets.task, logprobs)
         return [
             LossTerm(name, -total / max(count, 1), weight, count)
@@ -118,15 +118,14 @@ def parse_weights(text: str) -> tuple[float, float, float]:
     return pointwise, pairwise, listwise
 
 
-def trees_of(prompts: TaskPrompts, name: str) -> list[Tree]:
-    """The questions of one list with their answers; those without an answer are left out."""
-    point, pair, listing = _by_task(prompts)
-    pages = (prompts.rated_ids, point), (prompts.liked_ids, [*pair, *listing])
-    trees = []
-    for page, questions in pages:
-        branches = [Branch(page + one.ids + one.answer_ids, len(page) + len(one.ids)) for one in questions]
-        trees += [Tree(branches, name=name)] if branches else []
-    return trees
+def branches_of(prompts: TaskPrompts) -> list[Branch]:
+    """The questions of one list with their answers, task after task; those without an answer are left out."""
+    pages = prompts.rated_ids, prompts.liked_ids, prompts.liked_ids
+    return [
+        Branch(page + one.ids + one.answer_ids, len(page) + len(one.ids))
+        for page, questions in zip(pages, _by_task(prompts))
+        for one in questions
+    ]
 
 
 def _by_task(prompts: TaskPrompts) -> list[list[Question | Listing]]:

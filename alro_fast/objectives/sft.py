@@ -30,8 +30,7 @@ class SFTObjective:
         return [None]
 
     def examples(self, lists: Sequence[RankingList], indices: Sequence[int], epoch: int) -> list[Example]:
-        """The presentations of each list as trees: one tree of rankings, or a tree of grades for each presentation,
-        whose questions share the whole page."""
+        """The presentations of each list as one tree: a branch for each ranking, or for each candidate's grade."""
         orders = [self.orders(source, index, epoch) for source, index in zip(lists, indices)]
         repeated = [source for source, each in zip(lists, orders) for _ in each]
         build = self.builder.rankings if self.answer == "ranking" else self.builder.rates
@@ -39,10 +38,8 @@ class SFTObjective:
         examples = []
         for source, each in zip(lists, orders):
             mine = tuple(next(views) for _ in each)
-            branches = [branches_of(view) for view in mine]
-            grouped = [list(chain.from_iterable(branches))] if self.answer == "ranking" else branches
-            trees = tuple(Tree(group, name=f"list {source.list_id}") for group in grouped)
-            examples.append(Example(trees, mine, source))
+            branches = list(chain.from_iterable(map(branches_of, mine)))
+            examples.append(Example(Tree(branches, name=f"list {source.list_id}"), mine, source))
         return examples
 
     def targets(self, packed: PackedBatch, examples: Sequence[Example]) -> tuple[Any, dict[str, int]]:
@@ -51,7 +48,7 @@ class SFTObjective:
 
     def loss(self, hidden: Tensor, head: Head, packed: PackedBatch, targets: Any) -> list[LossTerm]:
         """The mean cross-entropy, full vocabulary."""
-        logprobs = head.logprobs(hidden, packed.labels, backend=self.arguments.backend)
+        logprobs = head.label_logprobs(hidden, packed, backend=self.arguments.backend)
         return [LossTerm("sft", -logprobs.mean(), 1.0, len(packed.labels))]
 
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -127,6 +127,19 @@ READERS = {  # options that not every method reads; settings are settled Ranking
         lambda how: how.draws,
     ),
 }
+class Settled(NamedTuple):
+    """A settled method, and the form of the answers that it reads."""
+
+    method: str
+    answer: str
+
+    @property
+    def decodes(self) -> bool:
+        """Whether answers are decoded slot after slot, prompt by prompt, and not read from packed trees."""
+        return self.method in ("greedy", "beam") or (self.method, self.answer) == ("expected", "ranking")
+
+
+IN_TREES = Reader("by methods that read all answers in one pass", "method {0.method}", lambda how: not how.decodes)
 FUSE_READERS = dict.fromkeys(  # what a fusion was not fitted for
     ("method", "hybrid", "pairing", "pair_orders"),
     Reader("without --fuse", "--fuse, whose weights are for scores as the run was tuned", lambda o: not o.fuse),
@@ -178,6 +191,7 @@ def settled_options(
     how = how.settled(answer, run.get("hybrid") or "code")
     texts = [replace(how, method="hybrid", shuffles=1)] if generate and answer == "tasks" else []
     refuse_unread(options.given, READERS, how, *texts)
+    refuse_unread(options.given, {"share": IN_TREES}, Settled(how.method or "", answer))
     return how
 
 
@@ -190,6 +204,12 @@ def add_model_options(parser: argparse.ArgumentParser, adapter_required: bool = 
     model.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     model.add_argument(
         "--token_budget", type=int, default=8192, metavar="N", help="tokens of one forward pass; 0: lists one by one"
+    )
+    model.add_argument(
+        "--share",
+        choices=("batch", "list", "none"),
+        default="batch",
+        help="prompts that begin alike are read once: of all lists of a forward pass (default), of each list, or never",
     )
 
 

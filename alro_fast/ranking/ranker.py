@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -59,6 +59,7 @@ class Ranker:
 
     token_budget: tokens of one forward pass (a longer list still gets one of its own). 0: every list alone, so that a
     ranking is bitwise the same whatever lists come with it; otherwise the company changes scores by rounding only.
+    share: whose branches share rows, as packing.collate takes it; the choice changes scores by rounding only.
     scoring: what the soft-argmax of `expected` reads, as trained.
     answer: ranking, ratings, or tasks: the three of RecRanker, whose `prompts` are RecRankerPrompts. hybrid: which
     constants combine them, as hybrid.constants_of takes them.
@@ -74,12 +75,13 @@ class Ranker:
         scoring: Scoring | None = None,
         hybrid: str = "code",
         token_budget: int = 8192,
+        share: str = "batch",
     ) -> None:
         check_answer(answer)
         check_token_budget(token_budget)
         self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
         self.answer, self.scoring, self.hybrid = answer, scoring or Scoring(), hybrid
-        self.reader = BranchReader(model, token_budget)
+        self.reader = BranchReader(model, token_budget, share)
 
     @classmethod
     def load(
@@ -91,6 +93,7 @@ class Ranker:
         base_model: str | None = None,
         trust_remote_code: bool = False,
         token_budget: int = 8192,
+        share: str = "batch",
     ) -> Ranker:
         """The ranker that a training run left in `folder`; `base_model` replaces the base recorded there."""
         from ..modeling.loading import load_for_inference
@@ -116,6 +119,7 @@ class Ranker:
             hybrid=config.get("hybrid") or "code",
             scoring=Scoring.of(config),
             token_budget=token_budget,
+            share=share,
         )
 
     @property
@@ -209,7 +213,7 @@ class Ranker:
     def _read_rows(self, lists: list[RankingList], presented: list[np.ndarray]) -> list[np.ndarray]:
         """`first`, and `expected` for grades: one forward per packed batch of trees.
 
-        `first` has a tree per list, a branch per presentation; grades a tree per presentation, a branch per candidate.
+        A tree per list, of all its presentations: `first` has a branch for each, grades a branch for each candidate.
         """
         flat = [entry for entry, orders in zip(lists, presented, strict=True) for _ in orders]
         orders = [order.tolist() for shown in presented for order in shown]
@@ -218,22 +222,19 @@ class Ranker:
         prompts = iter(make(flat, orders))
         trees, tokens = [], []
         for entry, shown in zip(lists, presented, strict=True):
-            groups = []
+            branches = []
             for prompt in islice(prompts, len(shown)):
                 if self.answer == "ranking":
                     start = prompt.prompt_ids + prompt.answer_ids[: prompt.slot_offsets[0]]
-                    groups.append([_predicting(start, prompt.candidate_ids)])
+                    branches.append(_predicting(start, prompt.candidate_ids))
                     tokens.append(prompt.candidate_ids)
                 else:
                     starts = [prompt.prompt_ids + question.question_ids for question in prompt.branches]
-                    groups.append([_predicting(start, prompt.grade_ids) for start in starts])
+                    branches += [_predicting(start, prompt.grade_ids) for start in starts]
                     tokens += [prompt.grade_ids] * len(starts)
-            if self.answer == "ranking":
-                groups = [list(chain.from_iterable(groups))]
-            for branches in groups:
-                trees.append(Tree(branches, name=f"list {entry.list_id}"))
-                self.reader.check_length(entry, max(len(branch.ids) for branch in branches))
-        rows = iter(self.reader.read([[tree] for tree in trees], tokens))
+            trees.append(Tree(branches, name=f"list {entry.list_id}"))
+            self.reader.check_length(entry, max(len(branch.ids) for branch in branches))
+        rows = iter(self.reader.read(trees, tokens))
         if self.answer == "ranking":
             return [np.stack([_log_softmax(next(rows)) for _ in shown]) for shown in presented]
         grades = np.asarray(builder.grade_values, dtype=np.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ..errors import AlroFastError
-from ..modeling.attention import tree_hidden_states
+from ..modeling.attention import answer_hidden_states
 from ..modeling.lm_head import head_of
-from ..modeling.packing import Tree, collate
+from ..modeling.packing import Tree, collate, common_rows
 from ..modeling.planning import plan_forwards
 from .decoding import token_logits
 
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
 
 class BranchReader:
-    """A model on tree attention and the tokens of one forward pass (0: every group of trees alone)."""
+    """A model on tree attention and the tokens of one forward pass (0: every tree alone); share: as `packing.collate`
+    takes it."""
 
-    def __init__(self, model: nn.Module, token_budget: int) -> None:
-        self.model, self.token_budget = model, token_budget
+    def __init__(self, model: nn.Module, token_budget: int, share: str = "batch") -> None:
+        self.model, self.token_budget, self.share = model, token_budget, share
 
     @property
     def device(self) -> torch.device:
@@ -41,23 +42,20 @@ class BranchReader:
                 "history, or rank fewer candidates"
             )
 
-    def read(self, groups: list[list[Tree]], tokens: list[list[int] | None]) -> list[np.ndarray]:
+    def read(self, trees: Sequence[Tree], tokens: Sequence[list[int] | None]) -> list[np.ndarray]:
         """What the model says after branch n (branches counted over all trees): float32 logits of `tokens[n]` as a
         float64 array, its branch having one answer row; or, for None, the log-probability of the branch's own answer.
-
-        Trees of one group go through one forward pass.
         """
-        firsts = np.cumsum([0, *(sum(len(tree.ids) for tree in group) for group in groups)])
-        sizes = [sum(tree.num_tokens for tree in group) for group in groups]
-        plan = plan_forwards(sizes, self.token_budget)
+        firsts = np.cumsum([0, *(len(tree.ids) for tree in trees)])
+        sizes = [tree.rows(self.share) for tree in trees]
+        plan = plan_forwards(sizes, self.token_budget, common_rows(trees, self.share))
         found: dict[int, np.ndarray] = {}
         head = head_of(self.model)
         for indices in plan:
-            trees = list(chain.from_iterable(groups[index] for index in indices))
             numbers = list(chain.from_iterable(range(firsts[index], firsts[index + 1]) for index in indices))
-            with memory_errors(sum(sizes[index] for index in indices), str(trees[0])):
-                batch = collate(trees, range(len(trees))).to(self.device)
-                hidden = tree_hidden_states(self.model, batch)
+            with memory_errors(sum(sizes[index] for index in indices), str(trees[indices[0]])):
+                batch = collate(trees, indices, self.share).to(self.device)
+                hidden = answer_hidden_states(self.model, batch)
                 spans = list(chain.from_iterable(pairwise(rows) for rows in batch.branch_rows))
                 chosen = [
                     (n, start, wanted)
@@ -65,14 +63,15 @@ class BranchReader:
                     if (wanted := tokens[n]) is not None
                 ]
                 if chosen:
-                    rows = [row for _, row, _ in chosen]
+                    rows = batch.label_rows[[row for _, row, _ in chosen]]
                     logits = token_logits(hidden[rows], head, [wanted for *_, wanted in chosen])
                     for (n, *_), values in zip(chosen, logits, strict=True):
                         found[n] = values
-                for n, (start, end) in zip(numbers, spans, strict=True):
-                    if tokens[n] is None:
-                        logprobs = head.logprobs(hidden[start:end], batch.labels[start:end])
-                        found[n] = logprobs.double().sum(dim=0, keepdim=True).cpu().numpy()
+                if len(chosen) < len(numbers):
+                    logprobs = head.label_logprobs(hidden, batch).double().cpu().numpy()
+                    for n, (start, end) in zip(numbers, spans, strict=True):
+                        if tokens[n] is None:
+                            found[n] = logprobs[start:end].sum(keepdims=True)
         return [found[n] for n in range(len(tokens))]
 
 

@@ -6,7 +6,7 @@
 | pairwise | P(the first is preferred), P over Yes and No, averaged over both orders of naming the two, or in one |
 | listwise | log-probability of naming the candidate first, normalised over the candidates |
 
-All questions about a list continue two pages, so they are two trees, packed into one forward pass. Of a list with more
+All questions about a list, of every presentation, are one tree over two pages. Of a list with more
 candidates than identifiers, grades and pairs are asked as ever; only its listwise order takes sliding windows.
 """
 
@@ -85,18 +85,17 @@ def read_tasks(
             )
         )
     encoded = prompts.encode(asks)
-    groups, tokens = [], []
+    trees, tokens = [], []
     for entry, made in zip(lists, encoded, strict=True):
+        branches = []
         pages = _questions(made, prompts.grade_ids, prompts.choice_ids)
-        trees = []
-        for page, branches in zip((made.rated_ids, made.liked_ids), pages, strict=True):
-            if branches:
-                reader.check_length(entry, max(len(page) + len(ids) for ids, _, _ in branches))
-                tree = [Branch(page + ids, len(page) + start) for ids, start, _ in branches]
-                trees.append(Tree(tree, name=f"list {entry.list_id}"))
-                tokens += [asked for _, _, asked in branches]
-        groups += [trees] if trees else []  # a lone candidate is in no pair
-    read = iter(reader.read(groups, tokens))
+        for page, questions in zip((made.rated_ids, made.liked_ids), pages, strict=True):
+            branches += [Branch(page + ids, len(page) + start) for ids, start, _ in questions]
+            tokens += [asked for _, _, asked in questions]
+        if branches:  # a lone candidate is in no pair
+            reader.check_length(entry, max(len(branch.ids) for branch in branches))
+            trees.append(Tree(branches, name=f"list {entry.list_id}"))
+    read = iter(reader.read(trees, tokens))
     values = np.asarray(prompts.grade_values, dtype=np.float64)
     readings = [
         _reading(made, ask, drawn, pair_orders, wanted, read, values)

@@ -15,7 +15,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from ..errors import AlroFastError
-from ..modeling.planning import EpochPlans, halve, plan_batches
+from ..modeling.planning import EpochPlans, halve
 
 CURSOR = "cursor"  # its entry among the stateful_callbacks of trainer_state.json
 
@@ -34,8 +34,7 @@ class Cursor:
         step: optimiser steps of the whole run.
         processes, accumulation: those of the latest step, None where that is not known.
         plan: `PlannedBatches.fingerprint` of the plans that `trained` counts batches of.
-        old: (processes, share) of a checkpoint of version 0.1.0, which recorded no cursor: the share of the epoch that
-            was trained, by its own plan. Its epochs differed in their number of batches.
+        old: of a checkpoint of version 0.1.0, which recorded no cursor, within an epoch.
     """
 
     epoch: int = 0
@@ -44,7 +43,7 @@ class Cursor:
     processes: int | None = None
     accumulation: int | None = None
     plan: str | None = None
-    old: tuple[int, float] | None = None
+    old: bool = False
 
     @classmethod
     def of(cls, checkpoint: str | Path) -> Cursor:
@@ -53,18 +52,18 @@ class Cursor:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         recorded = state.get("stateful_callbacks", {}).get(CURSOR)
         if recorded is not None:
-            return cls(**recorded | {"old": recorded["old"] and tuple(recorded["old"])})
+            return cls(**recorded | {"old": bool(recorded["old"])})
         share, epoch = math.modf(state["epoch"])
         processes = len(list(folder.glob("rng_state_*.pth"))) or 1
-        return cls(int(epoch), 0, state["global_step"], processes, old=(processes, share) if share else None)
+        return cls(int(epoch), 0, state["global_step"], processes, old=bool(share))
 
     def advanced(self, processes: int, batches: int, accumulation: int, plan: str) -> Cursor:
         """One optimiser step further, in which `processes` trained `batches` together."""
-        return Cursor(self.epoch, self.trained + batches, self.step + 1, processes, accumulation, plan, self.old)
+        return Cursor(self.epoch, self.trained + batches, self.step + 1, processes, accumulation, plan)
 
     def next_epoch(self) -> Cursor:
         """The beginning of the epoch after this one."""
-        return dataclasses.replace(self, epoch=self.epoch + 1, trained=0, old=None)
+        return dataclasses.replace(self, epoch=self.epoch + 1, trained=0, old=False)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -83,6 +82,7 @@ class PlannedBatches(Sampler[list[tuple[int, list[int]]]]):
         rank, world_size: this process, and how many there are.
         start: where a resumed run goes on.
         most: lists a batch may hold; None: as many as fit.
+        common: tokens that all lists have alike, which a batch takes once.
 
     Raises:
         AlroFastError: `start` counts batches of another plan.
@@ -97,12 +97,13 @@ class PlannedBatches(Sampler[list[tuple[int, list[int]]]]):
         world_size: int = 1,
         start: Cursor | None = None,
         most: int | None = None,
+        common: int = 0,
     ) -> None:
         self.sizes, self.token_budget, self.seed = list(sizes), token_budget, seed
         self.rank, self.world_size, self.epoch = rank, world_size, 0
-        self.plans = EpochPlans(self.sizes, token_budget, seed, most)
+        self.plans = EpochPlans(self.sizes, token_budget, seed, most, common)
         given = [token_budget, -1 if seed is None else seed, self.plans.num_batches, *self.sizes]
-        given += [] if most is None else [-most]
+        given += ([] if most is None else [-most]) + ([0, common] if common else [])
         self.fingerprint = hashlib.sha256(np.asarray(given, np.int64).tobytes()).hexdigest()[:16]
         self.start, self.done = Cursor(), 0  # `done`: batches of its epoch that were trained before it
         self._last: tuple[int, list[list[int]]] | None = None
@@ -133,34 +134,19 @@ class PlannedBatches(Sampler[list[tuple[int, list[int]]]]):
 
     def _go_on(self, start: Cursor) -> None:
         """Begin at `start`, or with the epoch after it where nothing is left of its own."""
-        if start.trained and start.plan != self.fingerprint:
+        if start.old or (start.trained and start.plan != self.fingerprint):
             raise AlroFastError(
                 "--resume_from_checkpoint: the checkpoint counts batches of other prompts or of another packing than "
-                "this version makes; go on with the version that wrote it, or start in another --output_dir"
+                "this version makes with these options (--share, --tokens_per_batch, --lists_per_batch); give the "
+                "options it was written with, go on with the version that wrote it, or start in another --output_dir"
             )
         if not self._untrained(start):
             self.start = start.next_epoch()
             return
         self.start, self.done = start, start.trained
-        if start.old is not None:
-            old = self._old_plan(start.epoch, start.old[0])
-            self.done += len(old) - len(self._untrained_by_old_plan(start.epoch, *start.old))
 
     def _untrained(self, start: Cursor) -> list[list[int]]:
-        plan = self.plans(start.epoch) if start.old is None else self._untrained_by_old_plan(start.epoch, *start.old)
-        return plan[start.trained :]
-
-    def _untrained_by_old_plan(self, epoch: int, processes: int, share: float) -> list[list[int]]:
-        """What version 0.1.0 left of an epoch; its share is of as many batches as its first epoch had."""
-        steps = round(share * (len(self._old_plan(0, processes)) // processes))
-        return self._old_plan(epoch, processes)[steps * processes :]
-
-    def _old_plan(self, epoch: int, world_size: int) -> list[list[int]]:
-        """An epoch as version 0.1.0 shared it out: the batch of most lists is halved, wherever it stands."""
-        plan = plan_batches(self.sizes, self.token_budget, None if self.seed is None else self.seed + epoch)
-        while len(plan) % world_size:
-            halve(plan, max(range(len(plan)), key=lambda b: len(plan[b])))
-        return plan
+        return self.plans(start.epoch)[start.trained :]
 
 
 def share_out(plan: Sequence[list[int]], world_size: int) -> list[list[int]]:

@@ -35,6 +35,7 @@ def reference_table(
     token_budget: int = 8192,
     backend: str = "auto",
     autocast: Autocast = nullcontext,
+    share: str = "batch",
 ) -> ReferenceTable:
     """The table kept in `path`, or, where there is none, computed under `model` as it stands and written there.
 
@@ -55,7 +56,8 @@ def reference_table(
         flat = _read(path, prints)
     else:
         with cast(Any, model).disable_adapter() if hasattr(model, "disable_adapter") else torch.no_grad():
-            sums = answer_logprobs(model, [example.tree for example in examples], token_budget, backend, autocast)
+            trees = [example.tree for example in examples]
+            sums = answer_logprobs(model, trees, token_budget, backend, autocast, share)
         flat = np.concatenate(sums).astype(np.float32)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"log_probs": flat}, path, metadata=prints)

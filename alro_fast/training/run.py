@@ -101,7 +101,7 @@ class Run:
         self.model, self.tokenizer = self.build_model()
         self.objective = self.build_objective()
         show = not self.training.disable_tqdm
-        self.datasets = {name: TreeDataset(self.asked(name), self.objective, show) for name in ("train", "valid")}
+        self.datasets = {name: TreeDataset(self.asked(name), self.objective, show, self.training.share) for name in ("train", "valid")}
         self.trainer = RankerTrainer(
             self.model,
             self.training,
@@ -175,7 +175,7 @@ class Run:
         self.builder = self.build_prompts()
         self.ranker = Ranker(
             self.model, self.tokenizer, self.builder, answer=config.data.answer, token_budget=config.budget,
-            scoring=Scoring.of(config.to_dict()),
+            share=self.training.share, scoring=Scoring.of(config.to_dict()),
         )  # fmt: skip
         return build_objective(config.objective, self.builder, answer=config.data.answer, seed=self.training.seed)
 

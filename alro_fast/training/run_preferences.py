@@ -180,7 +180,7 @@ class PreferenceRun(Run):
         with training.main_process_first(local=False):
             return reference_table(
                 model, list(self.reference_examples.values()), self.reference_path, training.tokens_per_batch,
-                self.config.objective.backend, self.trainer.accelerator.autocast,
+                self.config.objective.backend, self.trainer.accelerator.autocast, training.share,
             )  # fmt: skip
 
     def mine(self, epoch: int) -> None:
@@ -198,7 +198,8 @@ class PreferenceRun(Run):
         found: dict[str, list[tuple[float, Item]]] = {}
         backend = self.config.objective.backend
         for contest, scores in zip(
-            shown, score_preferences(self.model, self.prompts, shown, training.tokens_per_batch, backend)
+            shown,
+            score_preferences(self.model, self.prompts, shown, training.tokens_per_batch, backend, training.share),
         ):
             best = positive(contest)
             others = (item for i, item in enumerate(contest.candidates) if i != best)
@@ -233,7 +234,8 @@ class PreferenceRun(Run):
         """Answer scores of the model as it stands; negatives of lists as drawn for epoch 0, never mined."""
         if self.negatives is not None:
             people = [self.negatives.contest(cast(RankingList, one), 0) for one in people]
-        return score_preferences(self.model, self.prompts, people, self.config.budget, self.config.objective.backend)
+        backend = self.config.objective.backend
+        return score_preferences(self.model, self.prompts, people, self.config.budget, backend, self.training.share)
 
     def validate(self) -> dict[str, float]:
         """Preference metrics on the validation records."""

@@ -51,7 +51,7 @@ class RecRankerRun(Run):
         self.builder = self.build_prompts()
         self.ranker = Ranker(
             self.model, self.tokenizer, self.builder, answer="tasks", hybrid=options.hybrid,
-            token_budget=self.config.budget,
+            token_budget=self.config.budget, share=self.training.share,
         )  # fmt: skip
         return build_objective(options, self.builder, answer="tasks", seed=self.training.seed)
 

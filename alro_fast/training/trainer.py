@@ -26,9 +26,10 @@ from transformers.trainer_utils import TrainOutput
 
 from ..data.records import RankingList
 from ..errors import AlroFastError
-from ..modeling.attention import tree_hidden_states
+from ..modeling.attention import answer_hidden_states
 from ..modeling.lm_head import head_of
 from ..modeling.packing import PackedBatch, collate
+from ..modeling.trie import Common
 from ..objectives.base import Batch, Example, LossTerm, Objective
 from ..options import RankerTrainingArguments
 from ..run_folder import share
@@ -45,21 +46,28 @@ class TreeDataset(Dataset[Batch]):
     """Ranking lists as packed batches, built when asked for: an index is (epoch, the lists of one batch).
 
     The first epoch's trees are built once at the start for their sizes; what is drawn later may differ from them by
-    a few tokens, never in the number of trees of a batch. An index without lists is a batch that counts nothing.
+    a few tokens, never in the number of trees of a batch. `common`: tokens that all of them have alike, which a batch
+    takes once. share: as `packing.collate` takes it. An index without lists is a batch that counts nothing.
     """
 
-    def __init__(self, lists: Sequence[RankingList], objective: Objective, progress: bool = False) -> None:
-        self.lists, self.objective = lists, objective
+    def __init__(
+        self, lists: Sequence[RankingList], objective: Objective, progress: bool = False, share: str = "batch"
+    ) -> None:
+        self.lists, self.objective, self.share = lists, objective, share
+        common = Common()
         self.sizes: list[int] = []
         self.answer_rows = self.unshared_tokens = self.dropped_history = 0
         starts = range(0, len(lists), SIZING_CHUNK)
         for start in tqdm(starts, desc="prompts", unit="chunk", disable=not progress or len(starts) < 4, leave=False):
             indices = list(range(start, min(start + SIZING_CHUNK, len(lists))))
             for example in objective.examples([lists[i] for i in indices], indices, epoch=0):
-                self.sizes.append(sum(tree.num_tokens for tree in example.trees))
-                self.unshared_tokens += sum(tree.unshared_tokens for tree in example.trees)
-                self.answer_rows += sum(tree.num_answer_rows for tree in example.trees)
+                self.sizes.append(example.tree.rows(share))
+                self.unshared_tokens += example.tree.unshared_tokens
+                self.answer_rows += example.tree.num_answer_rows
                 self.dropped_history += example.views[0].dropped_history
+                if share == "batch":
+                    common.add(example.tree.contexts)
+        self.common = common.num_rows
 
     def __len__(self) -> int:
         return len(self.lists)
@@ -79,13 +87,12 @@ class TreeDataset(Dataset[Batch]):
             batch = self[epoch, [0]]
             return replace(batch, counts=dict.fromkeys(batch.counts, 0), lists=0, sources=[])
         examples = self.objective.examples([self.lists[i] for i in indices], indices, epoch)
-        return build_batch(examples, self.objective)
+        return build_batch(examples, self.objective, self.share)
 
 
-def build_batch(examples: Sequence[Example], objective: Objective) -> Batch:
+def build_batch(examples: Sequence[Example], objective: Objective, share: str = "batch") -> Batch:
     """Pack the examples' trees into one stream and read the objective's targets off it."""
-    trees = [tree for example in examples for tree in example.trees]
-    packed = collate(trees, range(len(trees)))
+    packed = collate([example.tree for example in examples], range(len(examples)), share)
     targets, counts = objective.targets(packed, examples)
     return Batch(packed, targets, counts, len(examples), [example.source for example in examples])
 
@@ -243,7 +250,9 @@ class RankerTrainer(Trainer):
         workers = args.dataloader_num_workers
         return PlannedLoader(
             dataset,
-            PlannedBatches(dataset.sizes, token_budget, seed, args.process_index, args.world_size, start, most),
+            PlannedBatches(
+                dataset.sizes, token_budget, seed, args.process_index, args.world_size, start, most, dataset.common
+            ),
             num_workers=workers,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
             pin_memory=args.device.type == "cuda",  # `_prepare_inputs` copies without waiting
@@ -323,7 +332,7 @@ class RankerTrainer(Trainer):
         self._counted["unique_tokens"] += batch.packed.unique_tokens
         self._counted["unshared_tokens"] += batch.packed.unshared_tokens
         self._counted["padded_tokens"] += batch.packed.padded_tokens
-        self._counted["head_rows"] += len(batch.packed.labels)
+        self._counted["head_rows"] += len(batch.packed.label_table)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the loss's parts, throughput and sharing to the Trainer's line of a training step."""
@@ -410,7 +419,7 @@ def _accept_trees(model: torch.nn.Module) -> None:
 
     @functools.wraps(ordinary)
     def forward(*args: Any, packed_trees: PackedBatch | None = None, **kwargs: Any) -> Any:
-        return ordinary(*args, **kwargs) if packed_trees is None else tree_hidden_states(causal, packed_trees)
+        return ordinary(*args, **kwargs) if packed_trees is None else answer_hidden_states(causal, packed_trees)
 
     causal.forward = forward
 
@@ -423,7 +432,7 @@ class _Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         start = self.trainer.start
-        if start.step and not start.trained and start.old is None:
+        if start.step and not start.trained:
             state.epoch = float(start.epoch)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -111,6 +112,25 @@ ALRO_INLINE void store_some(float* p, vf x, int64_t n) {
   for (int i = 0; i < n; ++i) p[i] = x[i];
 #endif
 }
+
+// rows[i][j] and rows[j][i] change places: at every power of two, halves of neighbouring blocks do
+#if defined(__clang__)
+#define ALRO_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define ALRO_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
+#endif
+template <int S, int... J>
+ALRO_INLINE void swap_blocks(vf* rows, std::integer_sequence<int, J...> lanes) {
+  ALRO_UNROLL for (int i = 0; i < kLanes; ++i) {
+    if (i & S) continue;
+    const vf a = rows[i], b = rows[i + S];
+    rows[i] = ALRO_SHUFFLE(a, b, (J & S ? kLanes + J - S : J)...);
+    rows[i + S] = ALRO_SHUFFLE(a, b, (J & S ? kLanes + J : J + S)...);
+  }
+  if constexpr (2 * S < kLanes) swap_blocks<2 * S>(rows, lanes);
+}
+ALRO_INLINE void transpose(vf* rows) { swap_blocks<1>(rows, std::make_integer_sequence<int, kLanes>()); }
+#undef ALRO_SHUFFLE
 
 // table[index]; a table has at least 32 entries, and `small` says that no index is above 31
 ALRO_INLINE vf look_up(const float* table, vi index, bool small) {

@@ -213,21 +213,17 @@ def listwise(rng: random.Random, out: Guarded) -> dict:
 
 def tree_attention(rng: random.Random, out: Guarded) -> dict:
     kv_heads, group, width = rng.randint(1, 3), rng.randint(1, 4), some_size(rng, 150)
-    answers = rng.random() < 0.5
-    trees, branch_row, query_row = [], [], []
-    for _ in range(rng.randint(0, 3)):
-        start, asked = len(branch_row), len(query_row)
-        prefix_end = start + some_size(rng, 150)
-        branch_row += [prefix_end] * (prefix_end - start)
-        for _ in range(rng.randint(0, 4)):
-            branch_row += [len(branch_row)] * some_size(rng, 30)
-        rows = range(start, len(branch_row))
-        if answers:
-            rows = [rng.choice(rows) for _ in range(some_size(rng, 60))] if rows else []
-        query_row += rows
-        trees.append((start, prefix_end, len(branch_row), asked, len(query_row)))
-    rows, queries = len(branch_row) + rng.randint(0, 3), len(query_row)
-    branch_row += [0] * (rows - len(branch_row))
+    node_start, node_parent, path = [0], [], [-1]  # nodes in depth-first order, from the root to the last one
+    for _ in range(rng.choice((0, 1, 5, rng.randint(0, 40)))):
+        del path[rng.randint(1, len(path)) :]
+        node_parent.append(path[-1])
+        path.append(len(node_start) - 1)
+        node_start.append(node_start[-1] + some_size(rng, rng.choice((3, 30, 150))))
+    rows = node_start[-1]
+    query_row = list(range(rows))
+    if rng.random() < 0.5:
+        query_row = sorted(rng.choice(query_row) for _ in range(some_size(rng, 60))) if rows else []
+    queries = len(query_row)
     heads = kv_heads * group
 
     def new(count: int, of: int) -> Tensor:
@@ -240,10 +236,12 @@ def tree_attention(rng: random.Random, out: Guarded) -> dict:
         "query": new(queries, heads),
         "key": new(rows, kv_heads),
         "value": new(rows, kv_heads),
-        "trees": torch.tensor(trees, dtype=torch.int64).view(-1, 5),
+        "node_start": torch.tensor(node_start),
+        "node_parent": torch.tensor(node_parent, dtype=torch.int32),
         "query_row": torch.tensor(query_row, dtype=torch.int32),
-        "branch_row": torch.tensor(branch_row, dtype=torch.int32),
         "scale": rng.choice((0.1, 1.0, -1.0, 0.0)),
+        "window": rng.choice((0, 0, 1, rng.randint(1, 300), 2**31 - 1)),
+        "softcap": rng.choice((0.0, 0.0, 5.0, 1e-30)),
         "out": out.new(queries, heads, width),
         "lse": out.new(queries, heads),
         "grad": grads[0],

@@ -16,7 +16,7 @@ from alro_fast.data.negatives import Negatives
 from alro_fast.data.preferences import Preference, Turn, read_preferences
 from alro_fast.errors import AlroFastError
 from alro_fast.losses import reference
-from alro_fast.modeling.attention import tree_hidden_states
+from alro_fast.modeling.attention import answer_hidden_states
 from alro_fast.modeling.lm_head import head_of
 from alro_fast.modeling.logprobs import answer_logprobs
 from alro_fast.modeling.lora import fuse_lora
@@ -68,8 +68,8 @@ def lora_gradients(model):
 
 def packed_terms(objective, model, examples):
     batch = build_batch(examples, objective)
-    batch = objective.complete(model, batch, lambda packed: tree_hidden_states(model, packed))
-    return objective.loss(tree_hidden_states(model, batch.packed), head_of(model), batch.packed, batch.targets)
+    batch = objective.complete(model, batch, lambda packed: answer_hidden_states(model, packed))
+    return objective.loss(answer_hidden_states(model, batch.packed), head_of(model), batch.packed, batch.targets)
 
 
 def total(terms):
@@ -146,9 +146,9 @@ def test_the_shared_prompt_row_predicts_every_first_answer_token():
     assert firsts == [prompt - 1] * 5  # answers begin alike (" N", " E"), so they share more than the prompt
     assert batch.packed.unique_tokens < prompt + sum(len(b.answer_ids) for b in examples[0].views[0].branches)
     model = lora_model()
-    hidden = tree_hidden_states(model, batch.packed)
-    rows = [batch.packed.branch_rows[0][b] for b in range(5)]
-    assert all(torch.equal(hidden[rows[0]], hidden[row]) for row in rows[1:])
+    hidden = answer_hidden_states(model, batch.packed)
+    assert len(hidden) == len(batch.packed.segments.distinct_rows) < len(batch.packed.labels)
+    assert len({batch.packed.label_rows[batch.packed.branch_rows[0][b]].item() for b in range(5)}) == 1
 
 
 def test_one_positive_among_many_under_mult_is_sdpo_and_several_count_all():
@@ -263,7 +263,7 @@ def test_the_data_fingerprint_is_of_every_token_and_of_where_answers_start():
     [example] = objective.examples([one], [0], 0)
     tree = example.tree
     later = Tree([Branch(list(ids), start + 1) for ids, start in zip(tree.ids, tree.answer_starts)], name=tree.name)
-    assert data_fingerprint([example._replace(trees=(later,))]) != own
+    assert data_fingerprint([example._replace(tree=later)]) != own
 
 
 def test_the_model_fingerprint_is_of_every_weight_and_of_the_configuration():
@@ -455,7 +455,7 @@ def test_the_loss_never_waits_for_the_device_to_count(variant):
     objective = make_objective(dmpo_variant=variant, reference_free=True)
     examples = objective.examples(preferences(), range(4), 0)
     batch, model = build_batch(examples, objective), lora_model()
-    hidden = tree_hidden_states(model, batch.packed)
+    hidden = answer_hidden_states(model, batch.packed)
     with Sizes() as sizes:
         terms = {term.name: term for term in objective.loss(hidden, head_of(model), batch.packed, batch.targets)}
     assert sizes.unknown == []

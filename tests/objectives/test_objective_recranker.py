@@ -13,7 +13,7 @@ import torch
 from tiny import byte_tokenizer, random_lists, tiny_llama
 
 from alro_fast.errors import AlroFastError
-from alro_fast.modeling.attention import tree_hidden_states
+from alro_fast.modeling.attention import answer_hidden_states
 from alro_fast.modeling.lm_head import head_of
 from alro_fast.objectives.base import build_objective
 from alro_fast.objectives.recranker import TASKS
@@ -52,7 +52,7 @@ def test_the_loss_is_that_of_the_unshared_prompts():
     tuned, lists = objective(task_weights="1,2,0.5"), hinted(3)
     examples = tuned.examples(lists, [0, 1, 2], epoch=0)
     batch = build_batch(examples, tuned)
-    terms = tuned.loss(tree_hidden_states(model, batch.packed), head_of(model), batch.packed, batch.targets)
+    terms = tuned.loss(answer_hidden_states(model, batch.packed), head_of(model), batch.packed, batch.targets)
     sum(term.weight * term.value for term in terms).backward()
 
     totals, counts = [torch.zeros(()) for _ in TASKS], [0, 0, 0]
@@ -82,12 +82,11 @@ def test_the_loss_is_that_of_the_unshared_prompts():
 def test_a_users_questions_share_their_pages():
     tuned = objective(points_per_list=10, pairs_per_list=12)
     (example,) = tuned.examples([hinted(1)[0]], [0], 0)
-    points, others = example.trees
-    made = example.views[0]
-    for tree, page in [(points, made.rated_ids), (others, made.liked_ids)]:
-        assert tree.num_tokens <= tree.unshared_tokens - (len(tree.ids) - 1) * len(page)
-    assert len(points.ids) == 7  # the rated ones of ten
-    assert len(others.ids) == len(made.pairs) + 1
+    made, tree = example.views[0], example.tree
+    points, others = 7, len(made.pairs) + 1  # the rated ones of ten; pairs and a listing
+    assert len(tree.ids) == points + others
+    repeated = (points - 1) * len(made.rated_ids) + (others - 1) * len(made.liked_ids)
+    assert tree.num_tokens < tree.unshared_tokens - repeated  # and what both pages begin with
 
 
 def test_only_what_the_ratings_answer_is_asked():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -174,16 +175,18 @@ def test_grades_give_their_expectation():
 
 
 def test_presentations_that_are_graded_share_their_candidates(monkeypatch):
-    """Every presentation costs what it costs alone: its candidates are read once, not once per grade."""
+    """Each further presentation costs its candidates and questions, not the history again."""
     ranker, entry = Ranker(MODEL, TOKENIZER, PROMPTS, answer="ratings"), random_lists(1, 6, seed=5)[0]
     rows, read = [], ranker.reader.read
-    monkeypatch.setattr(ranker.reader, "read", lambda groups, tokens: rows.append(groups) or read(groups, tokens))
+    monkeypatch.setattr(ranker.reader, "read", lambda trees, tokens: rows.append(trees) or read(trees, tokens))
     ranker.rank([entry])
     ranker.rank([entry], shuffles=3)
-    ((alone,),), together = rows
-    together = [tree for (tree,) in together]
-    assert [tree.num_answer_rows for tree in together] == [6, 6, 6]
-    assert sum(tree.num_tokens for tree in together) == pytest.approx(3 * alone.num_tokens, rel=0.01)
+    (alone,), (together,) = rows
+    assert (alone.num_answer_rows, together.num_answer_rows) == (6, 18)
+    page = len(PROMPTS.rate(entry).prompt_ids)
+    before = page - len(os.path.commonprefix([alone.ids[0].tolist(), together.ids[6].tolist()]))
+    assert together.num_tokens <= alone.num_tokens + 2 * (alone.num_tokens - page + before)
+    assert together.num_tokens < 2 * alone.num_tokens
 
 
 @pytest.mark.parametrize("method", METHODS)

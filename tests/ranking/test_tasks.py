@@ -110,13 +110,13 @@ def test_pairs_asked_in_one_order(pairing):
 
 
 def test_a_user_is_one_forward_pass(monkeypatch):
-    calls, forward = [], reading_module.tree_hidden_states
-    monkeypatch.setattr(reading_module, "tree_hidden_states", lambda *a: calls.append(a[1]) or forward(*a))
+    calls, forward = [], reading_module.answer_hidden_states
+    monkeypatch.setattr(reading_module, "answer_hidden_states", lambda *a: calls.append(a[1]) or forward(*a))
     alone = Ranker(MODEL, TOKENIZER, RANKER.prompts, answer="tasks", token_budget=0)
     alone.rank(hinted(3, sizes=10), shuffles=2)
     assert len(calls) == 3
     for batch in calls:
-        assert len(batch.branch_rows) == 2  # a tree of points, one of everything else
+        assert len(batch.branch_rows) == 1
         assert batch.unshared_tokens > 2 * batch.unique_tokens
 
 

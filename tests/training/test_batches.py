@@ -124,6 +124,8 @@ def test_batches_of_another_plan_are_refused():
         assert PlannedBatches(sizes, budget, seed, start=cursor.next_epoch()).start.epoch == 1
     with pytest.raises(AlroFastError, match="counts batches of other prompts or of another packing"):
         PlannedBatches([20, 30, 40, 50], BUDGET, 5, start=cursor, most=2)
+    with pytest.raises(AlroFastError, match="--share"):
+        PlannedBatches([20, 30, 40, 50], BUDGET, 5, start=cursor, common=10)
 
 
 def state_of(folder, epoch, processes, **more):
@@ -142,23 +144,9 @@ def test_the_cursor_is_read_back(tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 3])
-@pytest.mark.parametrize("epoch", [0, 1, 4])
-def test_checkpoints_without_a_cursor_go_on_in_their_own_plan(tmp_path, processes, epoch):
-    """Version 0.1.0 trained the first batches of a plan with its own number of them; what is left is trained once."""
-    sizes = np.random.default_rng(1).integers(300, 900, size=400).tolist()
-
-    def old(epoch):
-        plan = plan_batches(sizes, 4096, 5 + epoch)
-        while len(plan) % processes:
-            largest = max(range(len(plan)), key=lambda b: len(plan[b]))
-            half = len(plan[largest]) // 2
-            plan[largest : largest + 1] = [plan[largest][:half], plan[largest][half:]]
-        return plan
-
-    length = len(old(0)) // processes
-    before = lists_of(old(epoch)[: 7 * processes])
-    cursor = state_of(tmp_path / "old", epoch + 7 / length, processes)
-    shard = PlannedBatches(sizes, 4096, 5, start=cursor)
-    assert shard.done == 7 * processes
-    assert sorted(before + lists_of(trained(shard, epoch))) == list(range(400))
-    assert state_of(tmp_path / "boundary", float(epoch), processes) == Cursor(epoch, 0, 9, processes)
+def test_checkpoints_without_a_cursor_go_on_at_an_epochs_end_alone(tmp_path, processes):
+    """Version 0.1.0 recorded no place, and made other batches."""
+    assert state_of(tmp_path / "boundary", 4.0, processes) == Cursor(4, 0, 9, processes)
+    within = state_of(tmp_path / "within", 4.5, processes)
+    with pytest.raises(AlroFastError, match="go on with the version that wrote it"):
+        PlannedBatches([20, 30, 40, 50], BUDGET, 5, start=within)
