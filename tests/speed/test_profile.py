@@ -10,7 +10,7 @@ import torch
 from tiny import byte_tokenizer, random_lists, refused, tiny_llama
 
 from alro_fast.errors import AlroFastError
-from alro_fast.modeling.attention import tree_hidden_states
+from alro_fast.modeling.attention import answer_hidden_states
 from alro_fast.modeling.lm_head import head_of
 from alro_fast.objectives.base import build_objective
 from alro_fast.options import ObjectiveArguments, RankerTrainingArguments
@@ -104,7 +104,7 @@ def test_backward_belongs_to_what_it_differentiates():
     batch = build_batch(own.examples(LISTS[:2], range(2), 0), own)
     with _attention_marked(), torch.profiler.profile(acc_events=True) as profile:
         with part("trunk"):
-            hidden = tree_hidden_states(model, batch.packed)
+            hidden = answer_hidden_states(model, batch.packed)
         with part("loss"):
             terms = own.loss(hidden, head_of(model), batch.packed, batch.targets)
         sum(term.value for term in terms).backward()
