@@ -310,6 +310,11 @@ class RankerTrainingArguments(TrainingArguments):
         None,
         "A checkpoint to go on from; true: the newest whole one in output_dir; auto: that if there is one, or begin.",
     )
+    profile: int | None = option(
+        None,
+        "Profile so many optimiser steps, after two: where their time goes as profile/table.md, and a Chrome trace, in "
+        "output_dir.",
+    )
     dry_run: bool = option(
         False, "Check everything, print the plan (lists, tokens, steps, memory) and a prompt, train nothing."
     )
@@ -355,7 +360,9 @@ class RankerTrainingArguments(TrainingArguments):
 
     def _check_numbers(self) -> None:
         """Those that transformers and torch would stumble over when training has begun."""
-        for name in ("tokens_per_batch", "lists_per_batch", "eval_tokens_per_batch", "gradient_accumulation_steps"):
+        for name in (
+            "tokens_per_batch", "lists_per_batch", "eval_tokens_per_batch", "gradient_accumulation_steps", "profile"
+        ):  # fmt: skip
             _at_least(name, getattr(self, name), 1)
         for name in ("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps", "dataloader_num_workers"):
             _at_least(name, getattr(self, name), 0)

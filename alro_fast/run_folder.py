@@ -15,7 +15,7 @@ from .errors import AlroFastError
 
 ADAPTER, ADAPTER_CONFIG, MERGED_BASE = "adapter_model.safetensors", "adapter_config.json", "merged_base"
 LEFT_BY_A_RUN = (  # what --overwrite_output_dir may remove
-    "checkpoint-*", "runs", "data", "plots", "evaluation", "[1-9]-*", "merged_base", "base", "references*",
+    "checkpoint-*", "runs", "data", "plots", "profile", "evaluation", "[1-9]-*", "merged_base", "base", "references*",
     "config.yaml", "*.json", "*.jsonl", "*.safetensors", "*.trec", "README.md", "report.html", "prompt_template.yaml",
     "training_args.bin", "tokenizer*", "chat_template.jinja", "merges.txt", "vocab.*",
 )  # fmt: skip

@@ -72,10 +72,13 @@ def _finite(value: Any) -> Any:
 
 
 def described(logs: Mapping[str, float]) -> str:
-    """A log in words: loss and speed of a training step, loss and NDCG of a validation; nothing for others."""
+    """A log in words: loss and speed of a step, loss and NDCG of a validation, the speed of the run; "" for others."""
     if "lists_per_second" in logs:
         tokens = logs["unique_tokens_per_second"]
-        return f"loss {logs['loss']:.4f}, {logs['lists_per_second']:.1f} lists/s, {tokens:,.0f} tokens/s"
+        said = f"loss {logs['loss']:.4f}, {logs['lists_per_second']:.1f} lists/s, {tokens:,.0f} tokens/s"
+        return f"{said}, utilisation {logs['utilisation']:.2f}" if "utilisation" in logs else said
+    if "train_runtime" in logs and "utilisation" in logs:
+        return f"trained in {logs['train_runtime']:.0f} s, utilisation {logs['utilisation']:.2f} of the GEMM peak"
     if "eval_loss" in logs:
         means = (f"{name} {logs[f'eval_{name}']:.4f}" for name in WATCHED if f"eval_{name}" in logs)
         return f"validation {', '.join(means)}"
@@ -95,7 +98,7 @@ class ProgressLine(ProgressCallback):
             return
         if "lists_per_second" in logs:
             self.training_bar.set_postfix_str(described(logs))
-        elif "eval_loss" in logs:
+        elif described(logs):
             self.training_bar.write(f"step {state.global_step}: {described(logs)}")
 
 

@@ -35,6 +35,8 @@ from ..options import RankerTrainingArguments
 from ..run_folder import share
 from .batches import CURSOR, Cursor, PlannedBatches
 from .console import reporter
+from .speed.meter import Meter
+from .speed.profile import Profiler, part
 
 logger = logging.getLogger(__name__)
 SIZING_CHUNK = 512
@@ -145,6 +147,7 @@ class RankerTrainer(Trainer):
         self._sums: dict[str, torch.Tensor] = {}
         self._counted = dict.fromkeys(("lists", "unique_tokens", "unshared_tokens", "padded_tokens", "head_rows"), 0)
         self._since, self._noted_step = time.perf_counter(), 0
+        self.meter = Meter(model, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None)
         self.start = self.cursor = Cursor()
         super().__init__(
             model, args, data_collator=cast(Any, _only), train_dataset=train_dataset, eval_dataset=eval_dataset,
@@ -157,6 +160,9 @@ class RankerTrainer(Trainer):
         _accept_trees(model)
         self.add_callback(_MeterStart(self))
         self.add_callback(_Progress(self))
+        self.profiler = Profiler(self.meter, Path(cast(str, args.output_dir)), args.profile) if args.profile else None
+        if self.profiler is not None and args.process_index == 0:
+            self.add_callback(self.profiler)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(reporter(args))
 
@@ -168,6 +174,8 @@ class RankerTrainer(Trainer):
         """As the Trainer's; a resumed run goes on with the first list that its checkpoint has not trained."""
         self.start = Cursor() if resume_from_checkpoint is None else Cursor.of(resume_from_checkpoint)
         self.start = self.cursor = self.get_train_dataloader().batch_sampler.start
+        if self.profiler is not None:
+            self.profiler.check(self.planned_steps() - self.start.step)
         before, now = (
             (self.start.processes, self.start.accumulation),
             (self.args.world_size, self.args.gradient_accumulation_steps),
@@ -260,7 +268,8 @@ class RankerTrainer(Trainer):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], dict[str, float] | None]:
         """The batches of one optimiser step and, per loss term, how many things it averages over in all processes."""
-        batches = list(itertools.islice(epoch_iterator, num_batches))
+        with part("collation"):
+            batches = list(itertools.islice(epoch_iterator, num_batches))
         totals: dict[str, float] = {}
         for batch in batches:
             for name, count in batch.counts.items():
@@ -271,6 +280,7 @@ class RankerTrainer(Trainer):
         return batches, totals
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]
+        self.meter.take(inputs.packed)
         return inputs.to(self.args.device, non_blocking=True)
 
     def floating_point_ops(self, inputs: Batch) -> int:  # type: ignore[override]
@@ -308,12 +318,15 @@ class RankerTrainer(Trainer):
         head = head_of(plain)
 
         def forward(packed: PackedBatch) -> torch.Tensor:
-            hidden: torch.Tensor = model(packed_trees=packed)
+            with part("trunk"), self.meter.forward(packed):
+                hidden: torch.Tensor = model(packed_trees=packed)
             return hidden.to(head.weight.dtype)  # mixed precision hands results out in float32
 
         if hasattr(self.objective, "complete"):
             batch = cast(Any, self.objective).complete(plain, batch, forward)
-        return self.objective.loss(forward(batch.packed), head, batch.packed, batch.targets)
+        hidden = forward(batch.packed)
+        with part("loss"):
+            return self.objective.loss(hidden, head, batch.packed, batch.targets)
 
     # ---- logs
 
@@ -331,7 +344,7 @@ class RankerTrainer(Trainer):
         """Adds the loss's parts, throughput and sharing to the Trainer's line of a training step."""
         if "loss" in logs and self._counted["lists"]:
             steps = self.state.global_step - self._noted_step
-            seconds = time.perf_counter() - self._since
+            seconds = self._lap()
             counted = self._counted
             logs |= {name: (total / max(steps, 1)).item() for name, total in self._sums.items()}
             logs["lists_per_second"] = round(counted["lists"] / seconds, 2)
@@ -339,10 +352,24 @@ class RankerTrainer(Trainer):
             logs["sharing_ratio"] = round(counted["unshared_tokens"] / counted["unique_tokens"], 3)
             logs["padding_ratio"] = round(counted["padded_tokens"] / counted["unshared_tokens"], 3)
             logs["head_row_share"] = round(counted["head_rows"] / counted["unique_tokens"], 4)
+            if (share := self.meter.utilisation()) is not None:
+                logs["utilisation"] = round(share, 3)
             self._sums.clear()
             self._counted = dict.fromkeys(counted, 0)
-            self._noted_step, self._since = self.state.global_step, time.perf_counter()
+            self._noted_step = self.state.global_step
+        if "train_runtime" in logs:
+            if self._counted["lists"]:  # steps after the last line
+                self._lap()
+            if (share := self.meter.utilisation(whole=True)) is not None:
+                logs["utilisation"] = round(share, 3)
         super().log(logs, start_time)
+
+    def _lap(self) -> float:
+        """Seconds of the steps since the last lap."""
+        seconds = time.perf_counter() - self._since - self.meter.pause
+        self.meter.lap(seconds)
+        self.meter.pause, self._since = 0.0, time.perf_counter()
+        return seconds
 
     # ---- evaluation and saving
 

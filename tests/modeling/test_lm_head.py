@@ -265,18 +265,6 @@ def test_quantised_weights_are_refused():
         head_of(model)
 
 
-@pytest.fixture
-def one_process(tmp_path):
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("no gloo in this torch")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("frozen", [False, True])
 def test_fsdp2(one_process, frozen):
     """A head gathered after the forward pass trains; one that is sharded again serves frozen; gradients are reduced."""

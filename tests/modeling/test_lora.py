@@ -10,7 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llama
 from torch import nn
 
-from alro_fast.modeling.lora import LoRALinear, fuse_lora
+from alro_fast.modeling.layers import fuse_layers
+from alro_fast.modeling.lora import LoRALinear, _merging_pays, fuse_lora
 
 
 def pair(bias=False, dtype=torch.float64, **options):
@@ -39,6 +40,18 @@ def test_values_and_gradients_are_pefts(bias, shape):
     expected, got = outcome(plain, x), outcome(fused, x)
     assert len(expected) == len(got) == 4
     for one, other in zip(expected, got):
+        torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_values_and_gradients_of_many_rows_are_pefts(bias):
+    """Rows enough for W + s B A to be made: the same sums in another order, of the adapter as it stands."""
+    plain, fused = pair(bias)
+    x = torch.randn(64, 7, dtype=torch.float64)
+    assert _merging_pays(x, torch.empty(5, 7, dtype=torch.float64))
+    assert not _merging_pays(x[:5], torch.empty(5, 7, dtype=torch.float64))
+    assert not _merging_pays(x.bfloat16(), torch.empty(5, 7, dtype=torch.bfloat16))
+    for one, other in zip(outcome(plain, x), outcome(fused, x), strict=True):
         torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
 
 
@@ -108,3 +121,34 @@ def test_saved_files_are_plain_peft(tmp_path):
     again = PeftModel.from_pretrained(tiny_llama(50), tmp_path)
     for (name, one), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_parts_that_are_sharded_by_themselves_are_gathered(one_process, dtype):
+    """FSDP2 around every linear, those of A and B too: its hooks gather and cast; nothing is read past them."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    def sharded(fuse: bool) -> nn.Module:
+        torch.manual_seed(0)
+        model = get_peft_model(
+            tiny_llama(50), LoraConfig(target_modules="all-linear", init_lora_weights=False, r=2, lora_alpha=1)
+        )
+        model.base_model.model.set_attn_implementation("sdpa")
+        if fuse:
+            fuse_layers(model)
+            assert fuse_lora(model) == 14
+        for part in [m for m in model.modules() if isinstance(m, nn.Linear)]:
+            fully_shard(part, mesh=one_process, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, output_dtype=dtype))
+        return model
+
+    ids, outcomes = torch.arange(18).view(2, 9), []
+    for fuse in (False, True):
+        model = sharded(fuse)
+        logits = model(input_ids=ids).logits
+        logits.float().log_softmax(-1).square().mean().backward()
+        grads = [p.grad.full_tensor() for p in model.parameters() if p.grad is not None]
+        outcomes.append((logits, *grads))
+    assert len(outcomes[0]) == len(outcomes[1]) == 29
+    for one, other in zip(*outcomes):
+        assert one.dtype == other.dtype
+        assert (other - one).norm() <= (1e-4 if dtype is None else 0.1) * one.norm()
