@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import csv
+import html
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,13 +16,12 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from browser import chromium, laid_out
 from tiny import random_lists
 
 from alro_fast import report
 from alro_fast.errors import AlroFastError
 from alro_fast.evaluation.plots import sampling_plot
-from alro_fast.evaluation.report import report_line, write_report
+from alro_fast.evaluation.report import report_line, write_comparison, write_report
 from alro_fast.evaluation.report.examples import examples
 from alro_fast.evaluation.report.figures import Line, Span, lines, loss_chart, nice_step, order_chart, validation_chart
 from alro_fast.evaluation.report.numbers import mean_by_position, order_taus, placed_rankers, varying
@@ -300,6 +301,48 @@ def test_a_report_that_fails_is_one_line(tmp_path):
     assert "\n" not in line
 
 
+MEASURE = """
+const inner = document.querySelector("iframe"), page = inner.contentDocument, view = inner.contentWindow;
+const all = [...page.body.querySelectorAll("*")].filter(one => one.getClientRects().length && !one.closest("svg"));
+const told = one => one.tagName + "." + one.className + " " + one.textContent.trim().slice(0, 30);
+const right = one => one.getBoundingClientRect().right;
+const within = [...page.querySelectorAll(".cards")].map(one => view.getComputedStyle(one).gridTemplateColumns);
+document.title = JSON.stringify({
+  wide: page.documentElement.scrollWidth,
+  over: all.filter(one => !one.closest(".scroll table") && right(one) > inner.clientWidth + 1).map(told),
+  smallest: Math.min(...all.filter(one => [...one.childNodes].some(n => n.nodeType == 3 && n.data.trim()))
+    .map(one => parseFloat(view.getComputedStyle(one).fontSize))),
+  figures: [...page.querySelectorAll("figure .plot")].map(one => one.getBoundingClientRect().width),
+  columns: within.length ? within[0].split(" ").length : 0,
+});
+"""
+
+
+def chromium() -> list[str]:
+    """The command of a headless Chromium, without a page; the test is skipped where there is none."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip(f"no Chromium on this machine ({', '.join(names)})")
+    return [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+
+
+def laid_out(page: str, folder, width: int) -> dict:
+    """How a page comes out at a width in pixels, in a frame of it, as windows cannot be narrower than 500.
+
+    wide: pixels that it scrolls over; over: elements that reach beyond the right edge, but for those of tables that
+    scroll; smallest: text, in pixels; figures: their widths; columns: of the cards.
+    """
+    (folder / "page.html").write_text(page)
+    frame = f'<iframe src="page.html" style="border:0;width:{width}px;height:900px"></iframe>'
+    script = f"onload = () => {{ {MEASURE} }}"
+    outer = folder / "frame.html"
+    outer.write_text(f"<!doctype html><title></title><script>{script}</script><body style='margin:0'>{frame}")
+    command = [*chromium(), "--allow-file-access-from-files", "--window-size=1400,1000", "--dump-dom", outer.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout, flags=re.S)[1]))
+
+
 def console(page) -> list[str]:
     """Console messages of headless Chromium on a page; a request that is refused is one of them."""
     done = subprocess.run([*chromium(), "--screenshot=" + str(page.parent / "page.png"), "--window-size=1280,3000",
@@ -329,3 +372,14 @@ def test_it_can_be_read_at_the_width_of_a_desk_and_of_a_telephone(folder, tmp_pa
     assert found["columns"] == (2 if width > 1000 else 1)
     broken = (folder / "report.html").read_text().replace("</body>", "<div style='width:1500px'>wide</div></body>")
     assert laid_out(broken, tmp_path, width)["over"]  # this check can fail
+
+
+def test_two_runs_with_long_names_can_be_read_on_a_telephone(folder, tmp_path):
+    other = tmp_path / ("a_run_with_a_long_name" * 3)
+    shutil.copytree(folder, other)
+    lines = (other / "predictions.jsonl").read_text().split("\n")
+    (other / "predictions.jsonl").write_text("\n".join(lines[5:]))
+    page, _ = write_comparison(folder, other)
+    found = laid_out(page.read_text(), tmp_path, 400)
+    assert found["over"] == []
+    assert found["wide"] <= 400
