@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 
 from .cli import OneLineParser, run
 from .data.first_stage.build import Hinted, prepare_hinted
@@ -15,7 +16,7 @@ from .data.first_stage.options import HintOptions
 from .data.first_stage.retrieval import DEFAULTS, RETRIEVERS, RetrieverOptions
 from .data.prepared import FileOptions, add_file_options
 from .errors import AlroFastError
-from .evaluation.plots import Plots, sampling_plot
+from .evaluation.plots import sampling_plot
 
 
 def main(argv: Sequence[str]) -> None:
@@ -26,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     options = HintOptions(**{name: getattr(arguments, name) for name in names}, of_retriever=of_retriever)
     built, stage = prepare_hinted(FileOptions.of(arguments), options)
     try:
-        Plots(arguments.output_dir).draw("sampling", "likes of all users and of the sampled", sampling_plot, built)
+        sampling_plot(Path(arguments.output_dir) / "sampling.png", built)
     except AlroFastError as error:
         stage.notice(str(error))
     stage.done(f"wrote {arguments.output_dir}")

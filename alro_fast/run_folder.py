@@ -15,14 +15,14 @@ from .errors import AlroFastError
 
 ADAPTER, ADAPTER_CONFIG, MERGED_BASE = "adapter_model.safetensors", "adapter_config.json", "merged_base"
 LEFT_BY_A_RUN = (  # what --overwrite_output_dir may remove
-    "checkpoint-*", "runs", "data", "plots", "profile", "evaluation", "[1-9]-*", "merged_base", "base", "references*",
-    "config.yaml", "*.json", "*.jsonl", "*.safetensors", "*.trec", "README.md", "report.html", "prompt_template.yaml",
-    "training_args.bin", "tokenizer*", "chat_template.jinja", "merges.txt", "vocab.*",
+    "checkpoint-*", "runs", "data", "plots", "tables", "comparison", "profile", "evaluation", "[1-9]-*",
+    "merged_base", "base", "references*", "config.yaml", "*.json", "*.jsonl", "*.safetensors", "*.trec", "README.md", "report.html",
+    "prompt_template.yaml", "training_args.bin", "tokenizer*", "chat_template.jinja", "merges.txt", "vocab.*",
 )  # fmt: skip
 BEFORE_THE_FIRST_STEP = {"config.yaml", "data", "reference.safetensors"}
 LEFT_BY_AN_EVALUATION = {  # what a later one may replace
-    "results.json", "predictions.jsonl", "run.trec", "qrels.trec", "report.html", "plots", "preference_results.json",
-    "preference_predictions.jsonl",
+    "results.json", "predictions.jsonl", "run.trec", "qrels.trec", "report.html", "plots", "tables", "comparison",
+    "preference_results.json", "preference_predictions.jsonl",
 }  # fmt: skip
 
 

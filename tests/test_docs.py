@@ -1,65 +1,30 @@
-"""What README.md and docs/ show: Python blocks run, but for those that need a trained run. Commands do not run; their
-modules and options exist, and so does what links and paths point to. The MovieLens script runs, cut short."""
+"""What README.md and docs/ show: Python blocks run, but for those that need a trained run; links and paths point to
+something; formulas say where they come from. The MovieLens script runs, cut short. Commands: test_pages.py."""
 
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from places import ROOT
+from places import PAGES, ROOT, blocks, steps
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MORE = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / ".github").rglob("*.md"))]
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+def python_of(page: Path) -> list[str]:
+    return [block.text for block in blocks(page) if block.language == "python"]
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")], ids=lambda page: page.stem
-)
+@pytest.mark.parametrize("page", [page for page in PAGES if python_of(page)], ids=lambda page: page.stem)
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {"__name__": "docs"}
-    for block in blocks(page, "python"):
+    for block in python_of(page):
         if "out/" not in block:  # those speak of a trained run's folder
             exec(compile(block, str(page), "exec"), names)
-
-
-def commands() -> list[str]:
-    found = []
-    for page in PAGES:
-        for block in blocks(page, "bash"):
-            lines = block.replace("\\\n", " ").splitlines()
-            found += [line for line in lines if re.match(r"(python|alro-fast)\b", line)]
-    return found
-
-
-@pytest.mark.parametrize("command", [c for c in commands() if "alro_fast." in c or c.startswith("alro-fast")])
-def test_every_option_that_the_pages_name_exists(command):
-    """The command accepts all its flags: argument parsing alone, which fails on an unknown one."""
-    import importlib
-
-    words = shlex.split(command.split("#")[0].split("|")[0].split("<")[0])
-    module = words[words.index("-m") + 1] if "-m" in words else f"alro_fast.{words[1]}"
-    flags = [word for word in words if word.startswith("--")]
-    if module == "alro_fast.train":
-        from alro_fast.training.config import parse
-
-        given = words[words.index(module) + 1 :] if module in words else words[2:]
-        parse([*given, "--use_cpu", "true"])  # refuses what such a run does not read
-        known = set(flags)
-    else:
-        usage = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=ROOT)
-        assert usage.returncode == 0, usage.stderr
-        known = set(re.findall(r"--\w+", usage.stdout))
-    assert set(flags) <= known
-    assert importlib.util.find_spec(module)
 
 
 @pytest.mark.parametrize("page", [*PAGES, *MORE], ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -162,14 +127,12 @@ def test_the_page_of_recranker_tunes_an_llm_at_its_own_rate_and_shows_what_is_di
     from alro_fast.training.config import parse
 
     page = ROOT / "docs" / "recranker.md"
-    tuned = [
-        line for line in commands() if "--objective recranker" in line and line in page.read_text(encoding="utf-8")
-    ]
-    for line in tuned:
-        training = parse([*shlex.split(line)[3:], "--use_cpu", "true"]).training
-        assert training.learning_rate == 2e-4
+    commands = [words for block in blocks(page) for name, words in steps(block) if name == "train"]
+    tuned = [words for words in commands if "--objective" in words]
+    for words in tuned:
+        assert parse([*words, "--use_cpu", "true"]).training.learning_rate == 2e-4
     assert tuned
-    exec(compile(blocks(page, "python")[0], str(page), "exec"), {"__name__": "docs"})
+    exec(compile(python_of(page)[0], str(page), "exec"), {"__name__": "docs"})
     shown = capsys.readouterr().out
     assert shown.count("disliked:\nClueless\nSpeed 2\nGigli\n") == 3
     assert "None." not in shown

@@ -1,1 +1,1 @@
-"""How good rankings are: metrics, baselines, results, plots and the report."""
+"""How good rankings are: metrics, baselines, results, the report, and its tables."""

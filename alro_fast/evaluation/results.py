@@ -31,6 +31,7 @@ LABELS = {
     "mean_rating": "mean rating", "shrunk_mean": "shrunk mean", "biased_mf": "biased MF", "lambdamart": "LambdaMART",
     "sasrec": "SASRec", "generate": "tuned, generate", "oracle": "best possible",
 }  # fmt: skip
+LAST = 10  # items of a history that predictions.jsonl keeps
 SIDES = ("above", "not told apart from", "below")
 BASELINES = (  # what needs no language model
     "popularity", "mean_rating", "shrunk_mean", "biased_mf", "sasrec", "lambdamart", "retriever", "hints",
@@ -173,6 +174,7 @@ class Results:
             "lists_all_equal": self.all_equal,
             "lists_ranked": self.lists - self.all_equal,
             "users_ranked": len(np.unique(self.users)),
+            "headline": self.headline,
             "conventions": self.conventions,
             "comparisons": self._comparisons(),
             **self.about,
@@ -248,8 +250,9 @@ def evaluate_lists(
 def write_predictions(
     path: str | Path, lists: Sequence[RankingList], rankings: Mapping[str, Sequence[Ranking]]
 ) -> None:
-    """predictions.jsonl: a line per list with its candidates as stored and, per ranker, `order` (candidate numbers from
-    0, best first), `scores` per candidate and, of a list presented several times, each presentation's order and scores.
+    """predictions.jsonl: a line per list with its candidates as stored, the last LAST of its history (oldest first) and
+    that history's length, and, per ranker, `order` (candidate numbers from 0, best first), `scores` per candidate and,
+    of a list presented several times, each presentation's order and scores.
     """
     with Path(path).open("w", encoding="utf-8") as file:
         for at, entry in enumerate(lists):
@@ -259,6 +262,11 @@ def write_predictions(
                 "candidates": [
                     {"id": item.item_id, "title": item.title, "rating": plain(rating)}
                     for item, rating in zip(entry.candidates, entry.ratings, strict=True)
+                ],
+                "history_length": len(entry.history),
+                "history": [
+                    {"title": item.title, "rating": plain(rating)}
+                    for item, rating in list(zip(entry.history, entry.history_ratings, strict=True))[-LAST:]
                 ],
                 "rankings": {name: _prediction(each[at]) for name, each in rankings.items()},
             }

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..data.records import Item, RankingList
 from ..errors import AlroFastError
 from ..evaluation import metrics
 from ..evaluation.preference_metrics import Scored
 from ..evaluation.preferences import SCORES
+from ..evaluation.report.files import list_of
 from ..evaluation.results import Results, evaluate_lists
 from ..evaluation.targets import evaluate_targets
 from .plan import PlannedRun, Study
@@ -56,7 +56,7 @@ def rankings(study: Study, run: PlannedRun) -> Figures:
     results: Results
     with intact(run.measured / "predictions.jsonl") as path:
         for line in _lines(path):
-            lists.append(_list_of(line))
+            lists.append(list_of(line))
             scores.append(_ranking(line, study.ranker, run)["scores"])
         if targets:
             results, kept = evaluate_targets(lists, {study.ranker: scores}, bootstrap=0), lists
@@ -178,13 +178,6 @@ def _ranking(line: Mapping[str, Any], ranker: str, run: PlannedRun) -> dict[str,
     if ranker not in line["rankings"]:
         raise AlroFastError(f"ranker: {ranker!r} is none of {run.measured}: it has {', '.join(line['rankings'])}")
     return line["rankings"][ranker]
-
-
-def _list_of(line: Mapping[str, Any]) -> RankingList:
-    """What metrics need of a list: candidates and ratings."""
-    items = tuple(Item(i, one["id"], one["title"], "") for i, one in enumerate(line["candidates"]))
-    ratings = tuple(np.nan if one["rating"] is None else float(one["rating"]) for one in line["candidates"])
-    return RankingList(line["list_id"], line["user_id"], (), (), items, ratings)
 
 
 def _check(found: Figures, reported: float | None, folder: Path) -> None:

@@ -1,8 +1,7 @@
-"""report.html of a study: its tables, its plot, what its variants are, and links to the pages of its runs."""
+"""report.html of a study: its tables and figures, what its variants are, and links to the pages of its runs."""
 
 from __future__ import annotations
 
-import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from urllib.parse import quote
 from jinja2 import TemplateError
 
 from ..errors import AlroFastError
-from ..evaluation.plots import Picture
-from ..evaluation.report import pages
+from ..evaluation.report.figures import Span, span_of
+from ..evaluation.report.page import pages
 
-TABLE, PICTURE = "table.json", "differences.png"
+TABLE = "table.json"
 
 
 def is_study(folder: str | Path) -> bool:
@@ -23,7 +22,7 @@ def is_study(folder: str | Path) -> bool:
 
 
 def write_study_report(folder: str | Path) -> Path:
-    """Write report.html into a study's folder, from table.json and differences.png there; returns its path.
+    """Write report.html into a study's folder, from table.json there; returns its path.
 
     AlroFastError for a damaged table.
     """
@@ -38,10 +37,7 @@ def write_study_report(folder: str | Path) -> Path:
 
 
 def _page(folder: Path, told: dict[str, Any]) -> str:
-    study, picture = told["study"], None
-    if (folder / PICTURE).is_file():
-        code = base64.b64encode((folder / PICTURE).read_bytes()).decode()
-        picture = Picture(f"Differences to {study['baseline']}", f"data:image/png;base64,{code}")
+    study = told["study"]
     runs = [path.relative_to(folder) for path in sorted((folder / "runs").glob("*/seed-*/**/report.html"))]
     runs = [path for path in runs if "evaluation" not in path.parts]
     return (
@@ -53,10 +49,17 @@ def _page(folder: Path, told: dict[str, Any]) -> str:
             variants={name: _options(options) for name, options in study["variants"].items()},
             measures=told["measures"],
             untuned=told["untuned"],
-            picture=picture,
+            spans={measure: span for measure, rows in told["measures"].items() if (span := _span(rows))},
             runs={"/".join(path.parts[1:-1]): quote(path.as_posix()) for path in runs},
         )
     )
+
+
+def _span(rows: list[dict[str, Any]]) -> Span | None:
+    """The numbers that the differences of a measure reach, of single seeds too; None without any."""
+    compared = [one for one in rows if "difference" in one]
+    reach = [value for one in compared for value in (one["low"], one["high"], *one["difference_by_seed"].values())]
+    return span_of(reach, 0.0) if reach else None
 
 
 def _options(options: dict | None) -> str:

@@ -51,7 +51,7 @@ def measured(tmp_path_factory):
 def test_segments_hold_every_ranked_list_once_and_average_to_the_mean(measured):
     results, lists, prepared = measured
     found = breakdown(results, lists, prepared, targets=False)
-    assert list(found) == ["ratings known of the user", "training ratings of the median candidate"]
+    assert list(found) == ["ratings known of the user", "user", "training ratings of the median candidate"]
     for segments in found.values():
         assert sum(one["lists"] for one in segments) == results.lists - 1
         for name in ("tuned", "untuned", "popularity"):  # the best that needs no model, and no other
@@ -72,6 +72,25 @@ def test_users_are_dealt_by_what_the_folder_knows_of_them(measured):
     assert first["range"] == "0 to below 10"
     assert first["lists"] == len(few)
     assert first["tuned"][0] == pytest.approx(results.per_list["tuned"]["ndcg@3"][few].mean())
-    alone = breakdown(results, lists, None, targets=False)
-    assert list(alone) == ["items in the history shown"]
-    assert [one["lists"] for one in alone["items in the history shown"]] == [len(kept)]
+
+
+def test_users_without_a_training_list_are_a_segment(measured):
+    results, lists, prepared = measured
+    trained = set(prepared.lists("train").user_ids)
+    new = [at for at, one in enumerate(one for one in lists if not one.all_equal) if one.user_id not in trained]
+    first, second = breakdown(results, lists, prepared, targets=False)["user"]
+    assert (first["range"], first["lists"]) == ("new: in no training list", len(new))
+    assert first["tuned"][0] == pytest.approx(results.per_list["tuned"]["ndcg@3"][new].mean())
+    assert first["lists"] + second["lists"] == len(results.users)
+
+
+def test_histories_of_one_length_are_no_cut_and_others_are(measured):
+    results, lists, _ = measured
+    assert breakdown(results, lists, None, targets=False) == {}
+    uneven = [
+        replace(one, history=one.history[: n % 3], history_ratings=one.history_ratings[: n % 3])
+        for n, one in enumerate(lists)
+    ]
+    (segments,) = breakdown(results, uneven, None, targets=False).values()
+    assert [one["range"] for one in segments] == ["0 to below 1", "1 to below 2", "2 or more"]  # all of them below 10
+    assert sum(one["lists"] for one in segments) == len(results.users)

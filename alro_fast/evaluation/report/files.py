@@ -1,0 +1,62 @@
+"""What a report reads: results.json and predictions.jsonl, and where they are trainer_state.json and config.yaml."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...data.records import Item, RankingList
+from ...errors import AlroFastError
+
+PARTS = {"list_id", "user_id", "candidates", "rankings"}  # of a line of predictions
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """results.json of a run or an evaluation; AlroFastError where there is none, or a damaged one."""
+    results = read_json(folder / "results.json")
+    if results is None and (folder / "preference_results.json").is_file():
+        raise AlroFastError(f"{folder} is a preference run: its figures are in preference_results.json, without a page")
+    if not isinstance(results, dict) or "about" not in results:
+        raise AlroFastError(f"{folder} holds no results.json of alro_fast; run alro_fast.evaluate or alro_fast.train")
+    return results
+
+
+def read_predictions(folder: Path) -> list[dict[str, Any]]:
+    """The lines of predictions.jsonl; none where there is no such file."""
+    path = folder / "predictions.jsonl"
+    if not path.is_file():
+        return []
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except ValueError:
+        raise AlroFastError(f"{path} is damaged: it is not JSON lines") from None
+    if not all(isinstance(line, dict) and line.keys() >= PARTS for line in lines):
+        raise AlroFastError(f"{path} is damaged: a line lacks one of {', '.join(sorted(PARTS))}")
+    return lines
+
+
+def read_json(path: Path) -> Any:
+    """None for a file that does not exist; AlroFastError for one that is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise AlroFastError(f"{path} is damaged: it is not JSON") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """{} for a file that does not exist."""
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path.is_file() else {}
+
+
+def list_of(line: Mapping[str, Any]) -> RankingList:
+    """What metrics need of a line of predictions: names, candidates and ratings."""
+    items = tuple(Item(i, one["id"], one["title"], "") for i, one in enumerate(line["candidates"]))
+    ratings = tuple(math.nan if one["rating"] is None else float(one["rating"]) for one in line["candidates"])
+    return RankingList(line["list_id"], line["user_id"], (), (), items, ratings)
