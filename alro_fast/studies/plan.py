@@ -14,6 +14,7 @@ import yaml
 
 from ..errors import AlroFastError
 from ..ranking.options import TASK_METHODS
+from ..texts import from_yaml, is_file, read_text
 from ..training.config import RECIPES, RECORDED, Config, as_flags, parse
 from ..training.kinds import kind_of, stages
 
@@ -107,14 +108,15 @@ def read_study(name: str) -> dict[str, Any]:
     """A study file, or a ready study by its name; AlroFastError for a file that is none, or an unknown key."""
     ready = READY / f"{name}.yaml"
     path = ready if ready.is_file() else Path(name)
-    if not path.is_file():
+    if not is_file(path):
         raise AlroFastError(f"{name}: no such file or study; ready studies: {', '.join(study_names())}")
+    expected = f"expected YAML with the keys {', '.join(KEYS)}"
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        document = None
+        document = from_yaml(read_text(path), "it")
+    except AlroFastError as error:
+        raise AlroFastError(f"{name} is no study: {error}; {expected}") from None
     if not isinstance(document, dict):
-        raise AlroFastError(f"{name} is no study: expected YAML with the keys {', '.join(KEYS)}")
+        raise AlroFastError(f"{name} is no study: {expected}")
     for key in document:
         if key not in KEYS:
             close = difflib.get_close_matches(str(key), KEYS, n=1)

@@ -21,6 +21,7 @@ from ..objectives.base import Description, describe, objective_arguments
 from ..ops import DIVERGENCES
 from ..options import DataArguments, ModelArguments, ObjectiveArguments, RankerTrainingArguments, Where
 from ..run_folder import as_now_called
+from ..texts import from_yaml, is_file, read_text
 from .help import groups, help_text
 from .unread import WITHOUT_MEANING, Unread, objectives_of, unread, without_meaning
 
@@ -159,18 +160,15 @@ def read_recipe(name: str) -> dict[str, Any]:
         raise AlroFastError(f"--config is empty; expected a YAML file, or one of {', '.join(recipe_names())}")
     ready = RECIPES / f"{name}.yaml"
     path = ready if ready.is_file() else Path(name)
-    if not path.is_file():
+    if not is_file(path):
         raise AlroFastError(f"--config {name}: no such file or recipe; ready recipes: {', '.join(recipe_names())}")
-    problem = AlroFastError(
-        f"--config {name} is not a configuration: expected YAML lines such as 'learning_rate: 2e-4'; "
-        "prepared data goes to --data_dir"
-    )
+    expected = "expected YAML lines such as 'learning_rate: 2e-4'; prepared data goes to --data_dir"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise problem from error
+        values = from_yaml(read_text(path), "it")
+    except AlroFastError as error:
+        raise AlroFastError(f"--config {name} is not a configuration: {error}; {expected}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise problem
+        raise AlroFastError(f"--config {name} is not a configuration: {expected}")
     return values
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import polars as pl
 
 from ...errors import AlroFastError
+from ...texts import packed_or_wide
 
 BLOCK_BYTES = 1 << 25
 LINE_BYTES = 1 << 28  # a longer line is no record of a rating
@@ -89,8 +90,12 @@ def scan_csv(path: Path, separator: str = ",", names: list[str] | None = None) -
 
     names: of the columns, for a file without a header, whose cells are not quoted.
     """
-    if path.stat().st_size == 0:
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
         raise AlroFastError(f"{path.name} is empty; a table is expected in it")
+    if (found := packed_or_wide(head)) is not None:
+        raise AlroFastError(f"{path.name} is {found}")
     how: dict[str, Any] = {
         "separator": separator,
         "has_header": names is None,
