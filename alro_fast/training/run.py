@@ -45,11 +45,14 @@ from ..ranking.ranker import Ranker
 from ..run_folder import check_writable, held
 from .checkpoints import check_same_data, find_checkpoint, settle_auto
 from .checks.folders import begun, claim_folder, named_folder
+from .checks.rehearsal import check_hub, check_metric, rehearse
 from .config import Config
 from .console import NonFiniteLoss, show_end, show_plan, show_results
 from .signals import signal_vocabulary, signals_shown
 from .stages import merge_adapter, stack_adapters, write_merged_base
 from .trainer import RankerTrainer, TreeDataset
+
+VALIDATED = ("ndcg@1", "ndcg@3", "ndcg@5", "ndcg@10")
 
 
 class Run:
@@ -121,6 +124,10 @@ class Run:
             fused_signals(self.prepared)
             check_fittable(self.fitted)
         self.check_ratings()
+        if self.training.push_to_hub:
+            check_hub(self.training, self.folder)
+            self.training.push_to_hub = not self.training.dry_run  # which asks nothing of the hub
+        check_metric(self.training, ["loss", *config.description.logs, *self.watched])
         self.model, self.tokenizer = self.build_model()
         self.objective = self.build_objective()
         show = not self.training.disable_tqdm
@@ -136,6 +143,12 @@ class Run:
             callbacks=[NonFiniteLoss()],
             processing_class=self.tokenizer,
         )
+        rehearse(self.trainer, self.trainer.planned_steps())
+
+    @property
+    def watched(self) -> Sequence[str]:
+        """Names of what `validate` measures, where there are validation lists."""
+        return VALIDATED if len(self.lists["valid"]) else ()
 
     def check_ratings(self) -> None:
         """AlroFastError where no training list holds two ratings, so that none has an order to learn."""
@@ -387,7 +400,7 @@ class Run:
         lists, targets = self.lists["valid"], has_targets(self.prepared, "valid")
         scores = {"model": self.ranker.scores(lists)}
         results = evaluate_rankers(lists, scores, targets=targets, prepared=self.prepared, split="valid", bootstrap=0)
-        return {name: results.mean("model", name) for name in ("ndcg@1", "ndcg@3", "ndcg@5", "ndcg@10")}
+        return {name: results.mean("model", name) for name in VALIDATED}
 
     def save_extras(self, folder: Path) -> None:
         """What a run leaves beside the weights: prompt format, data manifest, options, model card."""

@@ -111,6 +111,10 @@ class PreferenceRun(Run):
         shown = data.negatives_from == "candidates" and data.preference_answer != "pairs"
         return places if shown else {part: names for part, names in places.items() if part == "history"}
 
+    @property
+    def watched(self) -> Sequence[str]:
+        return WATCHED if len(self.lists["valid"]) else ()
+
     # ---- data
 
     def load(self, work: Path) -> Any:
