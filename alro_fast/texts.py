@@ -59,7 +59,7 @@ def read_bytes(path: str | Path, most: int = MOST_BYTES) -> bytes:
     if content is None:
         with path.open("rb") as file:
             content = file.read(most + 1)
-        if not path.is_file():
+        if not path.is_file() and len(content) <= most:
             _PIPES[str(path)] = content
     if len(content) > most:
         raise AlroFastError(f"{path} is larger than {most:,} bytes, as no file of its kind is")
@@ -122,8 +122,8 @@ def from_yaml(text: str, name: str) -> Any:
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: a date or a number that is none
         reason = " ".join(str(getattr(error, "problem", None) or error).split())[:120]
         mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark is not None else ""
-        raise AlroFastError(f"{name}{place} is not valid YAML ({reason})") from None
+        place = f"line {mark.line + 1}: " if mark is not None else ""
+        raise AlroFastError(f"{name} is not valid YAML ({place}{reason})") from None
     finally:
         loader.dispose()
 

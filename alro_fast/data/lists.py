@@ -201,7 +201,7 @@ class PreparedData:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
         if found != self.manifest["files"].get(name, {}).get("sha256"):
             raise AlroFastError(f"{file} is not the file its manifest.json speaks of; prepare the data again")
-        frame = pl.read_parquet(file)
+        frame = pl.read_parquet(file, glob=False)
         if not _fits(frame, schema, optional):
             raise AlroFastError(f"{file} has columns {frame.columns}; expected {list(schema)}: prepare the data again")
         return frame

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from ..errors import AlroFastError
 from ..texts import from_json, is_file, read_text
 
-MOST_BYTES = 1 << 30  # of a file of text, which is held whole
+MOST_BYTES, MOST_PIPED = 1 << 30, 1 << 26  # of a file of text, which is held whole, and of a pipe, which may not end
 FORMATS = (".json", ".jsonl", ".parquet")
 EXPECTED = "expected columns prompt, chosen, rejected (TRL), or instruction, output = [chosen, rejected] (Alpaca)"
 
@@ -112,14 +112,14 @@ def _cells(path: Path) -> Iterable[dict[str, Any]]:
         import polars as pl
 
         try:
-            return pl.read_parquet(path).to_dicts()
+            return pl.read_parquet(path, glob=False).to_dicts()
         except pl.exceptions.PolarsError as error:
             raise AlroFastError(f"{path} is no Parquet file ({str(error).splitlines()[0]})") from None
     if path.suffix not in FORMATS and path.is_file():  # a pipe has no name of its own
         raise AlroFastError(
             f"{path}: cannot read {path.suffix or 'a file without suffix'}; expected {', '.join(FORMATS)}"
         )
-    text = read_text(path, MOST_BYTES)
+    text = read_text(path, MOST_BYTES if path.is_file() else MOST_PIPED)
     if path.suffix == ".json" or (path.suffix != ".jsonl" and text.lstrip().startswith("[")):
         rows = from_json(text, str(path))
     else:

@@ -93,9 +93,13 @@ def parse(argv: Sequence[str]) -> Config:
     of_a_run = not values.keys().isdisjoint(RECORDED)  # the version before recorded what a run did not read, too
     values = as_now_called(values) if of_a_run else values
     values = {key: value for key, value in values.items() if key not in RECORDED}
-    for key in values:
+    for key, value in values.items():
         if key not in known:
             parser.error(f"{name}: unknown option {key!r}{_hint(key, known)}")
+        if isinstance(value, list) and "list" not in str(known[key].type):
+            parser.error(f"{name}: {key} is a list, {value!r:.60}; expected one value")
+        if "\0" in str(value):
+            parser.error(f"{name}: {key} holds a null character, which no name or value has")
     words = {key: as_flags(key, value) for key, value in values.items()}
     options, extra = parser.parse_known_args([*itertools.chain(*words.values()), *argv])
     if extra:

@@ -103,7 +103,7 @@ def scan_csv(path: Path, separator: str = ",", names: list[str] | None = None) -
         "quote_char": '"' if names is None else None,
     }
     with polars_errors(path):
-        scan = pl.scan_csv(path, **how)
+        scan = pl.scan_csv(path, glob=False, **how)
         found = scan.collect_schema().names()
         if names is None:
             return scan
@@ -120,7 +120,7 @@ def scan_table(path: Path, separator: str | None, workdir: Path, names: list[str
     suffixes = path.suffixes
     if suffixes[-1:] == [".parquet"]:
         with polars_errors(path):
-            scan = pl.scan_parquet(path)
+            scan = pl.scan_parquet(path, glob=False)
             scan.collect_schema()
         return scan
     separator = separator or ("\t" if ".tsv" in suffixes else ",")
