@@ -212,6 +212,8 @@ def check_token_budget(tokens: int) -> None:
     """AlroFastError for less than 0."""
     if tokens < 0:
         raise AlroFastError(f"token_budget is at least 0; given {tokens}")
+    if tokens >= 2**31:
+        raise AlroFastError(f"token_budget is below {2**31:,}; given {tokens}")
 
 
 def add_ranking_options(parser: argparse.ArgumentParser) -> None:
