@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 from . import __version__
 from .errors import AlroFastError
+from .texts import printable
 
 # Torch's threads read this once, when torch is imported. Beside other work, threads that spin while they wait slow the
 # commands down tenfold; alone, threads that sleep cost next to nothing.
@@ -27,6 +31,9 @@ COMMANDS = {
     "study": "a grid of options x seeds over training runs, and one table of paired differences",
     "client": "rank through an inference server",
 }
+
+
+_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|[Cc]annot allocate memory|not enough memory")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -91,22 +98,62 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
-    """Run a command; a user's mistake, or a file that cannot be used, becomes one line on stderr and exit status 2."""
+    """Run a command; a user's mistake, or a file that cannot be used, becomes one line on stderr and exit status 2.
+
+    So does a lack of memory, of the machine's or of a device's.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        main(sys.argv[1:] if argv is None else argv)
+        try:
+            for word in arguments:
+                if "\0" in word:
+                    raise AlroFastError(f"{word!r} holds a null character, which no name or value has")
+            with contextlib.redirect_stdout(_Screen(sys.stdout)):
+                main(arguments)
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone is no surprise
     except AlroFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _fail(str(error))
     except BrokenPipeError:  # who reads has read enough: no more is written, not even at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except OSError as error:
-        reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        print(f"error: {' '.join(reason.split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        wanted = re.search(r"[Tt]ried to allocate [\d.]+ ?\w+", str(error))
+        more = f" ({wanted[0].lower()})" if wanted else ""
+        _fail(f"there is not enough memory for this{more}; ask for less, such as fewer tokens in a batch")
+
+
+class _Screen(io.TextIOBase):
+    """A stream on which names from files show, and do nothing: control characters are written as escapes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self.stream.write("\n".join(map(printable, text.split("\n"))))
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+
+def _fail(reason: str) -> NoReturn:
+    """The line of a mistake, and exit status 2."""
+    print(f"error: {printable(' '.join(reason.split()))}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def main() -> None:
@@ -123,6 +170,5 @@ def main() -> None:
     if arguments[0] not in COMMANDS:
         close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"
-        print(f"error: unknown command {arguments[0]!r}; {hint}", file=sys.stderr)
-        raise SystemExit(2)
+        _fail(f"unknown command {arguments[0]!r}; {hint}")
     run(importlib.import_module(f"alro_fast.{arguments[0]}").main, arguments[1:])

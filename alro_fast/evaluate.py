@@ -12,6 +12,7 @@ from .cli import OneLineParser, run  # before torch: see there
 # isort: split
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from .evaluation.baselines import baseline_scores
 from .evaluation.options import add_evaluation_options, check_evaluation
@@ -22,6 +23,7 @@ from .evaluation.zero_shot import add_zero_shot_options
 from .modeling.quiet import quiet_libraries
 from .ranking.options import add_model_options, add_ranking_options
 from .ranking.ranker import check_device
+from .run_folder import held
 
 __all__ = ["baseline_scores", "evaluate_lists", "main"]
 
@@ -32,10 +34,11 @@ def main(argv: Sequence[str]) -> None:
     how = check_evaluation(options)
     check_device(options.device)
     quiet_libraries()
-    if how is None:
-        evaluate_preferences(options)
-    else:
-        evaluate_rankings(options, how)
+    with held(Path(options.output_dir)):
+        if how is None:
+            evaluate_preferences(options)
+        else:
+            evaluate_rankings(options, how)
 
 
 def parser() -> OneLineParser:

@@ -18,6 +18,9 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations, is_deepspeed_available
 
 from .errors import AlroFastError
+from .texts import from_json, is_file, read_text
+
+CHECKPOINTING = {"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop"}
 
 
 class Where(NamedTuple):
@@ -132,8 +135,11 @@ class ModelArguments:
             raise AlroFastError(
                 "--init_adapter goes under a new adapter, which --use_peft false does not train; leave one of them out"
             )
-        for name in ("lora_r", "lora_alpha", "scratch_hidden_size", "scratch_layers"):
-            _at_least(name, getattr(self, name), 1)
+        _at_least("lora_r", self.lora_r, 1, below=2**15)
+        _at_least("lora_alpha", self.lora_alpha, 1, below=2**31)
+        _at_least("scratch_hidden_size", self.scratch_hidden_size, 1, below=2**14 + 1)
+        _at_least("scratch_layers", self.scratch_layers, 1, below=257)
+        _at_least("scratch_vocab_size", self.scratch_vocab_size, 1, below=2**20 + 1)
         if self.scratch_hidden_size % 32:
             raise AlroFastError(f"--scratch_hidden_size is {self.scratch_hidden_size}; expected a multiple of 32")
         if not 0 <= self.lora_dropout < 1:
@@ -214,8 +220,9 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_train_lists", "max_eval_lists", "max_test_lists", "num_negatives"):
+        for name in ("max_train_lists", "max_eval_lists", "max_test_lists"):
             _at_least(name, getattr(self, name), 1)
+        _at_least("num_negatives", self.num_negatives, 1, below=10_001)
 
 
 @dataclass
@@ -265,8 +272,10 @@ class ObjectiveArguments:
     backend: str = option("auto", "Backend of the fused ops.", ["auto", "eager", "cpp", "triton"])
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "ftx", "permutations", "points_per_list", "pairs_per_list"):
+        for name in ("alpha", "beta", "ftx"):
             _at_least(name, getattr(self, name), 0)
+        for name, most in (("permutations", 100), ("points_per_list", 10_000), ("pairs_per_list", 10_000)):
+            _at_least(name, getattr(self, name), 0, below=most + 1)
         for name in ("gamma", "sigma", "dpo_beta"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise AlroFastError(f"--{name} is {getattr(self, name):g}; expected more than 0, and finite")
@@ -334,6 +343,12 @@ class RankerTrainingArguments(TrainingArguments):
             self.use_cpu = True  # without it transformers would start as many runs of one process
         if self.deepspeed and not is_deepspeed_available():
             raise AlroFastError("--deepspeed needs the package deepspeed, which is not here: pip install deepspeed")
+        self._check_objects()
+        if self.fsdp and processes == 1:
+            raise AlroFastError(
+                f"--fsdp {self.fsdp} shares a model out to several processes, and one was launched: launch several "
+                "with torchrun, or leave it out"
+            )
         if self.disable_tqdm is None:  # else transformers' verbosity would decide, differently at every stage
             self.disable_tqdm = self.log_json
         super().__post_init__()
@@ -363,15 +378,52 @@ class RankerTrainingArguments(TrainingArguments):
         for name in (
             "tokens_per_batch", "lists_per_batch", "eval_tokens_per_batch", "gradient_accumulation_steps", "profile"
         ):  # fmt: skip
-            _at_least(name, getattr(self, name), 1)
-        for name in ("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps", "dataloader_num_workers"):
+            _at_least(name, getattr(self, name), 1, below=2**31)
+        for name in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "eval_delay"):
             _at_least(name, getattr(self, name), 0)
+        _at_least("warmup_steps", self.warmup_steps, 0, below=2**31)
+        _at_least("dataloader_num_workers", self.dataloader_num_workers, 0, below=1025)
         for name in ("adam_beta1", "adam_beta2"):
             _at_least(name, getattr(self, name), 0, below=1)
         for name in ("seed", "data_seed"):
             _at_least(name, getattr(self, name), 0, below=2**32)
-        if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
-            raise AlroFastError(f"--num_train_epochs is {self.num_train_epochs:g}; expected more than 0, and finite")
+        _at_least("max_steps", self.max_steps, -1, below=2**31)
+        if self.max_steps <= 0 and not 0 < self.num_train_epochs <= 10**6:
+            raise AlroFastError(
+                f"--num_train_epochs is {self.num_train_epochs:g}; expected more than 0, up to 1,000,000"
+            )
+        _at_least("save_total_limit", self.save_total_limit, 1)
+        _at_least("torch_empty_cache_steps", self.torch_empty_cache_steps, 1)
+        for kind in ("logging", "eval", "save"):
+            every = getattr(self, f"{kind}_steps")
+            if getattr(self, f"{kind}_strategy") != "steps" or every is None:
+                continue
+            if not (0 < every < 1 or (every >= 1 and every == int(every) and every < 2**31)):
+                raise AlroFastError(
+                    f"--{kind}_steps is {every:g}; expected a whole number of steps, or a share of them all below 1"
+                )
+
+    def _check_objects(self) -> None:
+        """Options that hold options: JSON objects, two of them also files of one."""
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                continue
+            if value.lstrip().startswith("{"):
+                found = from_json(value, f"--{name}")
+            elif name in ("accelerator_config", "fsdp_config", "deepspeed"):
+                if not is_file(value):
+                    raise AlroFastError(f"--{name} {value}: no such file; expected a JSON object, or a file of one")
+                found = from_json(read_text(value), f"--{name} {value}")
+            else:
+                found = None
+            if not isinstance(found, dict):
+                raise AlroFastError(f'--{name} {value}: expected a JSON object, such as {{"name": 1}}')
+            strange = sorted(found.keys() - CHECKPOINTING) if "checkpointing" in name else []
+            if strange:
+                raise AlroFastError(
+                    f"--{name}: {strange[0]} is no setting of it; expected some of {', '.join(sorted(CHECKPOINTING))}"
+                )
 
 
 def _at_least(name: str, value: float | None, least: float, below: float = math.inf) -> None:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import fcntl
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .errors import AlroFastError
+from .texts import from_json, from_yaml, read_text
 
 ADAPTER, ADAPTER_CONFIG, MERGED_BASE = "adapter_model.safetensors", "adapter_config.json", "merged_base"
 LEFT_BY_A_RUN = (  # what --overwrite_output_dir may remove
     "checkpoint-*", "runs", "data", "plots", "tables", "comparison", "profile", "evaluation", "[1-9]-*",
-    "merged_base", "base", "references*", "config.yaml", "*.json", "*.jsonl", "*.safetensors", "*.trec", "README.md", "report.html",
-    "prompt_template.yaml", "training_args.bin", "tokenizer*", "chat_template.jinja", "merges.txt", "vocab.*",
+    "merged_base", "base", "references*", "config.yaml", "*.json", "*.jsonl", "*.safetensors", "*.trec",
+    "README.md", "report.html", "prompt_template.yaml", "training_args.bin", "tokenizer*", "chat_template.jinja",
+    "merges.txt", "vocab.*",
 )  # fmt: skip
 BEFORE_THE_FIRST_STEP = {"config.yaml", "data", "reference.safetensors"}
 LEFT_BY_AN_EVALUATION = {  # what a later one may replace
@@ -38,6 +39,34 @@ def check_writable(folder: Path) -> None:
         raise AlroFastError(f"output folder {folder} cannot be written ({error.strerror}); choose another") from None
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a folder, which is made where it does not exist, to this process; one left empty that was made is removed.
+
+    AlroFastError where another process, or another run of this one, has it. The lock is the folder's own (flock): it
+    leaves no file, and ends with the process. On file systems without locks nobody is kept out.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise AlroFastError(
+                    f"another process is at work in {folder}; wait until it ends, or give another folder"
+                ) from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # no longer empty
+                for path in made:
+                    path.rmdir()
+    finally:
+        os.close(lock)
+
+
 def share(folder: Path) -> None:
     """Give weights the mode that other files get, by the umask: safetensors writes them for their owner alone, and a
     server under another account would not read them."""
@@ -52,8 +81,8 @@ def run_options(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        options = from_yaml(read_text(path), str(path))
+    except AlroFastError:
         options = None
     if not isinstance(options, dict):
         raise AlroFastError(f"{path} is damaged: expected the options that alro_fast.train recorded; restore the file")
@@ -74,8 +103,8 @@ def adapter_config(folder: str | Path) -> dict[str, Any]:
     """What adapter_config.json holds; AlroFastError where it is damaged."""
     path = Path(folder) / ADAPTER_CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        config = from_json(read_text(path), str(path))
+    except AlroFastError:
         config = None
     if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path"), str):
         raise AlroFastError(f"{path} is damaged: expected what PEFT wrote, with its base model; restore the file")

@@ -20,12 +20,14 @@ from typing import Any
 import yaml
 
 from .errors import AlroFastError
-from .studies.plan import as_told, parse_seeds, plan, read_study, study_names
+from .run_folder import held
+from .studies.plan import Study, as_told, parse_seeds, plan, read_study, study_names
 from .studies.progress import Progress
 from .studies.report import write_study_report
 from .studies.runs import PLAN, check_folder, commands_of, execute
 from .studies.search import search
 from .studies.table import table, to_markdown, write
+from .texts import from_yaml
 
 
 def main(argv: Sequence[str]) -> None:
@@ -50,10 +52,15 @@ def main(argv: Sequence[str]) -> None:
         for name, each in study.variants.items():
             print(f"  {name}: {as_told(each) or 'base'}")
         return
-    study.folder.mkdir(parents=True, exist_ok=True)
+    with held(study.folder):
+        carry_out(study, len(waiting), options.processes)
+
+
+def carry_out(study: Study, waiting: int, processes: int) -> None:
+    """The runs that are left, and the table of all."""
     (study.folder / PLAN).write_text(yaml.safe_dump(study.described(), sort_keys=False), encoding="utf-8")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as by Ctrl-C: the runs under way end with the study
-    failed = execute(study, options.processes, Progress(study, len(waiting), options.processes))
+    failed = execute(study, processes, Progress(study, waiting, processes))
     measured, unread = table(study)
     told = {each.title for each in failed}
     for title in (title for title in unread if title not in told):  # finished before
@@ -75,7 +82,7 @@ def changes(words: Sequence[str]) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         if not equals or not name:
             raise AlroFastError(f"--set {word!r}; expected option=value, such as learning_rate=1e-3")
-        found[name] = yaml.safe_load(value)
+        found[name] = from_yaml(value, f"--set {name}")
     return found
 
 

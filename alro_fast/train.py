@@ -23,10 +23,10 @@ def main(argv: Sequence[str]) -> None:
     quiet_libraries()
     keep_freed_memory()
     for stage in list(stages(config, argv)):
-        session = run_for(stage)
-        session.describe()
-        if not stage.training.dry_run:
-            session.train()
+        with run_for(stage) as session:
+            session.describe()
+            if not stage.training.dry_run:
+                session.train()
 
 
 if __name__ == "__main__":

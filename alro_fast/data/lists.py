@@ -173,13 +173,13 @@ class PreparedData:
         self.targets: pl.DataFrame | None = self._read("targets.parquet", TARGET_SCHEMA) if has_targets else None
         for split in SPLITS:  # now, not when work is done; the lists are read again when they are asked for
             file = self._checked(f"lists-{split}.parquet", LIST_SCHEMA, SIGNAL_COLUMNS)
-            check_list_values(pl.scan_parquet(file), len(self.items), str(file))
+            check_list_values(pl.scan_parquet(file, glob=False), len(self.items), str(file))
         for name, schema, column in (
             ("targets.parquet", TARGET_SCHEMA, "item"),
             ("seen.parquet", SEEN_SCHEMA, "items"),
         ):
             if name in files:
-                _check_known(pl.scan_parquet(self._checked(name, schema)), column, len(self.items), str(path / name))
+                _check_known(pl.scan_parquet(self._checked(name, schema), glob=False), column, len(self.items), str(path / name))
         self._lists: dict[str, Lists] = {}
 
     def lists(self, split: str) -> Lists:
@@ -214,7 +214,7 @@ class PreparedData:
         return dict(zip(frame["user_id"].to_list(), np.split(items, offsets[1:-1])))
 
     def _read(self, name: str, schema: Mapping, optional: Mapping = MappingProxyType({})) -> pl.DataFrame:
-        return pl.read_parquet(self._checked(name, schema, optional))
+        return pl.read_parquet(self._checked(name, schema, optional), glob=False)
 
     def _checked(self, name: str, schema: Mapping, optional: Mapping = MappingProxyType({})) -> Path:
         """The path of a file that is the one its manifest speaks of, with the columns it should have."""

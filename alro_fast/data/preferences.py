@@ -13,7 +13,6 @@ items, those that differ in the rejected item alone (the authors' k rows per use
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -22,7 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import AlroFastError
+from ..texts import from_json, is_file, read_text
 
+MOST_BYTES, MOST_PIPED = 1 << 30, 1 << 26  # of a file of text, which is held whole, and of a pipe, which may not end
 FORMATS = (".json", ".jsonl", ".parquet")
 EXPECTED = "expected columns prompt, chosen, rejected (TRL), or instruction, output = [chosen, rejected] (Alpaca)"
 
@@ -105,25 +106,25 @@ def two_items(answer: str, prompt: str) -> tuple[str, str] | None:
 
 
 def _cells(path: Path) -> Iterable[dict[str, Any]]:
-    if not path.is_file():
+    if not is_file(path):
         raise AlroFastError(f"no preference file {path}; expected a {', '.join(FORMATS)} file")
     if path.suffix == ".parquet":
         import polars as pl
 
         try:
-            return pl.read_parquet(path).to_dicts()
+            return pl.read_parquet(path, glob=False).to_dicts()
         except pl.exceptions.PolarsError as error:
             raise AlroFastError(f"{path} is no Parquet file ({str(error).splitlines()[0]})") from None
-    if path.suffix not in FORMATS:
+    if path.suffix not in FORMATS and path.is_file():  # a pipe has no name of its own
         raise AlroFastError(
             f"{path}: cannot read {path.suffix or 'a file without suffix'}; expected {', '.join(FORMATS)}"
         )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else None
-        rows = json.loads(text) if rows is None else rows
-    except ValueError as error:
-        raise AlroFastError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
+    text = read_text(path, MOST_BYTES if path.is_file() else MOST_PIPED)
+    if path.suffix == ".json" or (path.suffix != ".jsonl" and text.lstrip().startswith("[")):
+        rows = from_json(text, str(path))
+    else:
+        lines = enumerate(text.split("\n"), start=1)
+        rows = [from_json(line, f"{path}, line {n}") for n, line in lines if line.strip()]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise AlroFastError(f"{path} is no list of rows; {EXPECTED}")
     return rows

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..cli import Reader, refuse_unread
 from ..errors import AlroFastError
+from ..run_folder import held
 from .lists import check_output_folder, read_manifest, seen_frame, write_prepared
 from .signals import SignalOptions, add_signals, signal_rules
 from .sources.amazon import AMAZON_COLUMNS
@@ -71,7 +72,13 @@ def prepare_lists(files: FileOptions, options: ListOptions, signals: SignalOptio
     """
     recorded = options.recorded | files.recorded | (signals.recorded if signals else {})
     check_output(files, recorded)
+    with held(files.output_dir):
+        _prepare(files, options, signals, recorded)
 
+
+def _prepare(
+    files: FileOptions, options: ListOptions, signals: SignalOptions | None, recorded: Mapping[str, Any]
+) -> None:
     stage = Stages()
     interactions = read_files(files, stage)
 

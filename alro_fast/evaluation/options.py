@@ -55,6 +55,8 @@ def check_evaluation(options: argparse.Namespace) -> RankingOptions | None:
         raise AlroFastError(f"--limit is at least 1; given {options.limit}")
     if options.bootstrap < 0:
         raise AlroFastError(f"--bootstrap is at least 0 (no intervals); given {options.bootstrap}")
+    if options.bootstrap > 100_000:
+        raise AlroFastError(f"--bootstrap is at most 100,000; given {options.bootstrap}")
     metrics.gains(np.empty(0), options.gain)  # an unknown one is an error now, not after the ranking
     check_which(options.baselines)
     check_model_options(options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 LENGTH = 0.3  # of the smoothing in `order_embeddings`, where a scale reaches from -1 to 1
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
-LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError)  # damaged or unfitting files
+LOAD_ERRORS = (  # damaged or unfitting files, and pickles that would run code
+    OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, UnpicklingError,
+)  # fmt: skip
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -54,7 +57,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, place: str | None
     """The base model's tokenizer; AlroFastError, naming `place`, when the folder or hub id has none."""
     try:
         return AutoTokenizer.from_pretrained(base_path(name), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises nothing narrower for a file that is damaged
         place = place or f"--model_name_or_path {name}"
         raise AlroFastError(f"{place}: no tokenizer could be loaded ({_first_line(error)})") from error
 

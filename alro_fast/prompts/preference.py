@@ -13,13 +13,13 @@ import logging
 from collections.abc import Iterable
 from typing import NamedTuple, cast
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..data.negatives import positive
 from ..data.preferences import Preference, Prompt, Turn
 from ..data.records import RankingList
 from ..errors import AlroFastError
+from .bounded import bounded
 from .builder import PromptBuilder
 from .encoding import Encoder
 from .line import Line, clean, marker_pattern
@@ -176,8 +176,8 @@ class PreferencePrompts:
             return ["", *["\n"] * len(roles)]
         messages = [{"role": role, "content": STAND_IN.format(i)} for i, role in enumerate(roles)]
         try:
-            text = self._encoder.rendered(messages)
-        except (TemplateError, ValueError, TypeError) as error:
+            text = bounded(lambda: self._encoder.rendered(messages))
+        except ValueError as error:
             if roles[0] == "system" and len(roles) > 1:
                 return None
             raise AlroFastError(

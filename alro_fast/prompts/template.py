@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from .. import texts
 from ..data.signal_table import SIGNALS, bucket
 from ..errors import AlroFastError
 
@@ -94,7 +93,7 @@ def load_template(template: str | Path, ratings: Iterable[float] = ONE_TO_FIVE) 
     path = Path(template)
     if str(template) in ready_templates():
         path = TEMPLATES / f"{template}.yaml"
-    elif not path.is_file():
+    elif not texts.is_file(path):
         ready = ", ".join(ready_templates())
         raise AlroFastError(
             f"no prompt template {str(template)!r}: expected one of {ready}, or the path of a YAML file"
@@ -172,15 +171,10 @@ def placeholders(text: str) -> list[tuple[str, str | None]]:
 
 def read_text(path: Path) -> str:
     """The text of a template file; AlroFastError where it is none."""
-    if path.stat().st_size > MAX_BYTES:
-        raise AlroFastError(
-            f"{path} is not a prompt template: {path.stat().st_size} bytes, where a template has at most {MAX_BYTES}; "
-            "was a data file given for the template?"
-        )
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise AlroFastError(f"{path} is not a prompt template: it is not UTF-8 text") from None
+        return texts.read_text(path, MAX_BYTES)
+    except AlroFastError as error:
+        raise AlroFastError(f"{error}; expected a prompt template: was a data file given for the template?") from None
 
 
 def _flatten(content: dict, origin: str) -> dict[str, Any]:
@@ -301,11 +295,6 @@ def _sections() -> list[str]:
 def parse_yaml(source: str, origin: str) -> Any:
     """What the text of a template holds; AlroFastError, naming `origin`, where it is no YAML."""
     try:
-        return yaml.safe_load(source)
-    except yaml.YAMLError as error:
-        raise AlroFastError(f"{origin} is not a prompt template: not valid YAML ({one_line(error)})") from None
-
-
-def one_line(error: Exception) -> str:
-    """The start of an error's message, without line breaks."""
-    return " ".join(str(error).split())[:120]
+        return texts.from_yaml(source, "it")
+    except AlroFastError as error:
+        raise AlroFastError(f"{origin} is not a prompt template: {error}") from None

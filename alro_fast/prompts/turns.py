@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-
 from ..errors import AlroFastError
+from .bounded import bounded
 from .encoding import Encoder
 
 USER, ASSISTANT = "ALROFASTUSERTURN", "ALROFASTASSISTANTTURN"  # stand-ins for the contents when a chat is rendered
@@ -73,8 +72,8 @@ def _markers(encoder: Encoder) -> frozenset[str]:
 
 def _render(encoder: Encoder, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
     try:
-        text = encoder.rendered(messages, add_generation_prompt)
-    except (TemplateError, ValueError, TypeError) as error:
+        text = bounded(lambda: encoder.rendered(messages, add_generation_prompt))
+    except ValueError as error:
         reason = " ".join(str(error).split())
         raise AlroFastError(f"the chat template of tokenizer {encoder.name!r} cannot be rendered: {reason}") from None
     if text.count(USER) != 1 or text.count(ASSISTANT) != sum(turn["role"] == "assistant" for turn in messages):

@@ -21,10 +21,13 @@ from ..data.records import Item, RankingList, Signal
 from ..data.signal_table import SIGNALS
 from ..errors import AlroFastError
 from ..run_folder import run_options
+from ..texts import RepeatedKey, encoding_of, once
 
 if TYPE_CHECKING:
     from .orders import Ranking
 
+LONGEST_ITEM = 10_000  # characters of a title and a category
+LONGEST = 1 << 26  # characters of one JSON text: a line, or a file that is one value over many lines
 LIST_KEYS = ("list_id", "user", "user_id", "history", "candidates")
 
 ITEM_KEYS = ("id", "title", "category", "rating", *SIGNALS)
@@ -42,13 +45,20 @@ def documents(file: str) -> Iterator[Any]:
     if Path(file).is_dir():
         raise AlroFastError(f"{file} is a folder; expected a file of JSON lists (of a prepared folder: --lists {file})")
     with contextlib.nullcontext(sys.stdin) if file == "-" else Path(file).open(encoding="utf-8", newline="\n") as text:
-        full = ((n, line) for n, line in enumerate(text, start=1) if line.strip("\ufeff \t\r\n"))
+        lines = enumerate(iter(lambda: text.readline(LONGEST + 1), ""), start=1)
+        full = ((n, _bounded(line, name)) for n, line in lines if line.strip("\ufeff \t\r\n"))
         try:
             yield from _values(full, name)
-        except UnicodeDecodeError:
-            raise AlroFastError(
-                f"{name} is not UTF-8 text; expected JSON lists to rank (UTF-16, as Windows writes it: save as UTF-8)"
-            ) from None
+        except UnicodeDecodeError as error:
+            raise AlroFastError(f"{name} is {encoding_of(error.object[:64])}; expected JSON lists to rank") from None
+
+
+def _bounded(text: str, name: str) -> str:
+    if len(text) > LONGEST:
+        raise AlroFastError(
+            f"{name} holds a JSON text of more than {LONGEST >> 20} million characters; give one list a line"
+        )
+    return text
 
 
 def _values(lines: Iterator[tuple[int, str]], name: str) -> Iterator[Any]:
@@ -59,7 +69,10 @@ def _values(lines: Iterator[tuple[int, str]], name: str) -> Iterator[Any]:
     first = first.removeprefix("\ufeff")
     value = _of_line(first, number, name)
     if isinstance(value, AlroFastError):  # a text over several lines, or a line with a mistake
-        rest = list(lines)
+        rest, size = [], len(first)
+        while size <= LONGEST and (following := next(lines, None)) is not None:
+            rest.append(following)
+            size += len(following[1])
         try:
             value = _json("".join([first, *(line for _, line in rest)]), name)
         except json.JSONDecodeError as error:
@@ -67,7 +80,7 @@ def _values(lines: Iterator[tuple[int, str]], name: str) -> Iterator[Any]:
                 yield AlroFastError(f"{name} is not JSON: {error}")
                 return
             yield value
-            yield from (_of_line(line, at, name) for at, line in rest)
+            yield from (_of_line(line, at, name) for at, line in itertools.chain(rest, lines))
             return
         lines = iter(())
     if isinstance(value, list):
@@ -93,9 +106,11 @@ def _of_line(line: str, number: int, name: str) -> Any:
 def _json(text: str, place: str) -> Any:
     """A JSON value; JSONDecodeError for what is none, AlroFastError for what Python does not hold."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=once)
     except json.JSONDecodeError:
         raise
+    except RepeatedKey as error:
+        raise AlroFastError(f"{place} has the key {error.args[0]!r:.80} twice; leave one out") from None
     except ValueError:  # whole numbers of more digits than Python converts
         raise AlroFastError(f"{place} holds a number of thousands of digits; expected JSON lists to rank") from None
     except RecursionError:
@@ -131,7 +146,10 @@ def parse_list(document: Any, number: int) -> RankingList:
     hints = of_shown.pop("hint", ())
     names = [name for name in SIGNALS if name != "hint" and {name} & (of_past.keys() | of_shown.keys())]
     signals = tuple(Signal(name, of_past.get(name, ()), of_shown.get(name, ())) for name in names)
-    name = str(document.get("list_id", number))
+    name = document.get("list_id", number)
+    if isinstance(name, list | dict | bool) or (isinstance(name, float) and not math.isfinite(name)):
+        raise AlroFastError(f'{place}: "list_id" is {_kind(name)}; expected a text or a number')
+    name = str(name)
     return RankingList(name, name, tuple(past), tuple(ratings), tuple(shown), unknown, hints, signals)
 
 
@@ -210,6 +228,8 @@ def _item(entry: Any, place: str, unnamed: str) -> Item:
         raise AlroFastError(f'{place}: expected a "title" that is a non-empty text, found {_kind(title)}')
     if not isinstance(category, str):
         raise AlroFastError(f'{place}: "category" is {_kind(category)}; expected a text')
+    if len(title) + len(category) > LONGEST_ITEM:
+        raise AlroFastError(f"{place}: its texts are longer than {LONGEST_ITEM:,} characters; shorten them")
     if known is not None and (isinstance(known, bool) or not isinstance(known, str | int)):
         raise AlroFastError(f'{place}: "id" is {_kind(known)}; expected a text or a whole number')
     return Item(0, unnamed if known is None else f"id {known}", title, category)

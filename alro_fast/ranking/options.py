@@ -17,6 +17,7 @@ from .hybrid import HYBRIDS, PAIR_ORDERS, PAIRINGS, SPELLED, constants_of, pairs
 from .orders import MERGES, check_presentations
 
 METHODS = ("first", "expected", "greedy", "beam")
+MOST_BEAMS = 1_000
 TASK_METHODS = ("pointwise", "pairwise", "listwise", "hybrid")
 RANKED = {  # answers that a model has learned (objectives.base.LEARNED) -> the form in which a ranking is read
     "ranking": "ranking",
@@ -56,6 +57,8 @@ class RankingOptions:
         check_presentations(self.shuffles, self.merge_by, self.seed)
         if self.beams < 1:
             raise AlroFastError(f"beams is at least 1; given {self.beams}")
+        if self.beams > MOST_BEAMS:
+            raise AlroFastError(f"beams is at most {MOST_BEAMS:,}; given {self.beams}")
         constants_of(self.hybrid or "code")
         ways_of(pairs_of(0, self.pairing, np.random.default_rng(0)), self.pair_orders)
 
@@ -229,6 +232,8 @@ def check_token_budget(tokens: int) -> None:
     """AlroFastError for less than 0."""
     if tokens < 0:
         raise AlroFastError(f"token_budget is at least 0; given {tokens}")
+    if tokens >= 2**31:
+        raise AlroFastError(f"token_budget is below {2**31:,}; given {tokens}")
 
 
 def add_ranking_options(parser: argparse.ArgumentParser) -> None:

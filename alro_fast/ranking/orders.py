@@ -15,6 +15,7 @@ from ..errors import AlroFastError
 if TYPE_CHECKING:
     from ..data.records import RankingList
 
+MOST_SHUFFLES = 10_000
 MERGES = ("mean", "borda", "kemeny")
 EXACT_KEMENY = 10  # candidates; above, Borda improved by swaps of neighbours
 
@@ -41,8 +42,12 @@ def check_presentations(shuffles: int, merge_by: str, seed: int) -> None:
     """AlroFastError for presentations that nobody can make or merge."""
     if shuffles < 1:
         raise AlroFastError(f"shuffles is at least 1; given {shuffles}")
+    if shuffles > MOST_SHUFFLES:
+        raise AlroFastError(f"shuffles is at most {MOST_SHUFFLES:,}; given {shuffles}")
     if seed < 0:
         raise AlroFastError(f"seed is at least 0; given {seed}")
+    if seed >= 2**32:
+        raise AlroFastError(f"seed is below {2**32:,}; given {seed}")
     if merge_by not in MERGES:
         raise AlroFastError(f"unknown merge {merge_by!r}; expected one of {', '.join(MERGES)}")
 

@@ -6,17 +6,24 @@ they are the scores of `Ranker`'s method `first`. Prompts travel as token ids, s
 
 from __future__ import annotations
 
+import functools
 import http.client
+import io
 import json
 import math
+import re
+import socket
+import ssl
+import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
     from ..prompts import PromptBuilder
 
 LONGEST = 16 << 20  # bytes of an answer to one request: a token and its log-probabilities
+MOST_PARALLEL = 1024
 CHUNK = 64  # lists asked for before the first of them is returned
 
 
@@ -52,7 +60,11 @@ class RankingClient:
         for name, value in (("parallel", parallel), ("timeout", timeout)):
             if not value > 0:
                 raise AlroFastError(f"{name} is above 0; given {value}")
-        self.url, self.model, self.prompts = url.rstrip("/").removesuffix("/v1"), model, prompts
+        if not parallel <= MOST_PARALLEL or not timeout <= threading.TIMEOUT_MAX:
+            raise AlroFastError(f"parallel is at most {MOST_PARALLEL}, and timeout {threading.TIMEOUT_MAX:.0f} seconds")
+        if api_key is not None and not re.fullmatch(r"[\x21-\x7e]+", api_key):
+            raise AlroFastError("the API key holds a character that no header has; give the key alone")
+        self.url, self.model, self.prompts = checked_url(url), model, prompts
         self.api_key, self.parallel, self.timeout = api_key, parallel, timeout
 
     @classmethod
@@ -80,9 +92,10 @@ class RankingClient:
             raise AlroFastError(
                 f"{folder} was tuned to answer with grades, and the client reads identifiers; rank with alro_fast.rank"
             )
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False
-        )  # never a folder's code, nor an offer
+        try:  # never a folder's code, nor an offer to run it
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # the tokenizers library raises nothing narrower for a file that is damaged
+            raise AlroFastError(f"{folder}: no tokenizer could be loaded ({_reason(str(error))})") from None
         return cls(url, model, PromptBuilder.load(folder, tokenizer), **options)
 
     def stream(
@@ -151,23 +164,34 @@ class RankingClient:
         headers = {"Content-Type": "application/json"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
-        until = time.monotonic() + self.timeout
         request = urllib.request.Request(f"{self.url}/v1/completions", json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                return json.loads(_whole(response, until))
+            with _OPENER.open(request, timeout=self.timeout) as response:
+                return json.loads(_whole(response))
         except urllib.error.HTTPError as error:
-            raise AlroFastError(
-                f"{self.url} answered {error.code}: {_reason(error.read().decode(errors='replace'))}"
-            ) from None
+            raise AlroFastError(f"{self.url} answered {error.code}: {_complaint(error)}") from None
         except http.client.HTTPException as error:
             raise AlroFastError(
                 f"{self.url} broke off its answer or speaks no HTTP ({type(error).__name__}: {_reason(str(error))})"
             ) from None
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        except OSError as error:  # also urllib's, and time that ran out
             raise AlroFastError(f"{self.url} cannot be reached: {getattr(error, 'reason', error)}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise AlroFastError(f"{self.url} did not answer with JSON: {error}") from None
+
+
+def checked_url(url: str) -> str:
+    """The address of a server without its /v1; AlroFastError for what is none, or holds a password."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        parts, fine = None, False
+    if parts is None or not fine or not re.fullmatch(r"[\x21-\x7e]+", url):
+        raise AlroFastError(f"--url {url!r} is no address; expected one such as http://localhost:8000")
+    if parts.username is not None or parts.password is not None:
+        raise AlroFastError("--url holds a name or a password; give the address alone, and a key as --api_key")
+    return url.rstrip("/").removesuffix("/v1")
 
 
 def read_logprobs(response: Any) -> dict[int, float]:
@@ -186,13 +210,11 @@ def read_logprobs(response: Any) -> dict[int, float]:
         ) from None
 
 
-def _whole(response: http.client.HTTPResponse, until: float) -> bytes:
-    """The body; TimeoutError when it has not come by then, however steadily it drips, AlroFastError past LONGEST."""
+def _whole(response: Any) -> bytes:
+    """The body; AlroFastError past LONGEST."""
     parts: list[bytes] = []
     while part := response.read1(1 << 16):
         parts.append(part)
-        if time.monotonic() > until:
-            raise TimeoutError("its answer did not end in time")
         if sum(map(len, parts)) > LONGEST:
             raise AlroFastError(
                 f"the server's answer is longer than {LONGEST >> 20} MiB; is it a completions endpoint?"
@@ -200,6 +222,76 @@ def _whole(response: http.client.HTTPResponse, until: float) -> bytes:
     if response.length:  # what was announced and did not come
         raise http.client.IncompleteRead(b"".join(parts), response.length)
     return b"".join(parts)
+
+
+def _complaint(error: urllib.error.HTTPError) -> str:
+    """What the body of an error says, as far as it comes."""
+    try:
+        return _reason(error.read(1 << 16).decode(errors="replace"))
+    except (OSError, http.client.HTTPException):
+        return "and broke off"
+
+
+class _Until(io.RawIOBase):
+    """What comes from a socket until a moment; TimeoutError then, however steadily it drips."""
+
+    def __init__(self, sock: socket.socket, file: Any) -> None:
+        self.sock, self.file = sock, file
+        self.until = time.monotonic() + (sock.gettimeout() or threading.TIMEOUT_MAX)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self.until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("its answer did not end in time")
+        self.sock.settimeout(left)
+        try:
+            return cast("int | None", self.file.readinto1(buffer))
+        except TimeoutError:
+            raise TimeoutError("its answer did not end in time") from None
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    """An answer whose head and body come before the timeout that its connection was opened with has passed."""
+
+    def __init__(self, sock: socket.socket, *given: Any, **options: Any) -> None:
+        super().__init__(sock, *given, **options)
+        self.fp = io.BufferedReader(_Until(sock, self.fp))
+
+
+class _Plain(http.client.HTTPConnection):
+    response_class = _Response
+
+
+class _Secure(http.client.HTTPSConnection):
+    response_class = _Response
+
+
+class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_Plain, request)
+
+    def https_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_Secure, request, context=_secured())
+
+
+_secured = functools.cache(ssl.create_default_context)
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """An answer that sends elsewhere is an error: the key, and the users' histories, are for one server."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_Handler, _Stay)
 
 
 def _reason(text: str) -> str:

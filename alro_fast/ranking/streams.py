@@ -7,7 +7,6 @@ answered at once, and what stands in a file is ranked in the same company every 
 from __future__ import annotations
 
 import itertools
-import json
 import queue
 import sys
 import threading
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..errors import AlroFastError
+from ..texts import json_line, printable
 from .documents import answer, documents, numbered, parse_list
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Complaints:
         if not self.skip:
             raise error
         self.skipped += 1
-        print(f"error: {error}; skipped", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error))}; skipped", file=sys.stderr, flush=True)
 
     def settle(self) -> None:
         """Exit status 1 where lists were skipped."""
@@ -114,7 +114,7 @@ def answers(
     for chunk in in_chunks(source, CHUNK, PAUSE):
         for asked, ranking in zip(chunk, _ranked([one.entry for one in chunk], rank, complaints), strict=True):
             if ranking is not None:
-                yield json.dumps(answer(asked.document, ranking, top_k), ensure_ascii=False)
+                yield json_line(answer(asked.document, ranking, top_k))
 
 
 def _ranked(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import yaml
 
 from ..errors import AlroFastError
 from ..ranking.options import TASK_METHODS
+from ..texts import from_yaml, is_file, read_text
 from ..training.config import RECIPES, RECORDED, Config, as_flags, parse
 from ..training.kinds import kind_of, stages
 
@@ -28,8 +30,10 @@ OURS = {  # options that a study sets for each of its runs -> where they are sai
     "resume_from_checkpoint": "an unfinished run is gone on with by itself",
     "overwrite_output_dir": "remove the run's folder to have it run again",
     "dry_run": "give --dry_run to the study",
+    "hub_token": "log in, or set $HF_TOKEN: a study writes its options down",
 }
 EVALUATE = {"shuffles": 2, "limit": 1}  # options of `alro_fast.evaluate` a study may give, and their least value
+MOST_SEEDS, MOST_VARIANTS = 1_000, 1_000
 PREFERENCE_METRICS = ("pair_accuracy", "user_auc", "hit@1", "valid")  # means over records, pairs or users
 RANKING_METRIC = re.compile(r"(ndcg|hr)@(1|3|5|10)|mrr")
 
@@ -107,14 +111,15 @@ def read_study(name: str) -> dict[str, Any]:
     """A study file, or a ready study by its name; AlroFastError for a file that is none, or an unknown key."""
     ready = READY / f"{name}.yaml"
     path = ready if ready.is_file() else Path(name)
-    if not path.is_file():
+    if not is_file(path):
         raise AlroFastError(f"{name}: no such file or study; ready studies: {', '.join(study_names())}")
+    expected = f"expected YAML with the keys {', '.join(KEYS)}"
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        document = None
+        document = from_yaml(read_text(path), "it")
+    except AlroFastError as error:
+        raise AlroFastError(f"{name} is no study: {error}; {expected}") from None
     if not isinstance(document, dict):
-        raise AlroFastError(f"{name} is no study: expected YAML with the keys {', '.join(KEYS)}")
+        raise AlroFastError(f"{name} is no study: {expected}")
     for key in document:
         if key not in KEYS:
             close = difflib.get_close_matches(str(key), KEYS, n=1)
@@ -243,6 +248,8 @@ def _variants(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         for key, values in grid.items():
             if not isinstance(values, list) or not values:
                 raise AlroFastError(f"grid: {key}: {values!r}; expected a list of values")
+        if math.prod(map(len, grid.values())) > MOST_VARIANTS:
+            raise AlroFastError(f"grid: it has more than {MOST_VARIANTS:,} variants; leave some values out")
         rows = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
         variants = {", ".join(f"{key}={value}" for key, value in row.items()): row for row in rows}
     for name, options in variants.items():
@@ -307,5 +314,8 @@ def parse_seeds(text: str) -> list[int]:
         span = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
         if span is None:
             raise AlroFastError(f"--seeds {text!r}; expected numbers such as 0-4 or 0,2,5")
-        found += range(int(span[1]), int(span[2] or span[1]) + 1)
+        first, last = int(span[1][:12]), int((span[2] or span[1])[:12])  # twelve digits tell that it is too many
+        if last >= 2**32 or last - first >= MOST_SEEDS:
+            raise AlroFastError(f"--seeds {text!r:.60}; expected at most {MOST_SEEDS:,} numbers below {2**32:,}")
+        found += range(first, last + 1)
     return found

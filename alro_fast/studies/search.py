@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from ..errors import AlroFastError
+from ..run_folder import held
 from .figures import intact
 from .plan import PlannedRun, Study, plan
 from .runs import PLAN, check_folder, execute, last_line
@@ -85,7 +86,16 @@ def search(document: dict[str, Any], given: Mapping[str, Any], processes: int, d
     if dry_run:
         return None
     check_folder(base)
-    corners.folder.mkdir(parents=True, exist_ok=True)
+    with held(corners.folder):
+        return _carried_out(optuna, space, corners, document, given, processes)
+
+
+def _carried_out(
+    optuna: Any, space: Space, corners: Study, document: dict[str, Any], given: Mapping[str, Any], processes: int
+) -> dict[str, Any]:
+    """The trials that are left, and the study of the best beside the base."""
+    bare = {key: value for key, value in document.items() if key not in ("search", "evaluate")}
+    without = {key: value for key, value in document.items() if key != "search"}
     (corners.folder / PLAN).write_text(yaml.safe_dump({"search": document["search"]}, sort_keys=False))
     found = _opened(optuna, space, corners)
     waiting = [optuna.Trial(found, one._trial_id) for one in found.get_trials(states=[optuna.trial.TrialState.RUNNING])]

@@ -23,6 +23,7 @@ from ..ops import DIVERGENCES
 from ..options import DataArguments, ModelArguments, ObjectiveArguments, RankerTrainingArguments, Where
 from ..prompts.scale import default_template
 from ..run_folder import as_now_called
+from ..texts import from_yaml, is_file, read_text
 from .help import groups, help_text
 from .unread import WITHOUT_MEANING, Unread, objectives_of, unread, without_meaning
 
@@ -96,9 +97,13 @@ def parse(argv: Sequence[str], stage: Sequence[str] = ()) -> Config:
     of_a_run = not values.keys().isdisjoint(RECORDED)  # the version before recorded what a run did not read, too
     values = as_now_called(values) if of_a_run else values
     values = {key: value for key, value in values.items() if key not in RECORDED}
-    for key in values:
+    for key, value in values.items():
         if key not in known:
             parser.error(f"{name}: unknown option {key!r}{_hint(key, known)}")
+        if isinstance(value, list) and "list" not in str(known[key].type):
+            parser.error(f"{name}: {key} is a list, {value!r:.60}; expected one value")
+        if "\0" in str(value):
+            parser.error(f"{name}: {key} holds a null character, which no name or value has")
     words = {key: as_flags(key, value) for key, value in values.items()}
     options, extra = parser.parse_known_args([*itertools.chain(*words.values()), *argv, *stage])
     if extra:
@@ -197,18 +202,15 @@ def read_recipe(name: str) -> dict[str, Any]:
         raise AlroFastError(f"--config is empty; expected a YAML file, or one of {', '.join(recipe_names())}")
     ready = RECIPES / f"{name}.yaml"
     path = ready if ready.is_file() else Path(name)
-    if not path.is_file():
+    if not is_file(path):
         raise AlroFastError(f"--config {name}: no such file or recipe; ready recipes: {', '.join(recipe_names())}")
-    problem = AlroFastError(
-        f"--config {name} is not a configuration: expected YAML lines such as 'learning_rate: 2e-4'; "
-        "prepared data goes to --data_dir"
-    )
+    expected = "expected YAML lines such as 'learning_rate: 2e-4'; prepared data goes to --data_dir"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise problem from error
+        values = from_yaml(read_text(path), "it")
+    except AlroFastError as error:
+        raise AlroFastError(f"--config {name} is not a configuration: {error}; {expected}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise problem
+        raise AlroFastError(f"--config {name} is not a configuration: {expected}")
     return values
 
 

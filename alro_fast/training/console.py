@@ -6,7 +6,6 @@ example (of a dry run), step, validation, results, done; the keys of a step are 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from ..errors import AlroFastError
+from ..texts import json_line
 
 WATCHED = ("loss", "ndcg@3", "ndcg@10", "pair_accuracy", "user_auc")
 
@@ -58,7 +58,7 @@ def show_end(folder: str, seconds: float, following: str, as_json: bool, report:
 
 def print_json(event: str, values: Mapping[str, Any]) -> None:
     """An object on a line of its own; NaN and infinities, which JSON does not have, are null."""
-    print(json.dumps({"event": event, **_finite(values)}, ensure_ascii=False, allow_nan=False), flush=True)
+    print(json_line({"event": event, **_finite(values)}), flush=True)
 
 
 def _finite(value: Any) -> Any:

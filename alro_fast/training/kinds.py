@@ -8,8 +8,9 @@ from typing import cast
 
 from ..errors import AlroFastError
 from .checkpoints import check_same_data, check_same_options, newest_checkpoint
+from .checks.folders import next_folder
 from .config import Config, parse
-from .run import Run, next_folder
+from .run import Run
 from .run_preferences import PreferenceRun
 from .run_recranker import RecRankerRun
 from .stages import finished, stage_arguments

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import yaml
@@ -43,13 +43,17 @@ from ..prompts.scale import fitted_template
 from ..ranking.fusion import Fusion, check_fittable, fused_signals
 from ..ranking.orders import Ranking
 from ..ranking.ranker import Ranker
-from ..run_folder import BEFORE_THE_FIRST_STEP, LEFT_BY_A_RUN, check_writable
+from ..run_folder import check_writable, held
 from .checkpoints import check_same_data, find_checkpoint, settle_auto
+from .checks.folders import begun, claim_folder, named_folder
+from .checks.rehearsal import check_hub, check_metric, rehearse
 from .config import Config
 from .console import NonFiniteLoss, show_end, show_example, show_plan, show_results
 from .signals import signal_vocabulary, signals_shown
 from .stages import merge_adapter, stack_adapters, write_merged_base
 from .trainer import RankerTrainer, TreeDataset
+
+VALIDATED = ("ndcg@1", "ndcg@3", "ndcg@5", "ndcg@10")
 
 
 class Run:
@@ -59,11 +63,31 @@ class Run:
         self.settle(config)
         self.config, self.training = config, config.training
         self.made: list[Path] = []  # the output folder, and those above it, where they are new
+        self.lock = contextlib.ExitStack()
         try:
             self.build()
-        except AlroFastError:
-            self.unmake()
+        except BaseException as error:
+            if isinstance(error, AlroFastError):
+                self.unmake()
+            self.lock.close()
             raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the output folder free for others."""
+        self.lock.close()
+
+    def keep(self) -> None:
+        """Keep the output folder, made where it is new, to this run; a dry run makes none."""
+        if self.training.process_index:
+            return
+        check_writable(self.folder)
+        if self.folder.is_dir() or not self.training.dry_run:
+            made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+            self.lock.enter_context(held(self.folder))
+            self.made = made
 
     @staticmethod
     def settle(config: Config) -> None:
@@ -78,8 +102,10 @@ class Run:
         """Everything up to the Trainer."""
         config = self.config
         with self.training.main_process_first(local=False):  # the others find the folder claimed and the data prepared
-            settle_auto(config, Path(self.training.output_dir) if self.training.output_dir else None)
-            self.folder = claim_folder(config)
+            self.folder = named_folder(config)
+            self.keep()
+            settle_auto(config, self.folder)
+            claim_folder(config, self.folder)
             self.checkpoint = find_checkpoint(config, self.folder)
             self.prepared = self.prepare()
         check_same_data(self.checkpoint, self.prepared)
@@ -99,6 +125,10 @@ class Run:
             fused_signals(self.prepared)
             check_fittable(self.fitted_on)
         self.check_ratings()
+        if self.training.push_to_hub:
+            check_hub(self.training, self.folder)
+            self.training.push_to_hub = not self.training.dry_run  # which asks nothing of the hub
+        check_metric(self.training, ["loss", *config.description.logs, *self.watched])
         self.model, self.tokenizer = self.build_model()
         self.objective = self.build_objective()
         show = not self.training.disable_tqdm
@@ -114,6 +144,12 @@ class Run:
             callbacks=[NonFiniteLoss()],
             processing_class=self.tokenizer,
         )
+        rehearse(self.trainer, self.trainer.planned_steps())
+
+    @property
+    def watched(self) -> Sequence[str]:
+        """Names of what `validate` measures, where there are validation lists."""
+        return VALIDATED if len(self.lists["valid"]) else ()
 
     def check_ratings(self) -> None:
         """AlroFastError where no training list holds two ratings, so that none has an order to learn."""
@@ -198,8 +234,6 @@ class Run:
             if self.training.dry_run:
                 self.training.output_dir = str(work)
         elif self.training.process_index == 0:
-            self.made = [path for path in (work, *work.parents) if not path.exists()]
-            work.mkdir(parents=True, exist_ok=True)
             self.save_config(work)
         return self.load(work)
 
@@ -375,7 +409,7 @@ class Run:
         lists, targets = self.lists["valid"], has_targets(self.prepared, "valid")
         scores = {"model": self.ranker.scores(lists)}
         results = evaluate_rankers(lists, scores, targets=targets, prepared=self.prepared, split="valid", bootstrap=0)
-        return {name: results.mean("model", name) for name in ("ndcg@1", "ndcg@3", "ndcg@5", "ndcg@10")}
+        return {name: results.mean("model", name) for name in VALIDATED}
 
     def save_extras(self, folder: Path) -> None:
         """What a run leaves beside the weights: prompt format, data manifest, options, model card."""
@@ -393,53 +427,6 @@ class Run:
         if resolved.get("data_dir") is not None:  # read again from other working directories
             resolved["data_dir"] = str(Path(resolved["data_dir"]).absolute())
         (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
-
-
-def claim_folder(config: Config) -> Path:
-    """The output folder: given, or the next free out/<recipe>; emptied of a run that never began a step.
-
-    AlroFastError when it holds something else, or a run that is neither resumed nor to be replaced.
-    """
-    training = config.training
-    if training.output_dir is None:
-        if training.world_size > 1:
-            raise AlroFastError("several processes need --output_dir: each would number its own folder")
-        training.output_dir = str(next_folder(config))
-    folder = Path(training.output_dir)
-    if training.process_index:
-        return folder
-    check_writable(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        recorded = [folder / "config.yaml", *folder.glob("checkpoint-*/config.yaml")]  # the first may be cut short
-        if not any(path.is_file() and "alro_fast_version" in path.read_text() for path in recorded):
-            raise AlroFastError(
-                f"--output_dir {folder} holds something else than a run of alro_fast; give another folder"
-            )
-        if begun(folder) and not training.resume_from_checkpoint and not training.overwrite_output_dir:
-            raise AlroFastError(
-                f"--output_dir {folder} holds an earlier run; add --resume_from_checkpoint true or "
-                "--overwrite_output_dir true, or give another folder"
-            )
-        foreign = sorted(path.name for path in folder.iterdir() if not any(map(path.match, LEFT_BY_A_RUN)))
-        if foreign and begun(folder) and not training.resume_from_checkpoint:
-            raise AlroFastError(
-                f"--output_dir {folder} holds {foreign[0]}, which no run wrote: it is not replaced; give another folder"
-            )
-    return folder
-
-
-def begun(folder: Path) -> bool:
-    """Whether `folder` holds more than a run that stopped before its first step leaves."""
-    return folder.is_dir() and not {path.name for path in folder.iterdir()} <= BEFORE_THE_FIRST_STEP
-
-
-def next_folder(config: Config) -> Path:
-    """The next free out/<recipe>."""
-    folder, n = Path("out") / config.recipe, 1
-    while folder.exists():
-        n += 1
-        folder = Path("out") / f"{config.recipe}-{n}"
-    return folder
 
 
 def prepare(config: Config, folder: Path) -> PreparedData:

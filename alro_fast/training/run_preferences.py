@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 from transformers import TrainerCallback
 
 from ..data.negatives import NUM_NEGATIVES, Negatives, positive
-from ..data.preferences import Preference, read_preferences, with_first
+from ..data.preferences import MOST_BYTES, Preference, read_preferences, with_first
 from ..data.records import Item, RankingList
 from ..errors import AlroFastError
 from ..evaluation.preference_metrics import Scored, preference_metrics
@@ -25,6 +25,7 @@ from ..objectives.base import Example, Objective, build_objective
 from ..objectives.dmpo import DMPOObjective, ReferenceTable, check_answers
 from ..prompts.preference import PreferencePrompts
 from ..run_folder import check_writable
+from ..texts import read_bytes
 from .config import Config
 from .console import show_results
 from .reference_logprobs import reference_table
@@ -109,6 +110,10 @@ class PreferenceRun(Run):
         data, places = self.config.data, super().signals
         shown = data.negatives_from == "candidates" and data.preference_answer != "pairs"
         return places if shown else {part: names for part, names in places.items() if part == "history"}
+
+    @property
+    def watched(self) -> Sequence[str]:
+        return WATCHED if len(self.lists["valid"]) else ()
 
     # ---- data
 
@@ -282,7 +287,7 @@ def read_files(config: Config) -> PreferenceFiles:
         for one in (*train, *next(iter(tests.values()), ())):
             check_answers(one, one.list_id, config.objective.dmpo_variant)
     roles = {f"train: {file.name}": file} | {f"eval: {path.name}": path for path in measured.values()}
-    hashes = {role: hashlib.sha256(path.read_bytes()).hexdigest() for role, path in roles.items()}
+    hashes = {role: hashlib.sha256(read_bytes(path, MOST_BYTES)).hexdigest() for role, path in roles.items()}
     return PreferenceFiles(file, {"dataset": file.stem, "files": hashes}, [], train, tests)
 
 

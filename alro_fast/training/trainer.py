@@ -149,10 +149,15 @@ class RankerTrainer(Trainer):
         self._since, self._noted_step = time.perf_counter(), 0
         self.meter = Meter(model, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None)
         self.start = self.cursor = Cursor()
-        super().__init__(
-            model, args, data_collator=cast(Any, _only), train_dataset=train_dataset, eval_dataset=eval_dataset,
-            callbacks=callbacks, **options,
-        )  # fmt: skip
+        try:
+            super().__init__(
+                model, args, data_collator=cast(Any, _only), train_dataset=train_dataset, eval_dataset=eval_dataset,
+                callbacks=callbacks, **options,
+            )  # fmt: skip
+        except AlroFastError:
+            raise
+        except (ValueError, TypeError, ImportError) as error:  # options that do not go together, or with this machine
+            raise AlroFastError(f"{next(iter(str(error).strip().splitlines()), error)}") from error
         self.loss_is_scaled_for_ga = True
         train_dataset.check(args.tokens_per_batch)
         if eval_dataset is not None:
@@ -407,8 +412,23 @@ class RankerTrainer(Trainer):
         self._since = time.perf_counter()
         return metrics
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As the Trainer's; AlroFastError where the hub cannot be reached, or refuses."""
+        try:
+            super().init_hf_repo(token, private)
+        except Exception as error:  # of whichever client the hub's library has
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise AlroFastError(
+                f"--push_to_hub true: the hub cannot be reached, or refuses ({reason}); log in, or leave it out and "
+                "push the folder later"
+            ) from error
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        token, self.args.hub_token = self.args.hub_token, None  # it is in no file, not even for a moment
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
         folder = Path(cast(str, output_dir or self.args.output_dir))
         share(folder)
         (folder / TRAINING_ARGS_NAME).unlink(

@@ -28,7 +28,7 @@ def test_ready_templates_are_named_where_one_is_missing():
         ("rows.json", b'[{"prompt": "x", "chosen": "y"}]', "found a list.*data file"),
         ("row.json", b'{"prompt": "x", "chosen": "y"}', "unknown key 'chosen'"),
         ("table.parquet", b"PAR1\xff\xfe", "not UTF-8"),
-        ("large.csv", b"1,2,3\n" * 20000, "120000 bytes.*data file"),
+        ("large.csv", b"1,2,3\n" * 20000, "larger than 65,536 bytes.*data file"),
         ("empty.yaml", b"", "found nothing"),
         ("broken.yaml", b"a: [1", "not valid YAML"),
     ],

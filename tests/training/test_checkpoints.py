@@ -17,8 +17,8 @@ from alro_fast import train
 from alro_fast.errors import AlroFastError
 from alro_fast.training.batches import CURSOR, Cursor
 from alro_fast.training.checkpoints import damage, find_checkpoint, newest_checkpoint, settle_auto
+from alro_fast.training.checks.folders import claim_folder
 from alro_fast.training.config import parse
-from alro_fast.training.run import claim_folder
 
 
 def config(folder: Path, wanted: str = "true"):
@@ -167,9 +167,9 @@ def test_auto_goes_on_where_it_can(run, tmp_path_factory):
 def test_an_emptied_config_locks_no_checkpoint_out(run):
     (run / "config.yaml").write_text("")
     with pytest.raises(AlroFastError, match="holds something else than a run of alro_fast"):
-        claim_folder(config(run))
+        claim_folder(config(run), run)
     edit(run / "checkpoint-4" / "config.yaml", alro_fast_version="0.1.0")
-    assert claim_folder(config(run)) == run
+    claim_folder(config(run), run)
 
 
 def test_a_checkpoint_of_the_version_before_is_resumed_from(run):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import polars as pl
 
+from ...run_folder import held
 from ..lists import TARGET_SCHEMA, seen_frame, train_statistics, write_prepared
 from ..prepared import FileOptions, Stages, check_output, manifest_of, read_files
 from ..records import RankingList
@@ -65,22 +66,23 @@ def prepare_hinted(files: FileOptions, options: HintOptions) -> tuple[Hinted, St
     need_libraries()
     recorded = options.recorded | files.recorded
     check_output(files, recorded)
-    stage = Stages()
-    interactions = read_files(files, stage)
-    built = build_hinted(interactions, options, stage.notice, stage.done)
-    lists = ", ".join(f"{split} {count:,}" for split, count in built.counts["lists"].items())
-    stage.done(f"made lists: {lists}")
-    rules = {"tie_rule": TIE_RULE, "split_rule": LIKE_SPLIT_RULE, "train_rule": TRAIN_RULE, "order_rule": EVAL_RULE}
-    rules |= {"hint_rule": HINT_RULE, "sampling_rule": rule(parse_parts(options.sampling))}
-    manifest = manifest_of(files, interactions, recorded, options.seed, rules, built.counts) | {
-        "retriever": built.retriever,
-        "retrieval": built.retrieval,
-        "hint_rmse": built.hint_error,
-        "sampling": describe(built.sample, built.like_count),
-    }
-    seen = seen_frame(interactions.user, interactions.item, interactions.user_ids)
-    write_prepared(files.output_dir, built.items, built.lists, manifest, built.targets, seen)
-    return built, stage
+    with held(files.output_dir):
+        stage = Stages()
+        interactions = read_files(files, stage)
+        built = build_hinted(interactions, options, stage.notice, stage.done)
+        lists = ", ".join(f"{split} {count:,}" for split, count in built.counts["lists"].items())
+        stage.done(f"made lists: {lists}")
+        rules = {"tie_rule": TIE_RULE, "split_rule": LIKE_SPLIT_RULE, "train_rule": TRAIN_RULE, "order_rule": EVAL_RULE}
+        rules |= {"hint_rule": HINT_RULE, "sampling_rule": rule(parse_parts(options.sampling))}
+        manifest = manifest_of(files, interactions, recorded, options.seed, rules, built.counts) | {
+            "retriever": built.retriever,
+            "retrieval": built.retrieval,
+            "hint_rmse": built.hint_error,
+            "sampling": describe(built.sample, built.like_count),
+        }
+        seen = seen_frame(interactions.user, interactions.item, interactions.user_ids)
+        write_prepared(files.output_dir, built.items, built.lists, manifest, built.targets, seen)
+        return built, stage
 
 
 def build_hinted(

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...errors import AlroFastError
+from ..windows import MOST
 from .likes import MIN_LIKES
 from .retrieval import RetrieverOptions, resolve
 from .sampling import PARTS, parse_parts
@@ -33,6 +34,8 @@ class HintOptions:
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise AlroFastError(f"--{name} {getattr(self, name)} is too small; at least {least} is needed")
+            if getattr(self, name) >= MOST:
+                raise AlroFastError(f"--{name} {getattr(self, name)} is too large; it must be below {MOST:,}")
         if not self.dislike < self.like:
             raise AlroFastError(f"--dislike {self.dislike:g} is not below --like {self.like:g}")
         object.__setattr__(self, "sampling", ",".join(parse_parts(self.sampling)) or "none")

@@ -66,7 +66,7 @@ def _reviews(edition: str, path: Path, columns: Columns, workdir: Path) -> pl.La
         parts.append(part)
     if not parts:
         raise AlroFastError(f"{path.name} is empty; one JSON review per line is expected")
-    return pl.concat([pl.scan_parquet(part) for part in parts])
+    return pl.concat([pl.scan_parquet(part, glob=False) for part in parts])
 
 
 def _record(line: bytes, path: Path) -> dict:

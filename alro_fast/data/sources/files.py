@@ -14,10 +14,11 @@ from typing import Any
 import polars as pl
 
 from ...errors import AlroFastError
+from ...texts import packed_or_wide
 
 BLOCK_BYTES = 1 << 25
-LINE_BYTES = 1 << 28  # a longer line is no record of a rating
-UNFOLDED_BYTES, UNFOLDED_TIMES = 1 << 30, 200  # an archive that holds more than both is no table of ratings
+LINE_BYTES = 1 << 24  # a longer line is no record of a rating
+UNFOLDED_BYTES, UNFOLDED_TIMES = 1 << 28, 50  # an archive that holds more than both is no table of ratings
 
 
 @contextmanager
@@ -71,11 +72,13 @@ def blocks(path: Path) -> Iterator[bytes]:
         else:
             rest += chunk
         if len(rest) > LINE_BYTES:
-            raise AlroFastError(
-                f"{path.name} has a line of more than {LINE_BYTES:,} bytes; one record per line is expected"
-            )
+            raise _too_long(path)
     if rest.strip():
         yield rest
+
+
+def _too_long(path: Path) -> AlroFastError:
+    return AlroFastError(f"{path.name} has a line of more than {LINE_BYTES:,} bytes; one record per line is expected")
 
 
 def text_lines(path: Path) -> Iterator[str]:
@@ -89,8 +92,14 @@ def scan_csv(path: Path, separator: str = ",", names: list[str] | None = None) -
 
     names: of the columns, for a file without a header, whose cells are not quoted.
     """
-    if path.stat().st_size == 0:
+    with path.open("rb") as file:
+        head = file.readline(LINE_BYTES + 1)
+    if not head:
         raise AlroFastError(f"{path.name} is empty; a table is expected in it")
+    if len(head) > LINE_BYTES:
+        raise _too_long(path)
+    if (found := packed_or_wide(head)) is not None:
+        raise AlroFastError(f"{path.name} is {found}")
     how: dict[str, Any] = {
         "separator": separator,
         "has_header": names is None,
@@ -98,7 +107,7 @@ def scan_csv(path: Path, separator: str = ",", names: list[str] | None = None) -
         "quote_char": '"' if names is None else None,
     }
     with polars_errors(path):
-        scan = pl.scan_csv(path, **how)
+        scan = pl.scan_csv(path, glob=False, **how)
         found = scan.collect_schema().names()
         if names is None:
             return scan
@@ -115,7 +124,7 @@ def scan_table(path: Path, separator: str | None, workdir: Path, names: list[str
     suffixes = path.suffixes
     if suffixes[-1:] == [".parquet"]:
         with polars_errors(path):
-            scan = pl.scan_parquet(path)
+            scan = pl.scan_parquet(path, glob=False)
             scan.collect_schema()
         return scan
     separator = separator or ("\t" if ".tsv" in suffixes else ",")
@@ -123,5 +132,5 @@ def scan_table(path: Path, separator: str | None, workdir: Path, names: list[str
         return scan_csv(path, separator, names)
     plain = workdir / path.stem
     with plain.open("wb") as out:
-        out.writelines(unfolded(path))
+        out.writelines(blocks(path))
     return scan_csv(plain, separator, names)

@@ -147,7 +147,8 @@ def locate(
             _need(
                 path or len(some) == 1,
                 f"--raw_dir {folder} holds {len(some)} {what} "
-                f"({', '.join(some) or 'none'}); one is expected: choose with --{flag}_file PATH",
+                f"({', '.join([*some[:5], *(['...'] * (len(some) > 5))]) or 'none'}); "
+                f"one is expected: choose with --{flag}_file PATH",
             )
         return ratings or folder / found[0][0], items or folder / found[1][0]
     known = FOLDERS[dataset]

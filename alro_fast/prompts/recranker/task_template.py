@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import AlroFastError
+from ...texts import is_file
 from ..template import ONE_TO_FIVE, TEMPLATES, filled, parse_grades, parse_scale, parse_yaml, placeholders, read_text
 
 TASK_TEMPLATES = TEMPLATES / "recranker"
@@ -76,7 +77,7 @@ def load_task_template(template: str | Path, ratings: Iterable[float] = ONE_TO_F
     path = TASK_TEMPLATES / f"{template}.yaml"
     if str(template) not in ready_task_templates():
         path = Path(template)
-    if not path.is_file():
+    if not is_file(path):
         ready = ", ".join(ready_task_templates())
         raise AlroFastError(
             f"no prompt template {str(template)!r} for objective recranker: expected one of {ready}, or the path of a "

@@ -1,0 +1,1 @@
+"""What a run is asked for, looked at and tried before it begins."""
