@@ -63,7 +63,9 @@ class RankingCollator:
         tokens = [len(each) * step - len(self.separator) + (self.end_token_id is not None) for each in ratings]
         starts = [sum(tokens[:number]) for number in range(len(tokens))]
         lists = RankingLists.from_ratings(ratings, ids, twin=twin, first_rows=starts, step=step, ties=ties)
-        sequences, rows, labels = [], [], []
+        sequences: list[list[int]] = []
+        rows: list[int] = []
+        labels: list[int] = []
         answers = [self._answer(row, rank) for row, rank in zip(ids, lists.ranks.tolist())]
         length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers))
         for number, (prompt, answer) in enumerate(zip(prompts, answers)):

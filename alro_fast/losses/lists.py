@@ -154,7 +154,7 @@ def _padded(rows: Sequence[Sequence[float]], pad: float, dtype: torch.dtype) -> 
 
 def checked_counts(counts: ALROCounts) -> ALROCounts:
     """Denominators given by a caller, 0 (of what a batch has none of) as 1; AlroFastError for what is no count."""
-    made = []
+    made: list[Tensor | float] = []
     for name, count in zip(ALROCounts._fields, counts):
         if not isinstance(count, Tensor):
             check_number(f"counts.{name}", count, 0 <= count < math.inf, "a count, a finite number of at least 0")

@@ -365,7 +365,7 @@ def test_two_processes_take_the_step_that_one_takes_in_two_parts(folder):
         "no",
     ]
     once += ["--eval_strategy", "no", "--learning_rate", 0.5]
-    train.main([*options(folder, "one"), *map(str, once), "--gradient_accumulation_steps", "2"])
+    train.main([*options(folder, "one", *once), "--gradient_accumulation_steps", "2"])
     launch = [
         sys.executable,
         "-m",
@@ -376,7 +376,7 @@ def test_two_processes_take_the_step_that_one_takes_in_two_parts(folder):
         "-m",
         "alro_fast.train",
     ]
-    words = [*options(folder, "two"), *map(str, once)]
+    words = [*options(folder, "two", *once)]
     at = words.index("--use_cpu")
     del words[at : at + 2]  # where there is nothing else, it goes without saying
     done = subprocess.run(
