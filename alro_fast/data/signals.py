@@ -26,6 +26,7 @@ from .sources.interactions import Interactions
 from .windows import Built, ListOptions, Timeline, held_out
 
 FOLDS = 10
+MOST_FOLDS = 1000  # of users
 AVERAGE_PRIOR = 5.0  # as many ratings that say the mean of all, in the average
 ATTRIBUTE_RIDGE, YEAR_RIDGE = 8.0, 12.0  # of the user's own regression on categories and on decades
 MOST_ATTRIBUTES = 48  # the most frequent ones are kept
@@ -69,6 +70,8 @@ class SignalOptions:
             )
         if self.folds < 2:
             raise AlroFastError(f"--signal_folds {self.folds} is too small; at least 2 is needed")
+        if self.folds > MOST_FOLDS:
+            raise AlroFastError(f"--signal_folds {self.folds} is too large; at most {MOST_FOLDS:,} is taken")
 
     @property
     def recorded(self) -> dict[str, Any]:

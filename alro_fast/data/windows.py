@@ -43,6 +43,7 @@ ORDER_RULE = "candidates are presented in the order of a hash of (seed, user id,
 SORT_ROWS = 4_000_000
 CHUNK_LISTS = 1 << 16
 MAX_DRAWS = 32
+MOST_TEST_LISTS = 1000  # of a user
 MOST = 2**32  # of a number of things, and of a seed
 UNGRADED = ("unrated", "as_zero")
 
@@ -73,8 +74,9 @@ class ListOptions:
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise AlroFastError(f"--{name} {getattr(self, name)} is too small; at least {least} is needed")
-            if getattr(self, name) >= MOST:
-                raise AlroFastError(f"--{name} {getattr(self, name)} is too large; it must be below {MOST:,}")
+            most = MOST_TEST_LISTS + 1 if name == "test_lists" else MOST
+            if getattr(self, name) >= most:
+                raise AlroFastError(f"--{name} {getattr(self, name)} is too large; it must be below {most:,}")
         if self.negatives_by not in {"uniform", "popularity"}:
             raise AlroFastError(f"--negatives_by {self.negatives_by!r}; expected 'uniform' or 'popularity'")
 

@@ -6,10 +6,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...errors import AlroFastError
+from ..signals import MOST_FOLDS
 from ..windows import MOST
 from .likes import MIN_LIKES
 from .retrieval import RetrieverOptions, resolve
 from .sampling import PARTS, parse_parts
+
+MOST_SAMPLES = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +37,9 @@ class HintOptions:
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise AlroFastError(f"--{name} {getattr(self, name)} is too small; at least {least} is needed")
-            if getattr(self, name) >= MOST:
-                raise AlroFastError(f"--{name} {getattr(self, name)} is too large; it must be below {MOST:,}")
+            most = {"folds": MOST_FOLDS + 1, "num_samples": MOST_SAMPLES + 1, "num_candidates": 10_001}.get(name, MOST)
+            if getattr(self, name) >= most:
+                raise AlroFastError(f"--{name} {getattr(self, name)} is too large; it must be below {most:,}")
         if not self.dislike < self.like:
             raise AlroFastError(f"--dislike {self.dislike:g} is not below --like {self.like:g}")
         object.__setattr__(self, "sampling", ",".join(parse_parts(self.sampling)) or "none")

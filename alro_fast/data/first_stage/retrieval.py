@@ -51,6 +51,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "lightgcn": {"factors": 64, "iterations": 120, "regularization": 1e-4, "learning_rate": 0.02, "layers": 2},
 }
 RETRIEVERS = tuple(DEFAULTS)
+MOST = {"factors": 4096, "iterations": 100_000, "neighbours": 100_000, "layers": 100}
 
 
 class Retriever(NamedTuple):
@@ -89,6 +90,8 @@ def resolve(name: str, options: RetrieverOptions) -> dict[str, Any]:
             raise AlroFastError(f"--{key} is no option of retriever {name} (it is read by {readers}); leave it out")
         if not math.isfinite(value) or value < 0 or (value == 0 and key != "regularization"):
             raise AlroFastError(f"--{key} {value:g}; expected a number above 0")
+        if value > MOST.get(key, math.inf):
+            raise AlroFastError(f"--{key} {value:g} is too large; at most {MOST[key]:,} is taken")
     return DEFAULTS[name] | given
 
 
