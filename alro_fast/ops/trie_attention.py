@@ -71,6 +71,8 @@ def expected_seconds(
 ) -> tuple[float, float]:
     """What forward and backward of a layer should take: by the kernels over tries, by FlashAttention.
 
+    Where the pairs that are visible alone would take the kernels longer, no tiles are made: the first number is theirs.
+
     Args:
         query: [U, heads, D]; key: [T, kv_heads, D].
         q_lengths, k_lengths: of FlashAttention's sequences.
@@ -83,9 +85,11 @@ def expected_seconds(
         rates = rates._replace(flash_forward=faster * rates.flash_forward, flash_backward=faster * rates.flash_backward)
     config = _config(query.device, query.shape[-1], query.element_size())
     heads = costs.Heads(query.shape[1], key.shape[1], query.shape[2], query.element_size())
-    by_flash = costs.flash_seconds(
-        rates, heads, costs.flash_pairs(q_lengths, k_lengths, window), gathered, len(key)
-    )  # fmt: skip
+    pairs = costs.flash_pairs(q_lengths, k_lengths, window)
+    by_flash = costs.flash_seconds(rates, heads, pairs, gathered, len(key))
+    least = costs.trie_seconds(rates, heads, 3 * (tiles.visible_pairs(window),))
+    if least >= by_flash:
+        return least, by_flash
     return costs.trie_seconds(rates, heads, tiles.pairs(config, window)), by_flash
 
 
