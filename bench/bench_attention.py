@@ -2,8 +2,8 @@
 
 Run: `pytest bench/bench_attention.py`.
 
-One group per shape of tree. Ours: `tree_attention` on the packed stream (whatever body it chooses for the device), and
-its dense definition. Unshared: scaled_dot_product_attention, causal, on the rectangle of all branches padded to the
+One group per shape of tree. Ours: `tree_attention` on the packed stream (whatever body it chooses for the device), the
+two bodies that it chooses from on a GPU, and its dense definition. Unshared: scaled_dot_product_attention, causal, on the rectangle of all branches padded to the
 longest on the right, which needs no mask: the fastest an ordinary batch can be.
 """
 
@@ -15,8 +15,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from alro_fast.modeling.attention import tree_attention
-from alro_fast.modeling.attention_bodies import dense_attention
+from alro_fast.modeling.attention_bodies import dense_attention, trie_attention, varlen_attention
 from alro_fast.modeling.packing import Branch, PackedBatch, Tree, collate
+from alro_fast.ops import flash
 from bench.common import CUDA, DRY, machine
 
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
@@ -40,8 +41,8 @@ def make_batch(shape: str) -> PackedBatch:
     (low, high), branches, (shortest, longest) = SHAPES[shape]
     draw = np.random.default_rng(0)
     trees = []
-    for _ in range(TREES):
-        prefix = [1] * int(draw.integers(low, high + 1))
+    for number in range(TREES):
+        prefix = [100 + number] * int(draw.integers(low, high + 1))
         tails = [[2 + b] * int(draw.integers(shortest, longest + 1)) for b in range(branches)]
         trees.append(Tree([Branch(prefix + tail, len(prefix)) for tail in tails]))
     return collate(trees, range(TREES)).to(DEVICE)
@@ -67,8 +68,20 @@ def dense(batch: PackedBatch):
     return lambda: dense_attention(query, key, value, batch.segments, SCALE, None, None), upstream
 
 
+def triton(batch: PackedBatch):
+    query, key, value, upstream = tensors(1, len(batch.input_ids))
+    return lambda: trie_attention(query, key, value, batch.segments, SCALE, None, None), upstream
+
+
+def varlen(batch: PackedBatch):
+    query, key, value, upstream = tensors(1, len(batch.input_ids))
+    kernel = flash.varlen_backend(False, torch.device(DEVICE)).run
+    sequences = batch.segments.stream
+    return lambda: varlen_attention(kernel, query, key, value, sequences, SCALE, None, None), upstream
+
+
 def unshared(batch: PackedBatch):
-    branches = sum(len(span.lengths) for span in batch.segments.spans)
+    branches = sum(len(offsets) - 1 for offsets in batch.branch_rows)
     query, key, value, upstream = tensors(branches, batch.segments.longest)
 
     def run() -> torch.Tensor:
@@ -78,8 +91,11 @@ def unshared(batch: PackedBatch):
     return run, upstream
 
 
+WAYS = [tree, dense, unshared, *([triton] if CUDA or DRY else []), *([varlen] if CUDA else [])]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("way", [tree, dense, unshared], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_attention(benchmark, shape, way):
     batch = make_batch(shape)
     forward, upstream = way(batch)

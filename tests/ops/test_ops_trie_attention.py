@@ -38,7 +38,7 @@ def test_seconds_by_hand():
 )
 def test_short_branches_take_the_kernels_and_long_ones_flash(prefix, branches, own, ours, monkeypatch):
     """By the assumed rates of an H200, 32 heads of 128 on 8."""
-    monkeypatch.setattr(trie_attention, "_architecture", lambda _: "sm90")
+    monkeypatch.setattr(trie_attention, "architecture", lambda _: "sm90")
     trees = [
         Tree([Branch([t] * prefix + [10 + b] * own, prefix) for b in range(branches)]) for t in range(1, 5)
     ]  # fmt: skip
@@ -60,4 +60,4 @@ def test_what_the_kernels_serve():
 
 def test_without_triton_they_serve_nothing(monkeypatch):
     monkeypatch.setattr(trie_attention.importlib.util, "find_spec", lambda _: None)
-    assert trie_attention._architecture.__wrapped__(torch.device("cuda")) is None
+    assert trie_attention.architecture.__wrapped__(torch.device("cuda")) is None
