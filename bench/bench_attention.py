@@ -2,10 +2,10 @@
 
 Run: `pytest bench/bench_attention.py`.
 
-One group per shape. Ours: `tree_attention` on the packed stream (whatever body it chooses for the device), and its
-dense definition. One prefix: the same with a stream that shares one prefix among the branches of an order, and nothing
-above it. Unshared: scaled_dot_product_attention, causal, on the rectangle of all branches padded to the longest on the
-right, which needs no mask: the fastest an ordinary batch can be.
+One group per shape. Ours: `tree_attention` on the packed stream (whatever body it chooses for the device), the two
+bodies that it chooses from on a GPU, and its dense definition. One prefix: the same with a stream that shares one prefix
+among the branches of an order, and nothing above it. Unshared: scaled_dot_product_attention, causal, on the rectangle of
+all branches padded to the longest on the right, which needs no mask: the fastest an ordinary batch can be.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from alro_fast.modeling.attention import tree_attention
-from alro_fast.modeling.attention_bodies import dense_attention
+from alro_fast.modeling.attention_bodies import dense_attention, trie_attention, varlen_attention
 from alro_fast.modeling.packing import Branch, PackedBatch, Tree, collate
+from alro_fast.ops import flash
 from bench.common import CUDA, DRY, machine
 
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
@@ -96,6 +97,18 @@ def dense(batch: PackedBatch):
     return lambda: dense_attention(query, key, value, batch.segments, SCALE, None, None), upstream
 
 
+def triton(batch: PackedBatch):
+    query, key, value, upstream = tensors(1, len(batch.input_ids))
+    return lambda: trie_attention(query, key, value, batch.segments, SCALE, None, None), upstream
+
+
+def varlen(batch: PackedBatch):
+    query, key, value, upstream = tensors(1, len(batch.input_ids))
+    kernel = flash.varlen_backend(False, torch.device(DEVICE)).run
+    sequences = batch.segments.stream
+    return lambda: varlen_attention(kernel, query, key, value, sequences, SCALE, None, None), upstream
+
+
 def unshared(batch: PackedBatch):
     branches = sum(len(offsets) - 1 for offsets in batch.branch_rows)
     query, key, value, upstream = tensors(branches, batch.segments.longest)
@@ -107,8 +120,11 @@ def unshared(batch: PackedBatch):
     return run, upstream
 
 
+WAYS = [tree, one_prefix, dense, unshared, *([triton] if CUDA or DRY else []), *([varlen] if CUDA else [])]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("way", [tree, one_prefix, dense, unshared], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_attention(benchmark, shape, way):
     batch = make_batch(shape, one_prefix=way is one_prefix)
     forward, upstream = way(batch)

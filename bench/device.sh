@@ -19,7 +19,7 @@ for argument in "$@"; do
   esac
 done
 here="$(cd "$(dirname "$0")/.." && pwd)"
-known=" tests interpreted listwise head attention step-0.5B step-8B step-tiny report "
+known=" tests interpreted listwise head attention rates step-0.5B step-8B step-tiny report "
 for name in $chosen; do
   [[ $known == *" $name "* ]] || { echo "error: $name is no part; expected some of$known" >&2; exit 2; }
 done
@@ -68,15 +68,16 @@ if [ "$list" = 0 ]; then
     tail -n 1 | tee -a "$output/summary.txt"
 fi
 mapfile -t marked < <(grep -lr "mark.gpu" tests --include "test_*.py")
-tests tests 140 "${marked[@]}" -m gpu
+tests tests 145 "${marked[@]}" -m gpu
 if [ "$dry" = 1 ]; then tests interpreted 60 tests/kernels/test_kernels_{gather,row_kernel}.py -k "not segments"; fi
-bench listwise 45 bench/bench_listwise.py
-bench head 120 bench/bench_head.py
+bench listwise 30 bench/bench_listwise.py
+bench head 105 bench/bench_head.py
 bench attention 30 bench/bench_attention.py
+part rates 25 python -m bench.attention_rates # a line of alro_fast.kernels.attention_costs.RATES, in summary.txt
 shapes=(0.5B 8B)
 if [ "$dry" = 1 ]; then shapes=(tiny); fi
 for shape in "${shapes[@]}"; do # each in a process of its own: one that runs out of time or memory takes no other along
-  bench "step-$shape" 75 bench/bench_step.py -k "$shape"
+  bench "step-$shape" 70 bench/bench_step.py -k "$shape"
 done
 part report 30 bash -c report
 if [ "$list" = 0 ]; then rm -rf "$output/.triton"; fi

@@ -6,8 +6,8 @@ kernels (`trie_attention`) copy nothing and fill a block with rows of whatever b
 
     seconds = FLOPs of the pairs computed / FLOP/s reached + bytes copied / bandwidth        forward and backward
 
-`RATES` are assumptions until `bench/bench_attention.py` has been run on the device (it prints a line of the table): the
-vendors' dense bf16 peak and bandwidth, times the share of the peak that published measurements reach on long sequences
+`RATES` are assumptions until `python -m bench.attention_rates` has been run on the device (it prints a line of the
+table; `bash bench/device.sh` runs it): the vendors' dense bf16 peak and bandwidth, times the share of the peak that published measurements reach on long sequences
 (FlashAttention-2 .35 on Hopper and .55 on Ampere forward; hand-written Triton .4 forward and .3 backward).
 """
 
@@ -75,10 +75,17 @@ def flash_seconds(rates: Rates, heads: Heads, pairs: int, gathered: int, rows: i
     """Forward and backward of one layer: `gathered` keys are copied out of `rows` (0: none are)."""
     work = pairs * heads.heads * heads.width
     seconds = work * (FLOPS_FORWARD / rates.flash_forward + FLOPS_BACKWARD / rates.flash_backward)
+    return seconds + (copied_bytes(heads, gathered, rows) / rates.bandwidth if gathered else 0)
+
+
+def copied_bytes(heads: Heads, gathered: int, rows: int) -> int:
+    """That the gather of `gathered` keys and values out of `rows` moves, and its backward.
+
+    Forward: read, written. Backward: read, widened to float32, read, added to a float32 sum of `rows`; which is set to
+    zero, read and narrowed.
+    """
     size = heads.element_size
-    # forward: read, written. Backward: read, widened to float32, read, added to a float32 sum; which is narrowed.
-    copied = gathered * (2 * size + size + 4 + 4 + 8) + (rows * (4 + 4 + size) if gathered else 0)
-    return seconds + 2 * heads.kv_heads * heads.width * copied / rates.bandwidth
+    return 2 * heads.kv_heads * heads.width * (gathered * (2 * size + size + 4 + 4 + 8) + rows * (4 + 4 + size))
 
 
 def trie_seconds(rates: Rates, heads: Heads, pairs: Sequence[int]) -> float:

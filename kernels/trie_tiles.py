@@ -79,6 +79,11 @@ class TrieTiles:
             self._made[where] = self._key_tiles(keys, queries, window)
         return self._made[where]
 
+    def visible_pairs(self, window: int | None) -> int:
+        """Of queries and keys that they see."""
+        seen = self._positions[self._rows] + 1
+        return int((seen if window is None else np.minimum(seen, window)).sum())
+
     def pairs(self, config: Any, window: int | None) -> tuple[int, int, int]:
         """Of queries and keys in the tiles of the three kernels of a `trie_attention.TrieConfig`, masked ones too."""
         forward, query_grad, key_grad = config

@@ -29,7 +29,7 @@ class Sequences(Protocol):
 
 
 # backend(query [Tq, heads, D], key, value [Tk, kv_heads, D], sequences, scale, window, softcap) -> [Tq, heads, D]
-VarlenBackend = Callable[[Tensor, Tensor, Tensor, Any, float, int | None, float | None], Tensor]
+VarlenBackend = Callable[[Tensor, Tensor, Tensor, Sequences, float, int | None, float | None], Tensor]
 
 
 def serves(query: Tensor) -> bool:
@@ -69,9 +69,17 @@ def torch_varlen(varlen_attn: Callable[..., Any]) -> VarlenBackend:
     """
     extra = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
-    def run(query, key, value, sequences, scale, window, softcap):
+    def run(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sequences: Sequences,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
         assert softcap is None
-        return varlen_attn(
+        out: Tensor = varlen_attn(
             query,
             key,
             value,
@@ -83,6 +91,7 @@ def torch_varlen(varlen_attn: Callable[..., Any]) -> VarlenBackend:
             window_size=(-1 if window is None else window - 1, 0),
             **extra,
         )
+        return out
 
     return run
 
@@ -90,7 +99,15 @@ def torch_varlen(varlen_attn: Callable[..., Any]) -> VarlenBackend:
 def flash_attn_varlen(flash_attn_varlen_func: Callable[..., Tensor]) -> VarlenBackend:
     """`flash_attn_varlen_func` of the flash-attn package (2.6 and later: soft-capping)."""
 
-    def run(query, key, value, sequences, scale, window, softcap):
+    def run(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sequences: Sequences,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
         return flash_attn_varlen_func(
             query,
             key,
@@ -114,7 +131,7 @@ def _activate_newest_flash(device: torch.device) -> str:
 
     current = getattr(attention, "current_flash_attention_impl", lambda: None)()  # not every torch from 2.11 on has it
     if current:
-        return current
+        return str(current)
     major, _ = torch.cuda.get_device_capability(device)
     name, package = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute")}.get(major, (None, ""))
     if name is None or importlib.util.find_spec(package.split(".")[0]) is None:

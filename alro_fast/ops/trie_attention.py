@@ -21,7 +21,7 @@ WIDEST = 256  # elements of a head
 
 def trie_kernels_serve(query: Tensor) -> bool:
     """Whether the kernels take heads of this dtype, width and device: CUDA or ROCm, or any if they are interpreted."""
-    return query.dtype in DTYPES and query.shape[-1] <= WIDEST and _architecture(query.device) is not None
+    return query.dtype in DTYPES and query.shape[-1] <= WIDEST and architecture(query.device) is not None
 
 
 def make_tiles(until: np.ndarray, positions: np.ndarray, rows: np.ndarray | None, device: torch.device) -> TrieTiles:
@@ -59,6 +59,11 @@ def trie_attention(
     return made
 
 
+def computed_pairs(query: Tensor, tiles: TrieTiles, window: int | None) -> tuple[int, int, int]:
+    """Pairs in the tiles of the forward, of the gradients of queries and of those of keys, masked ones too."""
+    return tiles.pairs(_config(query.device, query.shape[-1], query.element_size()), window)
+
+
 def expected_seconds(
     query: Tensor,
     key: Tensor,
@@ -71,26 +76,29 @@ def expected_seconds(
 ) -> tuple[float, float]:
     """What forward and backward of a layer should take: by the kernels over tries, by FlashAttention.
 
+    Where the pairs that are visible alone would take the kernels longer, no tiles are made: the first number is theirs.
+
     Args:
         query: [U, heads, D]; key: [T, kv_heads, D].
         q_lengths, k_lengths: of FlashAttention's sequences.
         gathered: keys that are copied for it.
         newest_flash: it is FlashAttention-3 or later.
     """
-    rates = costs.RATES[str(_architecture(query.device))]
+    rates = costs.RATES[str(architecture(query.device))]
     if newest_flash:
         faster = costs.FLASH_3
         rates = rates._replace(flash_forward=faster * rates.flash_forward, flash_backward=faster * rates.flash_backward)
-    config = _config(query.device, query.shape[-1], query.element_size())
     heads = costs.Heads(query.shape[1], key.shape[1], query.shape[2], query.element_size())
-    by_flash = costs.flash_seconds(
-        rates, heads, costs.flash_pairs(q_lengths, k_lengths, window), gathered, len(key)
-    )  # fmt: skip
-    return costs.trie_seconds(rates, heads, tiles.pairs(config, window)), by_flash
+    pairs = costs.flash_pairs(q_lengths, k_lengths, window)
+    by_flash = costs.flash_seconds(rates, heads, pairs, gathered, len(key))
+    least = costs.trie_seconds(rates, heads, 3 * (tiles.visible_pairs(window),))
+    if least >= by_flash:
+        return least, by_flash
+    return costs.trie_seconds(rates, heads, computed_pairs(query, tiles, window)), by_flash
 
 
 @functools.cache
-def _architecture(device: torch.device) -> str | None:
+def architecture(device: torch.device) -> str | None:
     """The name of the device in the kernels' tables; None: the kernels cannot run there."""
     if importlib.util.find_spec("triton") is None:
         return None
@@ -102,4 +110,4 @@ def _architecture(device: torch.device) -> str | None:
 def _config(device: torch.device, width: int, element_size: int) -> Any:
     from ..kernels import configs
 
-    return configs.trie_config(str(_architecture(device)), width, element_size)
+    return configs.trie_config(str(architecture(device)), width, element_size)

@@ -30,13 +30,13 @@ def listed(*options: str) -> dict[str, int]:
 
 def test_a_real_run_ends_within_ten_minutes() -> None:
     parts = listed()
-    assert {"tests", "listwise", "head", "attention", "step-0.5B", "step-8B", "report"} == parts.keys()
+    assert {"tests", "listwise", "head", "attention", "rates", "step-0.5B", "step-8B", "report"} == parts.keys()
     assert sum(limit + KILLED_AFTER for limit in parts.values()) < 590
 
 
 def test_a_dry_run_has_the_same_parts_tiny() -> None:
     dry = listed("--dry")
-    assert {"tests", "interpreted", "listwise", "head", "attention", "step-tiny", "report"} == dry.keys()
+    assert {"tests", "interpreted", "listwise", "head", "attention", "rates", "step-tiny", "report"} == dry.keys()
 
 
 @pytest.mark.parametrize(("arguments", "message"), [(("out", "heads"), "heads is no part"), (("--dyr",), "no option")])
@@ -48,11 +48,12 @@ def test_what_it_does_not_know_is_refused(arguments: tuple[str, ...], message: s
 
 def test_a_dry_part_leaves_results_and_a_broken_file_takes_none_along(tmp_path: Path) -> None:
     (tmp_path / "head.json").write_text("{")
-    done = device(tmp_path, "--dry", "attention", "report")
+    done = device(tmp_path, "--dry", "attention", "rates", "report")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [line.split(":")[0] for line in done.stdout.splitlines()[1:]] == ["attention", "report"]
+    assert [line.split(":")[0] for line in done.stdout.splitlines()[1:]] == ["attention", "rates", "report"]
     records = json.loads((tmp_path / "attention.json").read_text())["benchmarks"]
     assert all(record["extra_info"]["machine"]["torch"] for record in records)
+    assert "Rates(nan, nan, " in (tmp_path / "summary.txt").read_text()
     report = (tmp_path / "report.md").read_text()
     assert "not a measurement" in report
     assert "| median | spread |" in report

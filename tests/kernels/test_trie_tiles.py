@@ -46,6 +46,7 @@ def assert_tiles(visible, block, tiles, whole, size, window):
 @given(case=tries(), queries=SIZES, keys=SIZES)
 def test_blocks_of_queries_take_every_pair_they_see(case, queries, keys):
     tiles, visible, window = case
+    assert tiles.visible_pairs(window) == visible.sum()
     blocks, starts = tiles.query_tiles(queries, keys, window)
     counts = (blocks[:, 4] - blocks[:, 2]).tolist()
     assert counts == sorted(counts, reverse=True)

@@ -26,14 +26,10 @@ from tree_models import (
 from alro_fast.errors import AlroFastError
 from alro_fast.modeling import attention, attention_bodies, trie
 from alro_fast.modeling.attention import tree_attention, tree_hidden_states, use_tree_attention
-from alro_fast.modeling.attention_bodies import (
-    dense_attention,
-    flash_attn_varlen,
-    flash_serves,
-    torch_varlen,
-    varlen_attention,
-)
+from alro_fast.modeling.attention_bodies import dense_attention, trie_attention, varlen_attention
 from alro_fast.modeling.packing import Branch, Tree, collate
+from alro_fast.ops import flash
+from alro_fast.ops.flash import flash_attn_varlen, torch_varlen
 
 
 def naive(query, key, value, branches, scale, window, softcap):
@@ -252,16 +248,67 @@ def test_a_whole_model_on_the_varlen_body(family, monkeypatch):
     assert used == [False, True]
 
 
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_a_whole_model_on_the_kernels_over_tries(family, monkeypatch):
+    """What a CUDA step runs in float32, in Triton's interpreter; Gemma 2 has windows and soft-capped scores."""
+
+    def body(query, key, value, layout, scale, window=None, softcap=None, answers=False):
+        used.append(answers)
+        return trie_attention(query, key, value, layout, scale, window, softcap, answers)
+
+    used = []
+    model = use_tree_attention(make_model(family, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1))
+    monkeypatch.setattr(attention.cpp_attention, "serves", lambda *_: False)
+    monkeypatch.setattr(attention, "cascade_attention", body)
+    monkeypatch.setattr(attention, "dense_attention", body)
+    assert_same(model, make_trees(), tolerance=1e-5)
+    assert used == [False, True]
+
+
+@pytest.mark.parametrize("answers", [False, True])
+@pytest.mark.parametrize("expected", [(1.0, 2.0), (2.0, 1.0)])
+def test_cuda_takes_what_should_be_faster_and_says_so_once(answers, expected, monkeypatch, caplog):
+    batch = collate(make_trees(), range(5))
+    (query, key, value), _ = attention_inputs(batch, 2, 1, torch.float32)
+    query = query[:, :, batch.segments.distinct_rows] if answers else query
+    layout = (batch.segments, 0.3, None, None, answers)
+    wanted, asked, ran = dense_attention(query, key, value, *layout), [], []
+    kernel = flash_attn_varlen(flash_attn_varlen_func)
+
+    def run(*arguments):
+        ran.append("varlen")
+        return kernel(*arguments)
+
+    def seconds(query, key, tiles, q_lengths, k_lengths, gathered, window, newest):
+        asked.append((len(query), len(key), int(q_lengths.sum()), int(k_lengths.sum()), gathered, newest))
+        return expected
+
+    monkeypatch.setattr(flash, "serves", lambda _: True)
+    monkeypatch.setattr(flash, "varlen_backend", lambda *_: flash.Flash(run, "FlashAttention-3", True))
+    monkeypatch.setattr(attention_bodies.trie_kernels, "expected_seconds", seconds)
+    monkeypatch.setattr(attention_bodies, "_costs_logged", set())
+    with caplog.at_level("INFO", logger="alro_fast.modeling.attention"):
+        for _ in range(2):
+            torch.testing.assert_close(attention_bodies.cuda_attention(query, key, value, *layout), wanted)
+    sequences = batch.segments.answers if answers else batch.segments.stream
+    gathered = len(sequences.kv_index)
+    assert asked == [(query.shape[2], batch.segments.num_rows, query.shape[2], gathered, gathered, True)]
+    assert ran == ([] if expected[0] < expected[1] else ["varlen"] * 2)
+    said = [line for line in caplog.messages if "should take" in line]
+    assert len(said) == (not answers)
+    assert answers or said[0].endswith("Triton" if expected[0] < expected[1] else "varlen")
+
+
 def test_the_kernel_is_chosen_by_what_is_installed(monkeypatch):
     """Hopper activates FA3 where its package is found and works; soft-capped scores need the flash-attn package."""
     activated, installed = [], {"flash_attn_interface"}
     asked = []  # which device's architecture: not the current one's
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *of: asked.extend(of) or (9, 0))
-    monkeypatch.setattr(attention_bodies.importlib.util, "find_spec", lambda name: name in installed or None)
+    monkeypatch.setattr(flash.importlib.util, "find_spec", lambda name: name in installed or None)
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append)
     device = torch.device("cuda", 1)
-    choose = functools.partial(attention_bodies.varlen_backend.__wrapped__, device=device)
-    assert choose(False) is not None
+    choose = functools.partial(flash.varlen_backend.__wrapped__, device=device)
+    assert choose(False)[1:] == ("torch.nn.attention.varlen (FA3)", True)
     assert activated == ["FA3"]
     assert asked == [device]
     assert choose(True) is None
@@ -278,20 +325,20 @@ def test_a_broken_fa3_leaves_fa2(monkeypatch):
         raise RuntimeError("no kernels inside")
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(attention_bodies.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(flash.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", broken)
-    assert attention_bodies._activate_newest_flash(torch.device("cuda")) == "FlashAttention-2"
+    assert flash._activate_newest_flash(torch.device("cuda")) == "FlashAttention-2"
 
 
 def test_flash_serves_half_precision_on_ampere(monkeypatch):
     capability = (8, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    assert flash_serves(torch.empty(1, 1, 1, 64, dtype=torch.bfloat16))
-    assert not flash_serves(torch.empty(1, 1, 1, 64))
-    assert not flash_serves(torch.empty(1, 1, 1, 60, dtype=torch.float16))
-    assert not flash_serves(torch.empty(1, 1, 1, 512, dtype=torch.float16))
+    assert flash.serves(torch.empty(1, 1, 1, 64, dtype=torch.bfloat16))
+    assert not flash.serves(torch.empty(1, 1, 1, 64))
+    assert not flash.serves(torch.empty(1, 1, 1, 60, dtype=torch.float16))
+    assert not flash.serves(torch.empty(1, 1, 1, 512, dtype=torch.float16))
     capability = (7, 5)
-    assert not flash_serves(torch.empty(1, 1, 1, 64, dtype=torch.float16))
+    assert not flash.serves(torch.empty(1, 1, 1, 64, dtype=torch.float16))
 
 
 def test_the_installed_varlen_takes_our_arguments():
@@ -345,4 +392,4 @@ def test_masks_are_made_where_the_queries_are_and_refused_above_a_size(monkeypat
 def test_a_torch_that_names_no_current_kernel_is_served(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     monkeypatch.delattr(torch.nn.attention, "current_flash_attention_impl")
-    assert attention_bodies._activate_newest_flash(torch.device("cuda")) == "FlashAttention-2"
+    assert flash._activate_newest_flash(torch.device("cuda")) == "FlashAttention-2"
