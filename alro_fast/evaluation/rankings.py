@@ -22,7 +22,7 @@ from ..data.records import RankingList
 from ..errors import AlroFastError
 from ..ranking.fusion import Fusion, check_signals
 from ..ranking.generation import generate_and_parse
-from ..ranking.options import TASK_METHODS, RankingOptions
+from ..ranking.options import TASK_METHODS, RankingOptions, Settled
 from ..ranking.orders import Ranking
 from ..ranking.ranker import Ranker
 from ..ranking.task_generation import generate_tasks
@@ -81,6 +81,8 @@ def evaluate_rankings(options: argparse.Namespace, how: RankingOptions) -> None:
         rankings["fused"] = fusion.rank_all(lists, rankings[judged])
     scores = {name: [ranking.scores for ranking in each] for name, each in rankings.items()}
     notes = {"device": str(ranker.device), "peak_memory_gib": peak_memory(ranker.device) / 2**30}
+    if not Settled(how.method, ranker.answer).decodes:
+        notes["share"] = options.share
     if options.generate:
         start = time.perf_counter()
         if ranker.answer == "tasks":

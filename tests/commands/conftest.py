@@ -80,7 +80,7 @@ def loads(monkeypatch, models):
         return Generated([list(range(len(one.candidates))) for one in lists], [True] * len(lists), [""] * len(lists))
 
     score = preferences.score_preferences
-    scoring = lambda *words: asked.append(("tokens", words[3])) or score(*words)  # noqa: E731
+    scoring = lambda *words, **more: asked.append(("tokens", words[3], more)) or score(*words, **more)  # noqa: E731
     monkeypatch.setattr(preferences, "score_preferences", scoring)
     monkeypatch.setattr(rankings, "generate_tasks", generate)
     monkeypatch.setattr(rankings, "generate_and_parse", generate)

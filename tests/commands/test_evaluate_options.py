@@ -49,6 +49,7 @@ EVALUATE_READ = [
         "--hybrid figure",
     ),
     Read("token_budget", "--adapter titles --lists data --bootstrap 9", "--token_budget 100"),
+    Read("share", "--adapter titles --lists data --bootstrap 9", "--share none"),
     Read("device", "--adapter titles --lists data --bootstrap 9", "--device cpu"),
     Read("base_model", "--adapter run --preferences movies.json", "--base_model base"),
     Read("trust_remote_code", "--adapter run --preferences movies.json", "--trust_remote_code"),

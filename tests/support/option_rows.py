@@ -52,6 +52,9 @@ RANK_READ = [
     Read("trust_remote_code", "--adapter run", "--trust_remote_code"),
     Read("device", "--adapter run", "--device cpu"),
     Read("token_budget", "--adapter run", "--token_budget 0"),
+    Read("share", "--adapter run", "--share none"),
+    Read("share", "--adapter ratings", "--share list"),
+    Read("share", "--adapter tasks", "--share none"),
     Read("method", "--adapter run", "--method greedy"),
     Read("method", "--adapter tasks", "--method pairwise"),
     Read("beams", "--adapter run --method beam", "--beams 1"),
@@ -79,6 +82,8 @@ RANK_REFUSED = [
     Refused("pairing", "--adapter tasks --fuse", "--pairing all", "without --fuse"),
     Refused("pair_orders", "--adapter tasks --fuse", "--pair_orders one", "without --fuse"),
     Refused("base_model", "--adapter whole", "--base_model base", "with an adapter"),
+    Refused("share", "--adapter run --method greedy", "--share list", "by methods that read all answers in one pass"),
+    Refused("share", "--adapter run --method expected", "--share batch", "by methods that read all answers"),
     Refused("beams", "--adapter run", "--beams 8", "by method beam"),
     Refused("beams", "--adapter run", "--beams 4", "by method beam"),  # its default, given
     Refused("beams", "--adapter run --method greedy", "--beams=1", "by method beam"),
