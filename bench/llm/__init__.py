@@ -1,0 +1,1 @@
+"""Steps at the shapes of language models people tune, on prompts of real lengths."""
