@@ -10,6 +10,7 @@ import io
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TextIO
 
@@ -23,12 +24,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 COMMANDS = {
     "prepare": "ratings -> ranking lists",
-    "first_stage": "ratings -> a retriever's lists with hints (RecRanker)",
-    "train": "tune a ranker (no arguments: the demo, on the CPU, in half a minute)",
+    "first_stage": "ratings -> a retriever's candidates with hints (RecRanker)",
+    "train": "tune a ranker; without options the demo, half a minute on a CPU",
     "evaluate": "how good its rankings are, beside the baselines",
     "rank": "order the candidates of a JSON list",
-    "report": "report.html of a run or an evaluation",
-    "study": "a grid of options x seeds over training runs, and one table of paired differences",
+    "report": "report.html of a run, of an evaluation, or of two compared",
+    "study": "options x seeds over training runs, in one table of differences",
     "client": "rank through an inference server",
 }
 
@@ -89,6 +90,15 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     def _format_usage(self, usage: Any, actions: Iterable[argparse.Action], groups: Any, prefix: Any) -> str:
         needed = [action for action in actions if action.required or not action.option_strings]
         return super()._format_usage(usage, needed, [], prefix).rstrip() + " [options]\n\n"
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Paragraphs in the terminal's width; those that show something, and so have indented lines, as they are."""
+        paragraphs = text.strip().split("\n\n")
+        shown = (re.search(r"^\s", one, flags=re.M) for one in paragraphs)
+        return "\n\n".join(
+            one if raw else textwrap.fill(one, width, break_on_hyphens=False, break_long_words=False)
+            for one, raw in zip(paragraphs, shown)
+        )
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         switch_or_none = action.default is None or isinstance(action.default, bool) or not action.option_strings
@@ -156,13 +166,20 @@ def _fail(reason: str) -> NoReturn:
     raise SystemExit(2) from None
 
 
+def first_screen() -> str:
+    """What `alro-fast` says of itself, in 80 columns."""
+    lines = [f"alro_fast {__version__}: fine-tune a language model to rank a user's candidates", ""]
+    lines += ["usage: alro-fast COMMAND [options]", ""]
+    lines += [f"  {name:<12} {purpose}" for name, purpose in COMMANDS.items()]
+    lines += ["", "alro-fast COMMAND --help lists its options. To begin: alro-fast train"]
+    return "\n".join(lines)
+
+
 def main() -> None:
     """`alro-fast COMMAND [options]`."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in {"-h", "--help"}:
-        print("usage: alro-fast COMMAND [options]\n")
-        for name, purpose in COMMANDS.items():
-            print(f"  {name:<11} {purpose}")
+        print(first_screen())
         raise SystemExit(0 if arguments else 2)
     if arguments[0] == "--version":
         print(f"alro_fast {__version__}")

@@ -1,7 +1,7 @@
-"""Raw ratings -> a first stage's lists with hints: `python -m alro_fast.first_stage --dataset ml-latest-small ...`.
+"""Raw ratings -> a first stage's lists with hints: `python -m alro_fast.first_stage --dataset NAME ...`.
 
-A retriever is fitted on training likes; users are sampled for training lists; every held-out like gets a list of the
-retriever's best candidates. The folder is read like one of alro_fast.prepare.
+A retriever is fitted on training likes; users are sampled for training lists; every held-out like
+gets a list of the retriever's best candidates.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Reads one JSON list, an array of them, or JSON lines, from FILE or standard input:
 
     {"history": [{"title": "Heat", "category": "Crime", "rating": 4.5}],
-     "candidates": [{"id": 7, "title": "Casino", "category": "Crime"}, {"title": "Clueless"}]}
+     "candidates": [{"id": 7, "title": "Casino", "category": "Crime"},
+                    {"title": "Clueless"}]}
 
 `id` and `category` may be left out, `history` too; `list_id` is passed through. For models tuned with signals, an item
 may have its `average` rating and the `count` of its ratings, a candidate its predicted rating as `hint`, and `near`. A

@@ -88,9 +88,7 @@ def changes(words: Sequence[str]) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = OneLineParser(
-        prog="python -m alro_fast.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog="python -m alro_fast.study", description=__doc__)
     parser.add_argument("study", metavar="FILE_OR_NAME", help=f"a YAML file, or one of {', '.join(study_names())}")
     parser.add_argument(
         "--set", nargs="+", action=_Extend, default=[], metavar="OPTION=VALUE",

@@ -101,10 +101,9 @@ class Results:
                 row += self.interval_cell(ranker, self.headline) if f"ndcg@{k}" == self.headline else ""
             lines.append((row + self.difference_cells(mine, ranker, self.headline)).rstrip())
         lines += ["", *self.verdict(self.headline)]
-        lines += [
-            f"order sensitivity, {name}: mean Kendall tau {tau:.3f} (1: order never matters)"
-            for name, tau in self.sensitivity.items()
-        ]
+        if self.sensitivity:
+            each = (f"{name} {tau:.3f}" for name, tau in self.sensitivity.items())
+            lines.append(f"order agreement (Kendall tau, 1: order never matters): {', '.join(each)}")
         lines += [*self.repeating(), *self.speed()]
         return "\n".join(lines)
 
@@ -145,12 +144,10 @@ class Results:
         return textwrap.wrap(f"lists/s: {', '.join(each)}", 80) if each else []
 
     def repeating(self) -> list[str]:
-        """Lines that say how far each ranker repeats the order shown."""
-        return [
-            f"order shown against {name}: mean Kendall tau {tau:+.3f} (1: it repeats it)"
-            for name, tau in self.repeated.items()
-            if name in ("untuned", "tuned", "fused")
-        ]
+        """A line that says how far rankers repeat the order shown."""
+        shown = {name: tau for name, tau in self.repeated.items() if name in ("untuned", "tuned", "fused")}
+        each = (f"{name} {tau:+.3f}" for name, tau in shown.items())
+        return [f"order shown is repeated (Kendall tau, 1: wholly): {', '.join(each)}"] if shown else []
 
     def to_json(self) -> dict[str, Any]:
         """{"tuned": {"ndcg@3": mean, "ndcg@3_interval": [low, high], ...}, ..., "about": counts and conventions}."""

@@ -7,6 +7,7 @@ example (of a dry run), step, validation, results, done; the keys of a step are 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,17 @@ def show_plan(rows: Mapping[str, str], as_json: bool) -> None:
         print_json("plan", rows)
         return
     for name, text in rows.items():
-        print(f"{name:<10} {text}", flush=True)
+        print(folded(f"{name:<10} {text}"), flush=True)
+
+
+def counted(number: float, one: str, more: str = "") -> str:
+    """ "1 epoch", "2.5 epochs", "3 batches"."""
+    return f"{number:,.12g} {one if number == 1 else more or one + 's'}"
+
+
+def folded(row: str) -> str:
+    """A row of the plan in 80 columns."""
+    return textwrap.fill(row, 80, subsequent_indent=" " * 11, break_on_hyphens=False, break_long_words=False)
 
 
 def show_example(prompt: str, answer: str, as_json: bool) -> None:

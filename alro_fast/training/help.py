@@ -14,7 +14,7 @@ from ..objectives.base import descriptions, objective_arguments
 from ..options import DataArguments, ModelArguments, RankerTrainingArguments, Where
 from .unread import WITHOUT_MEANING
 
-WIDTH = 100
+WIDTH, COLUMN = 80, 28  # of a terminal; where what an option is begins
 USAGE = "python -m alro_fast.train [--config FILE_OR_RECIPE] [--option value ...]"
 
 
@@ -28,9 +28,9 @@ def help_text(group: str | None, recipes: Sequence[str]) -> str:
     lines = [
         f"usage: {USAGE}",
         "",
-        "Tunes a ranker. No arguments: the demo, on the CPU, in half a minute. An option is also a key of",
-        "the file that --config names; the command line wins. An option that a run does not read is an",
-        "error: --help GROUP says where each is read.",
+        "Tunes a ranker. No arguments: the demo, on the CPU, in half a minute. An option",
+        "is also a key of the file that --config names; the command line wins. An option",
+        "that a run does not read is an error: --help GROUP says where each is read.",
         "",
         "objectives (--objective NAME, or --stages NAME,NAME one after the other):",
         *(_row(one.name, one.summary) for one in descriptions().values() if not one.stands_for),
@@ -82,13 +82,13 @@ def _lines(entry: dataclasses.Field[Any], read: Where | None) -> Iterator[str]:
     """One option: its name and values, what it is, where it is read, its default."""
     head = f"--{entry.name} {_values(entry)}"
     said = [str(entry.metadata["help"]), f"Read {read.said}." if read else "", _default(entry)]
-    wrapped = textwrap.wrap(" ".join(filter(None, said)), WIDTH - 32)
-    first = f"  {head:<28}"
-    if len(first) > 30:
-        yield first.rstrip()
+    wrapped = textwrap.wrap(" ".join(filter(None, said)), WIDTH - COLUMN)
+    first = f"  {head}"
+    if len(first) > COLUMN - 2:
+        yield from textwrap.wrap(first, WIDTH, subsequent_indent=" " * 6, break_on_hyphens=False)
+        first = ""
     for number, line in enumerate(wrapped):
-        fits = number == 0 and len(first) <= 30
-        yield f"{first}  {line}" if fits else " " * 32 + line
+        yield f"{first if number == 0 else '':<{COLUMN}}{line}"
 
 
 def _values(entry: dataclasses.Field[Any]) -> str:
@@ -112,7 +112,9 @@ def _default(entry: dataclasses.Field[Any]) -> str:
 
 
 def _row(name: str, text: str) -> str:
-    return textwrap.fill(text, WIDTH, initial_indent=f"  {name:<14}", subsequent_indent=" " * 16)
+    return textwrap.fill(
+        text, WIDTH, initial_indent=f"  {name:<14}", subsequent_indent=" " * 16, break_on_hyphens=False
+    )
 
 
 def _parts() -> tuple[type, ...]:

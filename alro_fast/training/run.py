@@ -48,7 +48,7 @@ from .checkpoints import check_same_data, find_checkpoint, settle_auto
 from .checks.folders import begun, claim_folder, named_folder
 from .checks.rehearsal import check_hub, check_metric, rehearse
 from .config import Config
-from .console import NonFiniteLoss, show_end, show_example, show_plan, show_results
+from .console import NonFiniteLoss, counted, show_end, show_example, show_plan, show_results
 from .signals import signal_vocabulary, signals_shown
 from .stages import merge_adapter, stack_adapters, write_merged_base
 from .trainer import RankerTrainer, TreeDataset
@@ -295,11 +295,10 @@ class Run:
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
         splits = ", ".join(f"{len(lists):,} {split}" for split, lists in self.lists.items())
-        passes = (
-            f"{training.tokens_per_batch:,} tokens x {training.gradient_accumulation_steps} x {training.world_size}"
-        )
-        passes = f"{training.lists_per_batch:,} lists, {passes}" if training.lists_per_batch else passes
-        extent = "by --max_steps" if training.max_steps > 0 else f"in {training.num_train_epochs:g} epochs"
+        passes = f"{training.tokens_per_batch:,} tokens a batch"
+        passes = f"{training.lists_per_batch:,} lists and {passes}" if training.lists_per_batch else passes
+        passes += f", {counted(training.gradient_accumulation_steps * training.world_size, 'batch', 'batches')} a step"
+        extent = "by --max_steps" if training.max_steps > 0 else f"in {counted(training.num_train_epochs, 'epoch')}"
         rows = {
             "data": f"{self.prepared.path}: {splits} lists",
             "model": f"{self.config.model.model_name_or_path}: {total:,} weights, {trainable:,} trained",

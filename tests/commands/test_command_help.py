@@ -8,7 +8,10 @@ import sys
 import pytest
 from option_rows import options_of, refusal
 
-from alro_fast import client, evaluate, first_stage, prepare, rank, report
+from alro_fast import cli, client, evaluate, first_stage, prepare, rank, report, study
+from alro_fast.cli import first_screen
+from alro_fast.training.config import recipe_names
+from alro_fast.training.help import help_text
 
 COMMANDS = (client, evaluate, first_stage, prepare, rank, report)
 
@@ -16,7 +19,7 @@ COMMANDS = (client, evaluate, first_stage, prepare, rank, report)
 def test_every_option_of_report_is_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "write_report", lambda *folders: folders)
     (tmp_path / "config.yaml").touch()
-    assert options_of(report) == {"run"}
+    assert options_of(report) == {"run", "output_dir"}  # tests/evaluation/test_compare.py has the second
     for words, said in (([], "('x', None)"), (["--run", str(tmp_path)], f"('x', {str(tmp_path)!r})")):
         report.main(["x", *words])
         assert capsys.readouterr().out.strip() == said
@@ -34,6 +37,25 @@ def test_help_is_short_and_tells_defaults(module, monkeypatch):
         if action.option_strings and action.default not in (None, False, "==SUPPRESS=="):
             told = parser._get_formatter()._get_help_string(action)
             assert "default" in told, action.dest
+
+
+@pytest.mark.parametrize("module", [*COMMANDS, study], ids=lambda module: module.__name__)
+def test_help_fits_a_terminal_of_80_columns(module, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert [line for line in module.parser().format_help().splitlines() if len(line) > 80] == []
+
+
+@pytest.mark.parametrize("group", [None, "all"])
+def test_help_of_train_fits_it_too(group):
+    lines = help_text(group, recipe_names()).splitlines()
+    assert len(lines) > 20
+    assert [line for line in lines if len(line) > 80] == []
+
+
+def test_the_first_screen_names_every_command_in_80_columns():
+    lines = first_screen().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[0] for line in lines if line.startswith("  ")] == list(cli.COMMANDS)
 
 
 def test_help_does_not_wait_for_torch():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 
 from alro_fast import train
-from alro_fast.training.console import described, print_json, show_example
+from alro_fast.training.console import counted, described, print_json, show_example
 
 SMALL = "--max_train_lists 40 --max_test_lists 20 --max_eval_lists 10 --logging_steps 1 --report_to none"
 
@@ -53,6 +54,22 @@ def test_without_a_bar_every_log_is_a_line(tmp_path, capfd):
     assert " loss " in lines[0]
     assert any("validation loss" in line and "ndcg@3" in line for line in lines)
     assert "it/s" not in said.err
+
+
+def test_a_plan_and_a_table_fit_80_columns(tmp_path, capfd):
+    said = run(SMALL, tmp_path, capfd).out
+    table, after = said.split("\nreport: ")
+    assert [line for line in table.splitlines() if len(line) > 80 and str(tmp_path) not in line] == []
+    assert "longest list" in table
+    assert re.search(r"^steps +\d+ in 1 epoch, up to 4,096 tokens a batch, 1 batch a step$", table, flags=re.M)
+    assert after.count("\n") == 3
+
+
+@pytest.mark.parametrize(
+    "number, said", [(1.0, "1 batch"), (1, "1 batch"), (2.5, "2.5 batches"), (12000, "12,000 batches")]
+)
+def test_things_are_counted(number, said):
+    assert counted(number, "batch", "batches") == said
 
 
 def test_numbers_that_json_does_not_have_are_null(capsys):
