@@ -1,7 +1,7 @@
-"""Raw ratings -> a first stage's lists with hints: `python -m alro_fast.first_stage --dataset NAME ...`.
+"""Raw ratings -> a first stage's lists with hints: `python -m alro_fast.first_stage ...`.
 
-A retriever is fitted on training likes; users are sampled for training lists; every held-out like
-gets a list of the retriever's best candidates.
+Fits a retriever on training likes, samples users for training lists, and gives every held-out like
+the retriever's best candidates.
 """
 
 from __future__ import annotations
