@@ -7,7 +7,6 @@ raises AlroFastError with a reason that begins with the name of the text.
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Hashable
@@ -106,8 +105,8 @@ def from_yaml(text: str, name: str) -> Any:
     """What a YAML document holds, of plain types."""
     if len(text) > MOST_YAML:
         raise AlroFastError(f"{name} has more than {MOST_YAML:,} characters, as no YAML file here does")
-    loader = _Loader(io.StringIO(text))
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -124,8 +123,6 @@ def from_yaml(text: str, name: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark is not None else ""
         raise AlroFastError(f"{name} is not valid YAML ({place}{reason})") from None
-    finally:
-        loader.dispose()
 
 
 class RepeatedKey(Exception):
@@ -146,7 +143,17 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """yaml.SafeLoader, and no key twice in a mapping; one that `<<` brings in may be written again."""
+    """yaml.SafeLoader within MOST_LEVELS, and no key twice in a mapping; one of `<<` may be written again."""
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        if self.flow_level >= MOST_LEVELS:
+            raise _TooMuch(f"is nested deeper than {MOST_LEVELS} levels")
+        super().fetch_flow_collection_start(token)
+
+    def add_indent(self, column: int) -> bool:
+        if len(self.indents) >= MOST_LEVELS:
+            raise _TooMuch(f"is nested deeper than {MOST_LEVELS} levels")
+        return super().add_indent(column)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Hashable] = set()

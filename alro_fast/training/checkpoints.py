@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, cast
 
 import yaml
 from safetensors import SafetensorError, safe_open
+from torch.serialization import get_unsafe_globals_in_checkpoint
+from transformers.trainer_pt_utils import safe_globals
 
 from ..errors import AlroFastError
 from ..run_folder import run_options
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin"), (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
+PICKLED, UNREAD = (".pt", ".pth", ".bin"), "training_args.bin"  # UNREAD: of the version before
 RESUMABLE = {  # options that may differ between a checkpoint and the run that resumes it
     "output_dir", "dry_run", "overwrite_output_dir", "report_to", "disable_tqdm", "log_json", "logging_steps",
     "save_total_limit", "resume_from_checkpoint", "data_dir", "raw_dir", "save_steps", "save_strategy",
@@ -94,6 +97,9 @@ def damage(checkpoint: Path) -> str | None:
     broken = next((path for path in files if not _readable(path)), None)
     if broken is not None:
         return f"{broken.relative_to(checkpoint)} is damaged"
+    for path in (path for path in sorted(checkpoint.rglob("*")) if path.suffix in PICKLED and path.name != UNREAD):
+        if (code := _calls(path)) is not None:
+            return f"{path.relative_to(checkpoint)} would run code ({code}), as no checkpoint of a run does"
     options = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8"))
     if options.get("save_only_model"):
         return "it holds the model alone, as --save_only_model true asked for"
@@ -170,7 +176,7 @@ def _readable(path: Path) -> bool:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt"):  # its header's offsets against its size
                 return True
-        if path.suffix in (".pt", ".pth", ".bin"):
+        if path.suffix in PICKLED:
             return _whole_archive(path)
         if path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))
@@ -179,6 +185,20 @@ def _readable(path: Path) -> bool:
         return path.suffix != ".distcp" or path.stat().st_size > 0
     except (SafetensorError, ValueError, yaml.YAMLError, zipfile.BadZipFile):
         return False
+
+
+def _calls(path: Path) -> str | None:
+    """What a pickle would call that plain tensors and random states do not need, or None; nothing of it is run.
+
+    The Trainer loads checkpoints with weights_only=True, which refuses the same, when training has begun. DeepSpeed
+    does not: of its files its own classes are let through.
+    """
+    try:
+        with safe_globals():  # numpy's random states
+            found = get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:  # of a pickle that is none
+        return "it cannot be told which"
+    return next((name for name in found if not name.startswith("deepspeed.")), None)
 
 
 def _whole_archive(path: Path) -> bool:

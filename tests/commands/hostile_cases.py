@@ -19,7 +19,7 @@ def write_files(folder: Path) -> None:
     files = {
         "deep.json": deep,
         "deep_in.json": f'{{"candidates":[{{"title":{deep}{"]" * 100_000}}}]}}',
-        "deep.yaml": "a: " + deep[:5000],
+        "deep.yaml": "a: " + deep,
         "bomb.yaml": f"a: &a [{','.join('x' * 9)}]\n{bomb}",
         "cycle.yaml": "a: &a [*a]\n",
         "twice.yaml": "learning_rate: 1e-3\nlearning_rate: 1e-4\n",
@@ -118,12 +118,13 @@ CASES = [
 --optim_args a=b | with --optim_args a=b cannot be used here: it reads none of them
 --optim_target_modules q_proj | is read with an --optim of galore or apollo
 --lr_scheduler_type nonsense | nonsense is not a valid SchedulerType
---lr_scheduler_type polynomial --max_steps 1 | polynomial cannot be used for 1 steps: float division by zero
+--lr_scheduler_type polynomial --max_steps 1 | polynomial cannot be used for 1 steps: 
 --lr_scheduler_type warmup_stable_decay | cannot be used for
 --lr_scheduler_type cosine_with_min_lr | cannot be used for
 --lr_scheduler_type cosine_warmup_with_min_lr | cannot be used for
---lr_scheduler_type reduce_lr_on_plateau | goes by evaluations; give --eval_strategy
---lr_scheduler_type greedy | goes by evaluations; give --eval_strategy
+--lr_scheduler_type reduce_lr_on_plateau | requires an eval strategy
+--lr_scheduler_type greedy | requires an eval strategy
+--lr_scheduler_type greedy --eval_strategy epoch --metric_for_best_model x | --metric_for_best_model x is not measured
 --lr_scheduler_kwargs {"nonsense":1} | --lr_scheduler_kwargs: nonsense is no setting of cosine
 --lr_scheduler_kwargs {"num_cycles":"x"} | cannot be used for
 --lr_scheduler_kwargs nonsense | expected a JSON object
@@ -147,7 +148,7 @@ CASES = [
 --debug nonsense | invalid DebugOption value
 --tf32 true | --tf32 requires Ampere
 --eval_strategy steps --eval_steps -1 | --eval_steps is -1
---eval_strategy steps --eval_steps 1.5 | --eval_steps is 1.5
+--eval_strategy steps --eval_steps 1.5 | --eval_steps must be an integer if bigger than 1
 --logging_steps nan | --logging_steps is nan
 --logging_steps 0 | requires non-zero --logging_steps
 --save_strategy steps --save_steps 0 | --save_steps is 0
@@ -192,7 +193,7 @@ CASES = [
 --init_adapter base | no adapter_config.json there
 --template nowhere | no prompt template 'nowhere'
 --template bad/bomb.yaml | holds more than 100,000 values
---template bad/deep.yaml | nested too deeply
+--template bad/deep.yaml | is nested deeper than 50 levels
 --template bad/cycle.yaml | or refers to itself
 --template bad/wide.yaml | UTF-16 text
 --template bad/twice.yaml | has the key 'learning_rate' twice
@@ -200,7 +201,7 @@ CASES = [
 --template bad/bomb.csv.gz | larger than 65,536 bytes
 --template /dev/zero | larger than 65,536 bytes
 --config nowhere | no such file or recipe
---config bad/deep.yaml | nested too deeply
+--config bad/deep.yaml | is nested deeper than 50 levels
 --config bad/bomb.yaml | holds more than 100,000 values
 --config bad/cycle.yaml | or refers to itself
 --config bad/twice.yaml | has the key 'learning_rate' twice
@@ -273,7 +274,7 @@ bad/half.json | is half a character
 bad/digits.json | thousands of digits
 bad/long.json | longer than 10,000 characters
 bad/history.json | shorten its history
-/dev/zero | more than 67 million characters
+/dev/zero | more than 64 million characters
 /dev/null | is empty
 lists.json --shuffles 100000000000 | shuffles is at most 10,000
 lists.json --shuffles 0 | shuffles is at least 1
@@ -336,7 +337,7 @@ lists.json --adapter tasks --hybrid nonsense | nonsense
 """, before="--adapter run"),
     *cases("evaluate", """
 --template nowhere | no prompt template 'nowhere'
---template bad/deep.yaml | nested too deeply
+--template bad/deep.yaml | is nested deeper than 50 levels
 --template bad/bomb.yaml | holds more than 100,000 values
 --template bad/wide.yaml | UTF-16 text
 --template bad/escape.yaml | \\x1b[31mx
@@ -419,7 +420,7 @@ bad/fine.csv --nonsense 1 | unrecognized arguments
 --dataset book-crossing --raw_dir bad | lacks
 """, after="--output_dir made"),
     *cases("first_stage", """
---retriever nonsense | unknown retriever
+--retriever nonsense | invalid choice: 'nonsense'
 --like nan | is not below --like nan
 --num_candidates 1000000000 | is too large
 --num_samples 100000000000 | is too large
@@ -445,7 +446,7 @@ run --run nowhere | holds no trainer_state.json or config.yaml
     *cases("study", """
 nowhere | no such file or study
 data | no such file or study
-bad/deep.yaml | nested too deeply
+bad/deep.yaml | is nested deeper than 50 levels
 bad/bomb.yaml | holds more than 100,000 values
 bad/wide.yaml | UTF-16 text
 bad/twice.yaml | has the key 'learning_rate' twice

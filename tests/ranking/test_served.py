@@ -88,6 +88,26 @@ def test_a_server_that_drips_or_never_ends(server):
         list(RankingClient(server.url, "tuned", PROMPTS).stream(random_lists(1, 3)))
 
 
+@pytest.mark.parametrize("style", ["drips its head", "drips a complaint"])
+def test_the_time_is_for_head_and_complaint_too(server, style):
+    server.style = style
+    start = time.monotonic()
+    with pytest.raises(AlroFastError, match=r"did not end in time|answered 500: and broke off"):
+        list(RankingClient(server.url, "tuned", PROMPTS, timeout=0.5).stream(random_lists(1, 3)))
+    assert time.monotonic() - start < 5
+
+
+def test_the_key_is_for_one_server(server):
+    server.style = "redirects"
+    with pytest.raises(AlroFastError, match="answered 302"):
+        list(RankingClient(server.url, "tuned", PROMPTS, api_key="secret").stream(random_lists(1, 3)))
+    assert len(server.requests) == 1
+    for key in ("se\ncret", "sécret", ""):
+        with pytest.raises(AlroFastError) as refused:
+            RankingClient(server.url, "tuned", PROMPTS, api_key=key)
+        assert "cret" not in str(refused.value)
+
+
 def test_no_server_and_bad_options():
     client = RankingClient("http://127.0.0.1:9", "tuned", PROMPTS)
     with pytest.raises(AlroFastError, match="cannot be reached"):

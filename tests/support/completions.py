@@ -41,6 +41,17 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(200, {"choices": [{"message": {"content": "A"}}]})
         if style == "html":
             return self.reply(200, "<html>")
+        if style == "redirects":
+            self.send_response(302)
+            self.send_header("Location", f"{self.server.url}/elsewhere")
+            return self.end_headers()
+        if style in ("drips its head", "drips a complaint"):
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX: " if style == "drips its head" else b"HTTP/1.1 500 No\r\n\r\n")
+            with suppress(OSError):
+                for _ in range(600):
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
+            return None
         if style == "breaks off":
             self.send_response(200)
             self.send_header("Content-Length", "1000")
