@@ -76,7 +76,8 @@ def alro_loss(
     """ALRO loss of L lists, both orders in one call.
 
     hidden [N, H]: the answer rows of all lists and both orders; weight [V, H], bias [V]; labels [N]: next token of each
-    row, `ignore_index` for none; or [N, K], where a row predicts several, of several sequences. Every scalar is float32 (float64 for float64 input).
+    row, `ignore_index` for none; or [N, K], where a row predicts tokens of several sequences. Every scalar is float32
+    (float64 for float64 input).
 
     alpha, beta: weights of the soft lambda and the permutation loss, at least 0. gamma: sharpness of the soft-argmax
     (None: `sharpness` of the score); sigma: slope of the pairwise loss. Defaults are those of the train command.

@@ -130,6 +130,8 @@ READERS = {  # options that not every method reads; settings are settled Ranking
         lambda how: how.draws,
     ),
 }
+
+
 class Settled(NamedTuple):
     """A settled method, and the form of the answers that it reads."""
 
@@ -143,9 +145,7 @@ class Settled(NamedTuple):
 
 
 PASS_READERS = {
-    "share": Reader(
-        "by methods that read all answers in one pass", "method {0.method}", lambda how: not how.decodes
-    )
+    "share": Reader("by methods that read all answers in one pass", "method {0.method}", lambda how: not how.decodes)
 }
 FUSE_READERS = dict.fromkeys(  # what a fusion was not fitted for
     ("method", "hybrid", "pairing", "pair_orders"),

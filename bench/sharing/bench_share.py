@@ -1,10 +1,11 @@
 """What `--share` is worth on the prompts of real lists: `pytest bench/sharing/bench_share.py -s`.
 
-One pass over the same lists under share none, list and batch, in one process: batches planned and packed as training and
-ranking do, the same model, LoRA and optimiser, fused layers. Rows of the trunk are counted; the rest is CPU seconds of one
-thread (CUDA: seconds), rounds alternating, and ratios are medians over rounds. `kept` says how much of the ratio of rows
-the ratio of times keeps. Lists: MovieLens ml-latest-small of `$ALRO_FAST_SHARED_DATA` or ../shared/data, histories of 20
-and lists of 10 (without it, the demo's); preferences: the DMPO authors' ML-1M file with five rejected titles there.
+One pass over the same lists under share none, list and batch, in one process: batches planned and packed as training
+and ranking do, the same model, LoRA and optimiser, fused layers. Rows of the trunk are counted; the rest is CPU seconds
+of one thread (CUDA: seconds), rounds alternating, and ratios are medians over rounds. `kept` says how much of the ratio
+of rows the ratio of times keeps. Lists: MovieLens ml-latest-small of `$ALRO_FAST_SHARED_DATA` or ../shared/data,
+histories of 20 and lists of 10 (without it, the demo's); preferences: the DMPO authors' ML-1M file with five rejected
+titles there.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ from alro_fast.ranking.ranker import Ranker
 from alro_fast.training.batches import PlannedBatches
 from alro_fast.training.trainer import TreeDataset
 from bench.bench_step import Shape, make_model
-from bench.common import CUDA, DRY, DEVICE, machine
+from bench.common import CUDA, DEVICE, DRY, machine
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("ALRO_FAST_SHARED_DATA", ROOT.parent / "shared" / "data"))
 DMPO_FILE = SHARED / "dmpo-prompts" / "rec_data_ml_1m_dpo_ranking_5.json"
 SHAPE = Shape(8000, 32, 48, 2, 2, 1, 0, 1, 0.0) if DRY else Shape(8000, 256, 768, 4, 8, 4, 0, 5, 0.0)
-LISTS, BUDGET, ROUNDS = (3, 24_576, 1) if DRY else (32, 24_576, 5)
+LISTS, BUDGET, ROUNDS = (2, 24_576, 1) if DRY else (12, 24_576, 3)
 TRAINING = {
     "ratings, one permutation": {"objective": "alro", "answer": "ratings"},
     "ranking, one permutation": {"objective": "alro", "answer": "ranking"},

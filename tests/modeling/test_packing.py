@@ -1,4 +1,4 @@
-"""What branches begin with alike is one row each; packed streams hold every token once and read every answer where it is predicted."""
+"""What branches begin with alike is one row each; packed streams read every answer where it is predicted."""
 
 import pickle
 from itertools import pairwise

@@ -96,7 +96,7 @@ def plain_copy(model):
 
 
 def branch_by_branch(plain, trees):
-    """The rows of `tree_hidden_states`, each branch, up to the last token that predicts, in a plain forward of its own."""
+    """The rows of `tree_hidden_states`, each branch up to its last but one token in a plain forward of its own."""
     rows, device = [], next(plain.parameters()).device
     for ids, start in itertools.chain(*(zip(tree.ids, tree.answer_starts) for tree in trees)):
         output = trunk_of(plain)(input_ids=torch.as_tensor(ids[:-1], device=device)[None], use_cache=False)
