@@ -73,7 +73,7 @@ if [ "$dry" = 1 ]; then tests interpreted 60 tests/kernels/test_kernels_{gather,
 bench listwise 30 bench/bench_listwise.py
 bench head 105 bench/bench_head.py
 bench attention 30 bench/bench_attention.py
-part rates 25 python -m bench.attention_rates # a line of alro_fast.kernels.attention_costs.RATES, in summary.txt
+part rates 25 python -m bench.bench_attention # a line of alro_fast.kernels.attention_costs.RATES, in summary.txt
 shapes=(0.5B 8B)
 if [ "$dry" = 1 ]; then shapes=(tiny); fi
 for shape in "${shapes[@]}"; do # each in a process of its own: one that runs out of time or memory takes no other along

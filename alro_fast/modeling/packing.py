@@ -25,6 +25,7 @@ from .trie import Common, Trie, grow, ranges
 IGNORED = -100  # a label that is none, as transformers has it
 SHARES = ("batch", "list", "none")  # whose branches share the rows of what they begin with alike
 
+
 @dataclass(frozen=True, eq=False)
 class Branch:
     """One whole sequence, prefix included; its answer is `ids[answer_start:]`.
@@ -198,9 +199,7 @@ class PackedBatch:
         return _mapped(self, Tensor.pin_memory)
 
 
-def pack(
-    trees: Sequence[Tree], token_budget: int, seed: int | None = None, share: str = "batch"
-) -> list[PackedBatch]:
+def pack(trees: Sequence[Tree], token_budget: int, seed: int | None = None, share: str = "batch") -> list[PackedBatch]:
     """Plan and collate all `trees`: every tree once, whole, in batches of at most `token_budget` rows."""
     names = [str(tree) for tree in trees]
     sizes = [tree.rows(share) for tree in trees]
@@ -339,9 +338,7 @@ def _answer_sequences(trie: Trie, rows: np.ndarray) -> Varlen:
     return _varlen(np.diff(np.flatnonzero(last), prepend=-1), k_lengths, keys, rows)
 
 
-def _varlen(
-    q_lengths: np.ndarray, k_lengths: np.ndarray, keys: np.ndarray | None, rows: np.ndarray | None
-) -> Varlen:
+def _varlen(q_lengths: np.ndarray, k_lengths: np.ndarray, keys: np.ndarray | None, rows: np.ndarray | None) -> Varlen:
     return Varlen(
         kv_index=None if keys is None else torch.from_numpy(keys),
         cu_seqlens_q=torch.from_numpy(np.concatenate([[0], q_lengths.cumsum()]).astype(np.int32)),
