@@ -8,7 +8,7 @@ kernels (`trie_attention`) copy nothing and fill a block with rows of whatever b
 
 `RATES` are assumptions until `python -m bench.bench_attention` has been run on the device (it prints a line of the
 table; `bash bench/device.sh` runs it): the vendors' dense bf16 peak and bandwidth, times the share that published
-measurements reach of the peak on long sequences: FlashAttention-2 forward .55 on Ampere and .35 on Hopper, Triton .4 on Hopper.
+measurements reach of the peak on long sequences: forward, FlashAttention-2 .55 on Ampere and .35 on Hopper, Triton .4.
 """
 
 from __future__ import annotations

@@ -413,8 +413,9 @@ def _log_costs(ours: float, theirs: float, name: str, rows: int, gathered: int) 
     if (ours < theirs) not in _costs_logged:
         _costs_logged.add(ours < theirs)
         logger.info(
-            "tree attention: a layer of %d rows should take %.2f ms by Triton kernels over tries, %.2f ms by %s with %d "
-            "keys gathered: %s", rows, 1e3 * ours, 1e3 * theirs, name, gathered, "Triton" if ours < theirs else "varlen",
+            "tree attention: a layer of %d rows should take %.2f ms by Triton kernels over tries, %.2f ms by %s "
+            "with %d keys gathered: %s",
+            rows, 1e3 * ours, 1e3 * theirs, name, gathered, "Triton" if ours < theirs else "varlen",
         )  # fmt: skip
 
 

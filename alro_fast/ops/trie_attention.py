@@ -78,7 +78,8 @@ def trie_attention(
 
 def computed_pairs(query: Tensor, tiles: TrieTiles, window: int | None) -> tuple[int, int, int]:
     """Pairs in the tiles of the forward, of the gradients of queries and of those of keys, masked ones too."""
-    return tiles.pairs(kernel_config(query), window)
+    pairs: tuple[int, int, int] = tiles.pairs(kernel_config(query), window)
+    return pairs
 
 
 def expected_seconds(
