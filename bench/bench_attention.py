@@ -6,11 +6,19 @@ One group per shape. Ours: `tree_attention` on the packed stream (whatever body 
 bodies that it chooses from on a GPU, and its dense definition. One prefix: the same with a stream that shares one prefix
 among the branches of an order, and nothing above it. Unshared: scaled_dot_product_attention, causal, on the rectangle of
 all branches padded to the longest on the right, which needs no mask: the fastest an ordinary batch can be.
+
+`python -m bench.bench_attention` measures what `alro_fast.kernels.attention_costs.RATES` assumes of this device, and
+prints it as a line of that table: FLOP/s of FlashAttention on one long causal sequence and of our kernels on a trie of
+short branches, over the pairs of the tiles that they compute, and the bandwidth of the gather that the former needs.
+Without a GPU (`BENCH_DRY=1`) the same on interpreted kernels and tiny shapes, which measures nothing.
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
+import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,10 +26,12 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from alro_fast.kernels import attention_costs as costs
 from alro_fast.modeling.attention import tree_attention
-from alro_fast.modeling.attention_bodies import dense_attention, trie_attention, varlen_attention
-from alro_fast.modeling.packing import Branch, PackedBatch, Tree, collate
+from alro_fast.modeling.attention_bodies import dense_attention, gather_rows, trie_attention, varlen_attention
+from alro_fast.modeling.packing import Branch, PackedBatch, Tree, Varlen, collate
 from alro_fast.ops import flash
+from alro_fast.ops import trie_attention as kernels
 from bench.common import CUDA, DRY, machine
 
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
@@ -142,3 +152,70 @@ def test_attention(benchmark, shape, way):
         "machine": machine(),
     }
     benchmark.pedantic(step, rounds=1 if DRY else 7, warmup_rounds=0 if DRY else 2)
+
+
+# --- the rates that the choice between varlen and our kernels assumes -------------------------------------------------
+
+RATES_OF = costs.Heads(HEADS, KV_HEADS, WIDTH, DTYPE.itemsize)
+LENGTH = 8192 if CUDA else 64  # of FlashAttention's sequence
+ROUNDS = 7 if CUDA else 1
+
+
+def seconds(step: Callable[[], object]) -> float:
+    """Median, after two rounds that compile."""
+    taken = []
+    for _ in range(ROUNDS + 2 * CUDA):
+        began = time.perf_counter()
+        step()
+        if CUDA:
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - began)
+    return float(np.median(taken[2 * CUDA :]))
+
+
+def both_ways(forward: Callable[[], torch.Tensor]) -> tuple[float, float]:
+    """Seconds of forward and of backward."""
+    out = forward()
+    upstream = torch.randn_like(out)
+    return seconds(forward), seconds(lambda: out.backward(upstream, retain_graph=True))
+
+
+def flash_rates() -> tuple[float, float]:
+    """FLOP/s forward and backward."""
+    backend = flash.varlen_backend(False, torch.device(DEVICE))
+    print(f"FlashAttention: {backend.name}")
+    lengths, cuts = np.array([LENGTH]), torch.tensor([0, LENGTH], dtype=torch.int32, device=DEVICE)
+    sequences = Varlen(None, cuts, cuts, LENGTH, LENGTH, None, lengths, lengths)
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in tensors(1, LENGTH)[:3])
+    taken = both_ways(lambda: backend.run(query, key, value, sequences, SCALE, None, None))
+    work = costs.flash_pairs(lengths, lengths, None) * HEADS * WIDTH
+    return work * costs.FLOPS_FORWARD / taken[0], work * costs.FLOPS_BACKWARD / taken[1]
+
+
+def our_rates(shape: str) -> tuple[float, float, float]:
+    """FLOP/s forward and backward, bytes/s of the gather that FlashAttention would need for the same trie."""
+    layout = make_batch(shape).segments
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in tensors(1, layout.num_rows)[:3])
+    tiles = kernels.make_tiles(layout.trie.until, layout.trie.positions, None, query.device)
+    taken = both_ways(lambda: kernels.trie_attention(query, key, value, tiles, SCALE, None, None))
+    forward, query_grad, key_grad = (pairs * HEADS * WIDTH for pairs in kernels.computed_pairs(query, tiles, None))
+    backward = query_grad * costs.OURS_QUERY_GRAD + key_grad * costs.OURS_KEY_GRAD
+    index = layout.stream.kv_index
+    copied = sum(both_ways(lambda: gather_rows(key, index)))
+    size = costs.copied_bytes(RATES_OF, len(index), layout.num_rows) / 2  # of keys alone
+    return forward * costs.FLOPS_FORWARD / taken[0], backward / taken[1], size / copied
+
+
+def main() -> int:
+    if not CUDA and not DRY:
+        print("error: no CUDA device; BENCH_DRY=1 and TRITON_INTERPRET=1 run this without one", file=sys.stderr)
+        return 2
+    theirs = flash_rates() if CUDA else (float("nan"), float("nan"))
+    numbers = ", ".join(f"{number:.3g}" for number in (*theirs, *our_rates("pointwise 20" if CUDA else "ALRO pair")))
+    name = kernels.architecture(torch.device(DEVICE))
+    print(f'"{name}": Rates({numbers}),{"" if CUDA else "  # not a measurement"}')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -68,12 +68,12 @@ if [ "$list" = 0 ]; then
     tail -n 1 | tee -a "$output/summary.txt"
 fi
 mapfile -t marked < <(grep -lr "mark.gpu" tests --include "test_*.py")
-tests tests 145 "${marked[@]}" -m gpu
+tests tests 140 "${marked[@]}" -m gpu
 if [ "$dry" = 1 ]; then tests interpreted 60 tests/kernels/test_kernels_{gather,row_kernel}.py -k "not segments"; fi
 bench listwise 30 bench/bench_listwise.py
 bench head 105 bench/bench_head.py
-bench attention 30 bench/bench_attention.py
-part rates 25 python -m bench.attention_rates # a line of alro_fast.kernels.attention_costs.RATES, in summary.txt
+bench attention 40 bench/bench_attention.py
+part rates 20 python -m bench.bench_attention # a line of alro_fast.kernels.attention_costs.RATES, in summary.txt
 shapes=(0.5B 8B)
 if [ "$dry" = 1 ]; then shapes=(tiny); fi
 for shape in "${shapes[@]}"; do # each in a process of its own: one that runs out of time or memory takes no other along

@@ -1,4 +1,4 @@
-"""What attention over a trie is expected to take on a device: FlashAttention over gathered keys, or our kernels in place.
+"""What attention over a trie should take on a device: FlashAttention over gathered keys, or our kernels in place.
 
 FlashAttention's variable-length call is faster per pair, but takes blocks of 128 queries of one sequence, however short
 it is, and keys and values of everything above a sequence are copied for it and their gradients added up again. Our
@@ -6,9 +6,9 @@ kernels (`trie_attention`) copy nothing and fill a block with rows of whatever b
 
     seconds = FLOPs of the pairs computed / FLOP/s reached + bytes copied / bandwidth        forward and backward
 
-`RATES` are assumptions until `python -m bench.attention_rates` has been run on the device (it prints a line of the
-table; `bash bench/device.sh` runs it): the vendors' dense bf16 peak and bandwidth, times the share of the peak that published measurements reach on long sequences
-(FlashAttention-2 .35 on Hopper and .55 on Ampere forward; hand-written Triton .4 forward and .3 backward).
+`RATES` are assumptions until `python -m bench.bench_attention` has been run on the device (it prints a line of the
+table; `bash bench/device.sh` runs it): the vendors' dense bf16 peak and bandwidth, times the share that published
+measurements reach of the peak on long sequences: forward, FlashAttention-2 .55 on Ampere and .35 on Hopper, Triton .4.
 """
 
 from __future__ import annotations

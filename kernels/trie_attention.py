@@ -4,8 +4,8 @@
     o_r = sum_k p_rk v_k, p_rk = exp(s_rk - L_r), L_r = log sum_k exp s_rk
     dv_k = sum_r p_rk do_r, ds_rk = p_rk (do_r . v_k - do_r . o_r), dq_r = scale sum_k ds_rk k_k, dk_k likewise
 
-Which tiles there are is decided on the host (`trie_tiles`); in whole ones no mask is read. Queries are blocks of rows of
-the stream, whatever branches they are of, so short branches fill a tile together, and a key that several see is read
+Which tiles there are is decided on the host (`trie_tiles`); in whole ones no mask is read. Queries are blocks of rows
+of the stream, whatever branches they are of, so short branches fill a tile together, and a key that several see is read
 once for all of them, in place.
 Per tile and head 4 B_M B_N D FLOPs forward, 14 backward (scores are computed twice: once for the gradients of queries,
 once for those of keys). Sums are float32, float32 inputs are multiplied as such (no TF32); probabilities and their
@@ -70,9 +70,7 @@ def _forward_tile(
     k_at, v_at = key + first.to(tl.int64) * stride_kn, value + first.to(tl.int64) * stride_vn
     count = size_k - first
     k = rows_of(k_at, count, stride_kn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
-    product = row_products(
-        q, k, q_at, k_at, q_count, count, stride_qn, stride_kn, width, BLOCK_D, BLOCK_K, EVEN_D
-    )
+    product = row_products(q, k, q_at, k_at, q_count, count, stride_qn, stride_kn, width, BLOCK_D, BLOCK_K, EVEN_D)
     score = scores(product, scale, cap, HAS_CAP)
     if not WHOLE:
         score = seen_keys(score, row, position, first, until, positions, size_k, window, BLOCK_N, HAS_WINDOW)
@@ -141,9 +139,7 @@ def _query_grad_tile(
     count = size_k - first
     k = rows_of(k_at, count, stride_kn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
     v = rows_of(v_at, count, stride_vn, width, BLOCK_N, BLOCK_D, EVEN_D, WHOLE)
-    product = row_products(
-        q, k, q_at, k_at, q_count, count, stride_qn, stride_kn, width, BLOCK_D, BLOCK_K, EVEN_D
-    )
+    product = row_products(q, k, q_at, k_at, q_count, count, stride_qn, stride_kn, width, BLOCK_D, BLOCK_K, EVEN_D)
     capped = scores(product, scale, cap, HAS_CAP)
     score = capped
     if not WHOLE:
@@ -219,9 +215,7 @@ def _key_grad_tile(
     else:
         log_sum = tl.load(lse + first + m, mask=m < count, other=0.0)
         own = tl.load(delta + first + m, mask=m < count, other=0.0)
-    product = row_products(
-        k, q, k_at, q_at, k_count, count, stride_kn, stride_qn, width, BLOCK_D, BLOCK_K, EVEN_D
-    )
+    product = row_products(k, q, k_at, q_at, k_count, count, stride_kn, stride_qn, width, BLOCK_D, BLOCK_K, EVEN_D)
     capped = scores(product, scale, cap, HAS_CAP)
     score = capped
     if not WHOLE:
@@ -333,7 +327,7 @@ def trie_attention(
     """Attention of the trie's queries, differentiable in query, key and value.
 
     Args:
-        query: [U, heads, D] float16, bfloat16 or float32, one row for each of `trie.rows`; D <= 256.
+        query: [U, heads, D] float16, bfloat16 or float32, one row for each query of the trie; D <= 256.
         key, value: [T, kv_heads, D] of the same dtype; heads are a multiple of kv_heads.
         scale: factor of the scores.
         window: a row sees positions p with 0 <= its own - p < window; None: all.

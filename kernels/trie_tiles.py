@@ -54,9 +54,7 @@ class TrieTiles:
         device: of the tensors that kernels read.
     """
 
-    def __init__(
-        self, until: np.ndarray, positions: np.ndarray, rows: np.ndarray | None, device: torch.device
-    ) -> None:
+    def __init__(self, until: np.ndarray, positions: np.ndarray, rows: np.ndarray | None, device: torch.device) -> None:
         self.device = device
         self._until, self._positions = until.astype(np.int64), positions.astype(np.int64)
         self._rows = np.arange(len(until)) if rows is None else rows.astype(np.int64)

@@ -1,4 +1,4 @@
-"""The sums of tree attention, three ways in torch and one in Triton; float32 on the CPU has its own kernels (`modeling.cpp_attention`).
+"""The sums of tree attention, but for float32 on the CPU, which has its own kernels (`modeling.cpp_attention`).
 
 - *cascade* (CPU, where those kernels do not serve): every run of the trie in one causal call; then, level by level, the
   rows behind a run against the part of it that stands above them (no mask), merged by their log-sum-exps. With O and L
@@ -277,6 +277,7 @@ class _Cascade(torch.autograd.Function):
 
 # --- varlen: CUDA ----------------------------------------------------------------------------------------------------
 
+
 def varlen_attention(
     backend: flash_kernels.VarlenBackend,
     query: Tensor,
@@ -412,9 +413,9 @@ def _log_costs(ours: float, theirs: float, name: str, rows: int, gathered: int) 
     if (ours < theirs) not in _costs_logged:
         _costs_logged.add(ours < theirs)
         logger.info(
-            "tree attention: a batch of %d rows should take %.2f ms a layer by Triton kernels over tries, %.2f ms by %s "
-            "with %d keys gathered (alro_fast/kernels/attention_costs.py): %s", rows, 1e3 * ours, 1e3 * theirs, name,
-            gathered, "Triton" if ours < theirs else "varlen",
+            "tree attention: a layer of %d rows should take %.2f ms by Triton kernels over tries, %.2f ms by %s "
+            "with %d keys gathered: %s",
+            rows, 1e3 * ours, 1e3 * theirs, name, gathered, "Triton" if ours < theirs else "varlen",
         )  # fmt: skip
 
 

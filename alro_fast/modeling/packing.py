@@ -339,9 +339,7 @@ def _answer_sequences(trie: Trie, rows: np.ndarray) -> Varlen:
     return _varlen(np.diff(np.flatnonzero(last), prepend=-1), k_lengths, keys, rows)
 
 
-def _varlen(
-    q_lengths: np.ndarray, k_lengths: np.ndarray, keys: np.ndarray | None, rows: np.ndarray | None
-) -> Varlen:
+def _varlen(q_lengths: np.ndarray, k_lengths: np.ndarray, keys: np.ndarray | None, rows: np.ndarray | None) -> Varlen:
     return Varlen(
         kv_index=None if keys is None else torch.from_numpy(keys),
         cu_seqlens_q=torch.from_numpy(np.concatenate([[0], q_lengths.cumsum()]).astype(np.int32)),

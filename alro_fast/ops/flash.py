@@ -1,4 +1,4 @@
-"""FlashAttention's variable-length kernels by one signature: torch's (FA2, FA3 or FA4), and the flash-attn package's."""
+"""FlashAttention's variable-length kernels by one signature: torch's (FA2, FA3, FA4) and the flash-attn package's."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..kernels import attention_costs as costs
 
 if TYPE_CHECKING:
+    from ..kernels.trie_attention import TrieConfig
     from ..kernels.trie_tiles import TrieTiles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -22,6 +23,23 @@ WIDEST = 256  # elements of a head
 def trie_kernels_serve(query: Tensor) -> bool:
     """Whether the kernels take heads of this dtype, width and device: CUDA or ROCm, or any if they are interpreted."""
     return query.dtype in DTYPES and query.shape[-1] <= WIDEST and architecture(query.device) is not None
+
+
+@functools.cache
+def architecture(device: torch.device) -> str | None:
+    """The name of the device in the kernels' tables; None: the kernels cannot run there."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from .backends import triton
+
+    return None if triton.unavailable(device, torch.float32) else triton.architecture(device)
+
+
+def kernel_config(query: Tensor) -> TrieConfig:
+    """How the kernels are launched for heads [..., D] of this dtype on this device."""
+    from ..kernels import configs
+
+    return configs.trie_config(str(architecture(query.device)), query.shape[-1], query.element_size())
 
 
 def make_tiles(until: np.ndarray, positions: np.ndarray, rows: np.ndarray | None, device: torch.device) -> TrieTiles:
@@ -54,14 +72,14 @@ def trie_attention(
     """
     from ..kernels import trie_attention as kernels
 
-    config = _config(query.device, query.shape[-1], query.element_size())
-    made: Tensor = kernels.trie_attention(query, key, value, tiles, scale, window, softcap, config)
+    made: Tensor = kernels.trie_attention(query, key, value, tiles, scale, window, softcap, kernel_config(query))
     return made
 
 
 def computed_pairs(query: Tensor, tiles: TrieTiles, window: int | None) -> tuple[int, int, int]:
     """Pairs in the tiles of the forward, of the gradients of queries and of those of keys, masked ones too."""
-    return tiles.pairs(_config(query.device, query.shape[-1], query.element_size()), window)
+    pairs: tuple[int, int, int] = tiles.pairs(kernel_config(query), window)
+    return pairs
 
 
 def expected_seconds(
@@ -95,19 +113,3 @@ def expected_seconds(
     if least >= by_flash:
         return least, by_flash
     return costs.trie_seconds(rates, heads, computed_pairs(query, tiles, window)), by_flash
-
-
-@functools.cache
-def architecture(device: torch.device) -> str | None:
-    """The name of the device in the kernels' tables; None: the kernels cannot run there."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from .backends import triton
-
-    return None if triton.unavailable(device, torch.float32) else triton.architecture(device)
-
-
-def _config(device: torch.device, width: int, element_size: int) -> Any:
-    from ..kernels import configs
-
-    return configs.trie_config(str(architecture(device)), width, element_size)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from kernel_cases import DEVICE, HALF_ROUNDING
+from kernel_cases import DEVICE, HALF_ROUNDING, TrieCase, trie_case, with_changed
 from torch import Tensor
-from trie_cases import TrieCase, trie_case, with_changed
 
 kernel = pytest.importorskip("alro_fast.kernels.trie_attention")
-from alro_fast.kernels import trie_tiles  # noqa: E402
 from alro_fast.kernels.trie_tiles import TrieTiles  # noqa: E402
+
+from alro_fast.kernels import trie_tiles  # noqa: E402
 
 SMALL = kernel.TrieConfig(kernel.Launch(16, 32, 1, 1), kernel.Launch(32, 16, 1, 1), kernel.Launch(32, 16, 1, 1))
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from alro_fast.kernels.trie_tiles import TrieTiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trie_cases import grow
+from kernel_cases import grow_trie
 
 from alro_fast.kernels import trie_tiles
-from alro_fast.kernels.trie_tiles import TrieTiles
 
 SIZES = st.sampled_from([1, 4, 16, 64])
 
@@ -18,7 +18,7 @@ SIZES = st.sampled_from([1, 4, 16, 64])
 @st.composite
 def tries(draw):
     """(tiles, visible [U, T], window): forests of 1 to 250 rows, all rows or some of them queries."""
-    until, positions = grow(draw(st.sampled_from([1, 30, 120])), draw(st.integers(0, 10**6)), longest=30)
+    until, positions = grow_trie(draw(st.sampled_from([1, 30, 120])), draw(st.integers(0, 10**6)), longest=30)
     rows = np.arange(len(until))
     if draw(st.booleans()):
         chosen = draw(st.sets(st.integers(0, len(until) - 1), min_size=1, max_size=40))
@@ -89,7 +89,7 @@ def test_whole_tiles_are_found():
     until = np.concatenate([np.full(64, 320), np.repeat(64 + 8 * np.arange(1, 33), 8)])
     positions = np.concatenate([np.arange(64), np.tile(64 + np.arange(8), 32)])
     tiles = TrieTiles(until, positions, None, torch.device("cpu"))
-    blocks, starts = tiles.query_tiles(16, 16, None)
+    blocks, _ = tiles.query_tiles(16, 16, None)
     behind = blocks[blocks[:, 0] >= 64]
     assert (behind[:, 3] - behind[:, 2]).tolist() == [4] * 16
     assert (behind[:, 4] - behind[:, 3]).tolist() == [1] * 16

@@ -31,6 +31,8 @@ from alro_fast.modeling.packing import Branch, Tree, collate
 from alro_fast.ops import flash
 from alro_fast.ops.flash import flash_attn_varlen, torch_varlen
 
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU")
+
 
 def naive(query, key, value, branches, scale, window, softcap):
     """[1, T, heads, D], one branch at a time: the definition, in plain operations. branches: stream rows of each."""
@@ -248,6 +250,7 @@ def test_a_whole_model_on_the_varlen_body(family, monkeypatch):
     assert used == [False, True]
 
 
+@interpreted
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
 def test_a_whole_model_on_the_kernels_over_tries(family, monkeypatch):
     """What a CUDA step runs in float32, in Triton's interpreter; Gemma 2 has windows and soft-capped scores."""
@@ -265,6 +268,7 @@ def test_a_whole_model_on_the_kernels_over_tries(family, monkeypatch):
     assert used == [False, True]
 
 
+@interpreted
 @pytest.mark.parametrize("answers", [False, True])
 @pytest.mark.parametrize("expected", [(1.0, 2.0), (2.0, 1.0)])
 def test_cuda_takes_what_should_be_faster_and_says_so_once(answers, expected, monkeypatch, caplog):
