@@ -274,7 +274,7 @@ def _check_list_values(labels: Tensor, lists: RankingLists, row_count: int, voca
         raise AlroFastError(
             f"twin[{place}] is {int(twin[place])}, whose size or ratings differ; expected one axis of items in both"
         )
-    shared = has_twin & ((slot_rows == slot_rows[of]) | ~used).all(dim=1)
+    shared = has_twin & (sizes > 0) & ((slot_rows == slot_rows[of]) | ~used).all(dim=1)
     if grades is None and shared.any():
         place = int(shared.nonzero()[0, 0])
         raise AlroFastError(

@@ -216,7 +216,7 @@ def add_model_options(parser: argparse.ArgumentParser, adapter_required: bool = 
         "--share",
         choices=("batch", "list", "none"),
         default="batch",
-        help="prompts that begin alike are read once: of all lists of a forward pass (default), of each list, or never",
+        help="prompts that begin alike are read once: of a forward pass (default), of a list, or never",
     )
 
 
