@@ -19,7 +19,7 @@ def write_files(folder: Path) -> None:
     files = {
         "deep.json": deep,
         "deep_in.json": f'{{"candidates":[{{"title":{deep}{"]" * 100_000}}}]}}',
-        "deep.yaml": "a: " + deep,
+        "deep.yaml": "a: " + deep[:50_000],
         "bomb.yaml": f"a: &a [{','.join('x' * 9)}]\n{bomb}",
         "cycle.yaml": "a: &a [*a]\n",
         "twice.yaml": "learning_rate: 1e-3\nlearning_rate: 1e-4\n",
