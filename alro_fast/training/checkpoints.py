@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -194,7 +194,7 @@ def _calls(path: Path) -> str | None:
     does not: of its files its own classes are let through.
     """
     try:
-        with safe_globals():  # numpy's random states
+        with cast(Any, safe_globals)():  # numpy's random states
             found = get_unsafe_globals_in_checkpoint(str(path))
     except Exception:  # of a pickle that is none
         return "it cannot be told which"

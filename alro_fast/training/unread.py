@@ -59,6 +59,8 @@ _ON = (
 )  # what happens anyway; of all others, nothing
 _OFF = (None, 0, "no")
 
+BY_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedules
+
 
 class Unread(NamedTuple):
     """Why an option is not read; decided_by: the options that would have to be others."""
@@ -133,9 +135,9 @@ def _belongs_to_others(name: str, mine: list[Description], readers: list[Descrip
 
 
 _BEST = Where(
-    "with --load_best_model_at_end true or --save_strategy best",
-    lambda o: o.load_best_model_at_end or o.save_strategy == "best",
-    ("load_best_model_at_end", "save_strategy"),
+    "with --load_best_model_at_end true, --save_strategy best, or a schedule that goes by evaluations",
+    lambda o: o.load_best_model_at_end or o.save_strategy == "best" or o.lr_scheduler_type in BY_EVALUATIONS,
+    ("load_best_model_at_end", "save_strategy", "lr_scheduler_type"),
 )
 _PUSHED = Where("with --push_to_hub true", lambda o: o.push_to_hub, ("push_to_hub",))
 _THEIRS = {  # options of transformers that others of theirs switch on

@@ -19,8 +19,7 @@ def write_files(folder: Path) -> None:
     files = {
         "deep.json": deep,
         "deep_in.json": f'{{"candidates":[{{"title":{deep}{"]" * 100_000}}}]}}',
-        "deep.yaml": "a: " + deep,
-        "deeper.yaml": "a: " + deep[:10_000],
+        "deep.yaml": "a: " + deep[:50_000],
         "bomb.yaml": f"a: &a [{','.join('x' * 9)}]\n{bomb}",
         "cycle.yaml": "a: &a [*a]\n",
         "twice.yaml": "learning_rate: 1e-3\nlearning_rate: 1e-4\n",
@@ -194,7 +193,7 @@ CASES = [
 --init_adapter base | no adapter_config.json there
 --template nowhere | no prompt template 'nowhere'
 --template bad/bomb.yaml | holds more than 100,000 values
---template bad/deeper.yaml | is nested deeper than 50 levels
+--template bad/deep.yaml | is nested deeper than 50 levels
 --template bad/cycle.yaml | or refers to itself
 --template bad/wide.yaml | UTF-16 text
 --template bad/twice.yaml | has the key 'learning_rate' twice
@@ -338,7 +337,7 @@ lists.json --adapter tasks --hybrid nonsense | nonsense
 """, before="--adapter run"),
     *cases("evaluate", """
 --template nowhere | no prompt template 'nowhere'
---template bad/deeper.yaml | is nested deeper than 50 levels
+--template bad/deep.yaml | is nested deeper than 50 levels
 --template bad/bomb.yaml | holds more than 100,000 values
 --template bad/wide.yaml | UTF-16 text
 --template bad/escape.yaml | \\x1b[31mx

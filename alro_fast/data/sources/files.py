@@ -98,8 +98,8 @@ def scan_csv(path: Path, separator: str = ",", names: list[str] | None = None) -
         raise AlroFastError(f"{path.name} is empty; a table is expected in it")
     if len(head) > LINE_BYTES:
         raise _too_long(path)
-    if (found := packed_or_wide(head)) is not None:
-        raise AlroFastError(f"{path.name} is {found}")
+    if (other := packed_or_wide(head)) is not None:
+        raise AlroFastError(f"{path.name} is {other}")
     how: dict[str, Any] = {
         "separator": separator,
         "has_header": names is None,

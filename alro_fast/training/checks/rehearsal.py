@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import HFValidationError
@@ -23,6 +23,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
 
 from ...errors import AlroFastError
 from ...options import RankerTrainingArguments
+from ..unread import BY_EVALUATIONS
 
 NO_STEP = {"params", "model", "optimizer_dict"}  # what optimisers ask for that are made for one model alone
 
@@ -55,7 +56,7 @@ def check_metric(args: Any, measured: Collection[str]) -> None:
 
     measured: names of what an evaluation measures.
     """
-    waits = args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+    waits = args.lr_scheduler_type in BY_EVALUATIONS
     best = args.load_best_model_at_end or args.save_strategy == "best"
     if not best and not waits:
         return
@@ -81,10 +82,11 @@ def _check_optimizer(trainer: Trainer) -> None:
     given = f" with --optim_args {args.optim_args}" if args.optim_args else ""
     try:
         trainer.create_optimizer()
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+        model: Any = trainer.model
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
         without = copy.copy(args)
         without.optim_args = None
-        if args.optim_args and Trainer.get_optimizer_cls_and_kwargs(without, trainer.model) == (kind, options):
+        if args.optim_args and Trainer.get_optimizer_cls_and_kwargs(without, model) == (kind, options):
             raise ValueError("it reads none of them")
         if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and not NO_STEP & options.keys():
             toy = torch.nn.Parameter(torch.ones(64, 64, device=args.device))
@@ -97,7 +99,7 @@ def _check_optimizer(trainer: Trainer) -> None:
 def _check_schedule(trainer: Trainer, steps: int) -> None:
     args: Any = trainer.args
     name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-    known = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[args.lr_scheduler_type]).parameters
+    known = inspect.signature(cast(Any, TYPE_TO_SCHEDULER_FUNCTION[args.lr_scheduler_type])).parameters
     for key in args.lr_scheduler_kwargs or {}:
         if key not in known:
             offered = ", ".join(known.keys() - {"optimizer", "num_warmup_steps", "num_training_steps"}) or "none"
