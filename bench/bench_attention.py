@@ -3,9 +3,9 @@
 Run: `pytest bench/bench_attention.py`.
 
 One group per shape. Ours: `tree_attention` on the packed stream (whatever body it chooses for the device), the two
-bodies that it chooses from on a GPU, and its dense definition. One prefix: the same with a stream that shares one prefix
-among the branches of an order, and nothing above it. Unshared: scaled_dot_product_attention, causal, on the rectangle of
-all branches padded to the longest on the right, which needs no mask: the fastest an ordinary batch can be.
+bodies that it chooses from on a GPU, and its dense definition. One prefix: the same with a stream that shares one
+prefix among the branches of an order, and nothing above it. Unshared: scaled_dot_product_attention, causal, on the
+rectangle of all branches padded to the longest on the right, which needs no mask: the fastest an ordinary batch can be.
 
 `python -m bench.bench_attention` measures what `alro_fast.kernels.attention_costs.RATES` assumes of this device, and
 prints it as a line of that table: FLOP/s of FlashAttention on one long causal sequence and of our kernels on a trie of
