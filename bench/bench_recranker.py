@@ -3,7 +3,7 @@
 `pytest bench/bench_recranker.py -s`. Pointwise over 20 candidates, and pairwise over 10 pairs in both orders: 20
 prompts each, behind 50 liked or rated items. Ordinary: Hugging Face model with PEFT and SDPA, the prompts padded to one
 batch, and no logits but those that are needed (the last position in inference, answer positions in training). Ours: one
-tree, fused layers. Unshared: ours with a tree for every prompt, so that what sharing alone saves is seen. Same model,
+tree, fused layers. Unshared: ours with rows of its own for every prompt, so that what sharing alone saves is seen. Same model,
 same prompts, equal results to 1e-4; one thread; rounds alternate; ratios are medians over rounds of CPU seconds.
 """
 
@@ -119,8 +119,7 @@ class Ours:
 def _stream(prompts: list[tuple[list[int], list[int]]], length: int | None, shared: bool) -> PackedBatch:
     """Prompts with the first `length` tokens of their answers."""
     branches = [Branch(prompt + answer[:length], len(prompt)) for prompt, answer in prompts]
-    trees = [Tree(branches)] if shared else [Tree([branch]) for branch in branches]
-    return collate(trees, range(len(trees)))
+    return collate([Tree(branches)], [0], "batch" if shared else "none")
 
 
 class Ordinary:

@@ -103,9 +103,7 @@ def evaluate_preferences(options: Any) -> None:
             if ranker == "untuned" and not hasattr(model, "disable_adapter"):
                 continue
             with cast(Any, model).disable_adapter() if ranker == "untuned" else contextlib.nullcontext():
-                scored[ranker] = score_preferences(
-                    model, prompts, people, options.token_budget, share=options.share
-                )
+                scored[ranker] = score_preferences(model, prompts, people, options.token_budget, share=options.share)
             answers += sum(len(one.chosen) + len(one.rejected) for one in scored[ranker])
         results[name], scores[name] = measure(scored, options.bootstrap), scored
     seconds = time.perf_counter() - started

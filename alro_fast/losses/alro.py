@@ -70,7 +70,8 @@ def alro_loss(
     """ALRO loss of L lists, both orders in one call.
 
     hidden [N, H]: the answer rows of all lists and both orders; weight [V, H], bias [V]; labels [N]: next token of each
-    row, `ignore_index` for none; or [N, K], where a row predicts several, of several sequences. Every scalar is float32 (float64 for float64 input).
+    row, `ignore_index` for none; or [N, K], where a row predicts tokens of several sequences. Every scalar is float32
+    (float64 for float64 input).
 
     gamma: sharpness of the soft-argmax (1 suits log-probs, about 10 probabilities); sigma: slope of the pairwise loss.
     score, score_space: what the soft-argmax reads, the "logprob", "prob" or "logit" of an identifier, normalised over

@@ -1,9 +1,9 @@
 """Trees of token sequences, and the padding-free batches they are packed into.
 
-Branches that begin alike share the rows of what they have in common (`alro_fast.modeling.trie`): a batch takes one row of
-the trunk for every distinct (prefix, token) of it that something follows. The last token of a branch predicts nothing, and
-has a row only where another branch goes on from it. A row's position id is its place in its own branch, so nothing but the
-attention (`alro_fast.modeling.attention`) knows that branches lie side by side.
+Branches that begin alike share the rows of what they have in common (`alro_fast.modeling.trie`): a batch takes one row
+of the trunk for every distinct (prefix, token) of it that something follows. The last token of a branch predicts
+nothing, and has a row only where another branch goes on from it. A row's position id is its place in its own branch, so
+nothing but the attention (`alro_fast.modeling.attention`) knows that branches lie side by side.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .trie import Common, Trie, grow, ranges
 
 IGNORED = -100  # a label that is none, as transformers has it
 SHARES = ("batch", "list", "none")  # whose branches share the rows of what they begin with alike
+
 
 @dataclass(frozen=True, eq=False)
 class Branch:
@@ -152,8 +153,8 @@ class PackedBatch:
         segments: attention metadata; `segments.distinct_rows` [U] are the rows that labels are predicted from.
         labels: int64 [N], ordered by tree, branch, position.
         label_rows: int64 [N], which of the U rows predicts each label: one row serves every branch that needs it.
-        label_table: int64 [U, K], the labels of each row, at most K, -100 on pads; label_places: int64 [N], where in its
-            U * K entries each label stands.
+        label_table: int64 [U, K], the labels of each row, at most K, -100 on pads; label_places: int64 [N], where in
+            its U * K entries each label stands.
         row_tree: int64 [N], counted within this batch: `tree_indices[row_tree[n]]` is the input tree of labels[n].
         row_branch: int64 [N].
         tree_indices: the input trees of this batch.
@@ -193,9 +194,7 @@ class PackedBatch:
         return _mapped(self, Tensor.pin_memory)
 
 
-def pack(
-    trees: Sequence[Tree], token_budget: int, seed: int | None = None, share: str = "batch"
-) -> list[PackedBatch]:
+def pack(trees: Sequence[Tree], token_budget: int, seed: int | None = None, share: str = "batch") -> list[PackedBatch]:
     """Plan and collate all `trees`: every tree once, whole, in batches of at most `token_budget` rows."""
     names = [str(tree) for tree in trees]
     sizes = [tree.rows(share) for tree in trees]
@@ -292,9 +291,10 @@ def _table(labels: np.ndarray, label_rows: np.ndarray, count: int) -> tuple[np.n
 
 
 def _segments(trie: Trie, distinct: np.ndarray, longest: int, shortest: int) -> Segments:
+    arrays: dict[str, Any] = {name: torch.from_numpy(getattr(trie, name)) for name in _OF_THE_TRIE}
     return Segments(
+        **arrays,
         trie=trie,
-        **{name: torch.from_numpy(getattr(trie, name)) for name in _OF_THE_TRIE},
         distinct_rows=torch.from_numpy(distinct),
         stream=_stream_sequences(trie),
         answers=_answer_sequences(trie, distinct),

@@ -66,7 +66,7 @@ class ALROObjective(SFTObjective):
         grades = None
         original = branch = 0  # of the example at hand: its first view's index; its first branch not yet read
         for l, (t, v) in enumerate(views):
-            example, view = examples[t], examples[t].views[v]
+            view = examples[t].views[v]
             m = len(sources[t].candidates)
             if v == 0:
                 original, branch = l, 0

@@ -127,11 +127,13 @@ READERS = {  # options that not every method reads; settings are settled Ranking
         lambda how: how.draws,
     ),
 }
+
+
 class Settled(NamedTuple):
     """A settled method, and the form of the answers that it reads."""
 
-    method: str
-    answer: str
+    method: str | None
+    answer: str | None
 
     @property
     def decodes(self) -> bool:
@@ -139,7 +141,9 @@ class Settled(NamedTuple):
         return self.method in ("greedy", "beam") or (self.method, self.answer) == ("expected", "ranking")
 
 
-IN_TREES = Reader("by methods that read all answers in one pass", "method {0.method}", lambda how: not how.decodes)
+PASS_READERS = {
+    "share": Reader("by methods that read all answers in one pass", "method {0.method}", lambda how: not how.decodes)
+}
 FUSE_READERS = dict.fromkeys(  # what a fusion was not fitted for
     ("method", "hybrid", "pairing", "pair_orders"),
     Reader("without --fuse", "--fuse, whose weights are for scores as the run was tuned", lambda o: not o.fuse),
@@ -191,7 +195,7 @@ def settled_options(
     how = how.settled(answer, run.get("hybrid") or "code")
     texts = [replace(how, method="hybrid", shuffles=1)] if generate and answer == "tasks" else []
     refuse_unread(options.given, READERS, how, *texts)
-    refuse_unread(options.given, {"share": IN_TREES}, Settled(how.method or "", answer))
+    refuse_unread(options.given, PASS_READERS, Settled(how.method, answer))
     return how
 
 

@@ -101,7 +101,10 @@ class Run:
         self.model, self.tokenizer = self.build_model()
         self.objective = self.build_objective()
         show = not self.training.disable_tqdm
-        self.datasets = {name: TreeDataset(self.asked(name), self.objective, show, self.training.share) for name in ("train", "valid")}
+        self.datasets = {
+            name: TreeDataset(self.asked(name), self.objective, show, self.training.share)
+            for name in ("train", "valid")
+        }
         self.trainer = RankerTrainer(
             self.model,
             self.training,

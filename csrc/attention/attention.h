@@ -1,5 +1,5 @@
-// Attention over packed tries, forward and backward, float32. Row r sees key k where k <= r < until[k], `until` being the
-// row at which the subtree of k's node ends. Contract: alro_fast/modeling/cpp_attention.py.
+// Attention over packed tries, forward and backward, float32. Row r sees key k where k <= r < until[k], `until` being
+// the row at which the subtree of k's node ends. Contract: alro_fast/modeling/cpp_attention.py.
 #pragma once
 
 #include <cstdint>

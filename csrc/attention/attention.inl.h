@@ -1,5 +1,5 @@
-// Attention of one unit of queries and one key head. Lanes are queries (and the query heads that share the key head), so
-// the softmax is vertical and the micro-kernels are those of the vocabulary pass: keys take the place of W's rows.
+// Attention of one unit of queries and one key head. Lanes are queries (and the query heads that share the key head),
+// so the softmax is vertical and the micro-kernels are those of the vocabulary pass: keys take the place of W's rows.
 #pragma once
 
 #include "attention/attention.h"
@@ -9,8 +9,8 @@
 namespace alro::ALRO_ISA {
 
 constexpr int kKeys = 112 / kBlock * kBlock;  // of a tile
-constexpr float kLowest = -1e30f;  // below any score
-constexpr float kHidden = -3e38f;  // score of a key that may not be seen: nothing even beside the lowest
+constexpr float kLowest = -1e30f;             // below any score
+constexpr float kHidden = -3e38f;             // score of a key that may not be seen: nothing even beside the lowest
 
 ALRO_INLINE int64_t padded_width(int64_t width) { return (width + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes); }
 
@@ -27,8 +27,7 @@ static void pack_rows(const HeadRows& from, const int64_t* query, const int64_t*
         block[i] = row < 0 ? vf{} : load_some(from.at(row, head[first + i]) + d, width - d, vf{});
       }
       transpose(block);
-      for (int i = 0; i < kLanes && d + i < width; ++i)
-        store(to + (d + i) * lanes + first, splat(factor) * block[i]);
+      for (int i = 0; i < kLanes && d + i < width; ++i) store(to + (d + i) * lanes + first, splat(factor) * block[i]);
     }
 }
 

@@ -16,7 +16,7 @@ from alro_fast import evaluate
 from alro_fast.errors import AlroFastError
 from alro_fast.evaluation import options as evaluation_options
 from alro_fast.evaluation import zero_shot
-from alro_fast.ranking.options import FUSE_READERS, MODEL_READERS, READERS
+from alro_fast.ranking.options import FUSE_READERS, MODEL_READERS, PASS_READERS, READERS
 
 LISTS = "--lists data --bootstrap 9 --baselines none"
 BASE = f"--model_name_or_path base {LISTS}"
@@ -144,6 +144,7 @@ def test_every_evaluate_reader_has_refused():
         READERS
         | MODEL_READERS
         | FUSE_READERS
+        | PASS_READERS
         | evaluation_options.LISTS_READ
         | evaluation_options.ANSWERS_READ
         | zero_shot.READERS

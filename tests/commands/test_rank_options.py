@@ -12,7 +12,7 @@ import pytest
 from option_rows import RANK_READ, RANK_REFUSED, Read, check_refusal, options_of, refusal
 
 from alro_fast import evaluate, rank
-from alro_fast.ranking.options import FUSE_READERS, MODEL_READERS, READERS, TASK_METHODS
+from alro_fast.ranking.options import FUSE_READERS, MODEL_READERS, PASS_READERS, READERS, TASK_METHODS
 
 
 def test_every_option_of_rank_is_read(folder, loads, monkeypatch, capsys):
@@ -91,4 +91,6 @@ def test_a_list_that_cannot_be_ranked_ends_the_command_or_costs_a_line(folder, l
 
 
 def test_every_rank_reader_has_refused():
-    assert {row.option for row in RANK_REFUSED} == READERS.keys() | MODEL_READERS.keys() | FUSE_READERS.keys()
+    assert {row.option for row in RANK_REFUSED} == (
+        READERS.keys() | PASS_READERS.keys() | MODEL_READERS.keys() | FUSE_READERS.keys()
+    )

@@ -446,3 +446,18 @@ def test_lists_move_between_devices():
     moved = lists.to("meta")
     assert all(tensor.device.type == "meta" for tensor in (*moved[:5], *moved.grades))
     assert batch()[-1].to("cpu").grades is None
+
+
+def test_rows_that_predict_several_labels_count_each(backend):
+    """[N, K] labels are those of the same rows repeated, with the gradients of the repeated rows added up."""
+    hidden, weight, bias, labels, lists = batch()
+    table = torch.stack([labels, torch.randint(0, V, (ROWS,)), torch.full((ROWS,), -100)], dim=1)
+    table[5:9, 2] = 7
+    several = run(with_bias(losses, backend=backend), (hidden, weight, bias), table, lists, **WEIGHTS)
+    double = [tensor.double() for tensor in (hidden, weight, bias)]
+    exact = run(with_bias(reference), double, table, lists, **WEIGHTS)
+    for found, expected in zip((*several[0], *several[1]), (*exact[0], *exact[1])):
+        torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-4)
+    logprobs = (0.8 * (double[0] @ double[1].T + double[2])).log_softmax(1)
+    by_hand = -sum(logprobs[n, label] for n, row in enumerate(table.tolist()) for label in row if label >= 0)
+    assert several[0].sft.item() == pytest.approx(by_hand.item() / int((table >= 0).sum()), rel=1e-5)

@@ -74,21 +74,28 @@ def test_long_branches_go_through_chunks():
     assert_same(use_tree_attention(make_model()), trees)
 
 
+@pytest.mark.parametrize("share", ["list", "none"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_less_sharing_gives_the_same(family, share):
+    assert_same(use_tree_attention(make_model(family, lora=True)), make_trees(), share=share)
+
+
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "Mistral"])
-def test_branches_do_not_see_each_other(family):
+@pytest.mark.parametrize("share", ["batch", "list", "none"])
+def test_branches_do_not_see_each_other(family, share):
     """One token of one branch changed: every row of other branches and trees keeps its bits."""
     model = use_tree_attention(make_model(family))
     trees = make_trees()
     with torch.no_grad():
-        before = collate(trees, range(len(trees)))
+        before = collate(trees, range(len(trees)), share)
         hidden = tree_hidden_states(model, before)
-        for t, b in [(0, 0), (0, 1), (1, 0), (2, 1), (2, 2), (3, 0), (4, 2)]:
+        for t, b in [(0, 0), (0, 1), (1, 0), (2, 1), (2, 2), (3, 0), (4, 2), (5, 1), (5, 2), (5, 3), (6, 0), (6, 2)]:
             changed = list(trees)
             branches = [Branch(ids.tolist(), start) for ids, start in zip(trees[t].ids, trees[t].answer_starts)]
             ids = branches[b].ids
             ids[-2] = ids[-2] + 1 if ids[-2] + 1 < VOCABULARY else 3
             changed[t] = Tree(branches)
-            other = collate(changed, range(len(trees)))
+            other = collate(changed, range(len(trees)), share)
             assert other.segments.until.tolist() == before.segments.until.tolist()
             after = tree_hidden_states(model, other)
             own = (before.row_tree == t) & (before.row_branch == b)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 from plain_tries import groups_of, plain_trie
+from torch.utils._python_dispatch import TorchDispatchMode
 from tree_models import (
     FAMILIES,
     assert_same,

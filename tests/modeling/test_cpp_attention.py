@@ -77,7 +77,7 @@ TRIES = {
     "one node": lambda: Trie.of([230], [-1]),
     "one row": lambda: Trie.of([1], [-1]),
     "trees of one prefix": lambda: Trie.of([120, 3, 11, 1, 24, 7, 30, 5, 40, 40], [-1, 0, 0, 0, 0, 0, 0, -1, 7, 7]),
-    "one root": lambda: Trie.of([30] + [150, 12, 12, 12, 12] * 2, [-1] + [0, 1, 1, 1, 1] + [0, 6, 6, 6, 6]),
+    "one root": lambda: Trie.of([30] + [150, 12, 12, 12, 12] * 2, [-1, 0, 1, 1, 1, 1, 0, 6, 6, 6, 6]),
     "longer than a tile": lambda: Trie.of([130, 260, 150, 5, 1], [-1, 0, 1, 1, 0]),
     "rows of their own": lambda: Trie.of([1] * 70, [-1] * 70),
     "a path": lambda: Trie.of([5] * 30, list(range(-1, 29))),
@@ -192,6 +192,24 @@ def test_branches_do_not_see_each_other(instruction_set, name, window):
         assert torch.equal(before[1][:, :, ~below], after[1][:, :, ~below])
         assert all(torch.equal(a[:, :, ~meets], b[:, :, ~meets]) for a, b in zip(before[2:], after[2:]))
         assert not torch.equal(before[0][:, :, changed], after[0][:, :, changed])
+
+
+@pytest.mark.parametrize("asked", [[], [0], [3], [2, 2, 6]])
+def test_every_row_of_a_gradient_is_written(asked):
+    """Rows that no query sees get 0, whatever the memory held before."""
+    trie = Trie.of([2, 3, 4, 1], [-1, 0, 1, 0])
+    draw = torch.Generator().manual_seed(0)
+    query, grad = (torch.randn(len(asked), 2, 8, generator=draw) for _ in range(2))
+    key, value = (torch.randn(10, 1, 8, generator=draw) for _ in range(2))
+    how = trie.node_start, trie.node_parent, torch.tensor(asked, dtype=torch.int32), 0.3, 0, 0.0
+    out, lse = torch.empty_like(query), torch.empty(len(asked), 2)
+    _cpp.tree_attention(query, key, value, *how, out, lse, None, None, None, None, 1)
+    grads = [torch.full_like(tensor, torch.nan) for tensor in (query, key, value)]
+    _cpp.tree_attention(query, key, value, *how, out, lse, grad, *grads, 1)
+    assert not any(tensor.isnan().any() for tensor in grads)
+    seen = trie.visible()[asked].any(0)
+    assert (grads[2][seen] != 0).all()
+    assert all((tensor[~seen] == 0).all() for tensor in grads[1:])
 
 
 def test_what_it_serves(monkeypatch):

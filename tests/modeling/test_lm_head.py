@@ -7,9 +7,12 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from tree_models import make_trees
 
 from alro_fast.errors import AlroFastError
+from alro_fast.modeling.attention import answer_hidden_states, tree_hidden_states, use_tree_attention
 from alro_fast.modeling.lm_head import fused_head, head_of, prove_head
+from alro_fast.modeling.packing import collate
 
 SIZES = {
     "vocab_size": 97,
@@ -123,6 +126,25 @@ def test_no_logits_are_made():
     score = fused_head(model, check=False)
     score(labels, ids)
     assert made == [(2, 0, 97)]
+
+
+def test_every_distinct_row_goes_through_the_head_once():
+    """Log-probabilities and gradients are those of a row for every label; the head sees fewer."""
+    model, trees = use_tree_attention(tiny("Llama")), make_trees()
+    batch = collate(trees, range(len(trees)))
+    assert not batch.one_label_a_row
+    found = []
+    for rows, read in (
+        (answer_hidden_states, lambda head, hidden: head.label_logprobs(hidden, batch)),
+        (tree_hidden_states, lambda head, hidden: head.logprobs(hidden, batch.labels)),
+    ):
+        model.zero_grad()
+        hidden = rows(model, batch)
+        logprobs = read(head_of(model), hidden)
+        (logprobs * torch.linspace(1, 2, len(logprobs))).sum().backward()
+        found.append((len(hidden), logprobs.detach(), [p.grad.clone() for p in model.parameters()]))
+    assert found[0][0] < found[1][0] == len(batch.labels)
+    torch.testing.assert_close(found[0][1:], found[1][1:], rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_supervised():

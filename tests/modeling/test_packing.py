@@ -1,4 +1,4 @@
-"""What branches begin with alike is one row each; packed streams hold every token once and read every answer where it is predicted."""
+"""What branches begin with alike is one row each; packed streams read every answer where it is predicted."""
 
 import pickle
 from itertools import pairwise
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from plain_tries import groups_of, plain_trie
 
 from alro_fast.errors import AlroFastError
-from alro_fast.modeling.packing import Branch, Tree, collate, pack
+from alro_fast.modeling.packing import Branch, Tree, collate, common_rows, pack
 
 
 def tree(*branches, name=None):
@@ -112,6 +112,50 @@ def test_every_answer_token_is_predicted_by_the_row_before_it(trees, share):
     assert layout.unit_answers == tuple(sum(a <= row < b for row in layout.distinct_rows.tolist()) for a, b in cuts)
     lengths = [len(ids) - 1 for t in trees for ids in t.ids]
     assert (layout.longest, layout.shortest) == (max(lengths), min(lengths))
+
+
+@given(random_trees())
+@settings(max_examples=100, deadline=None)
+def test_the_table_holds_every_label_in_its_row(trees):
+    batch = collate(trees, range(len(trees)))
+    table = batch.label_table
+    assert table.flatten()[batch.label_places].tolist() == batch.labels.tolist()
+    assert (batch.label_places // table.shape[1]).tolist() == batch.label_rows.tolist()
+    assert len(set(batch.label_places.tolist())) == len(batch.labels) == (table >= 0).sum()
+    assert table.shape == (len(batch.segments.distinct_rows), batch.label_rows.bincount().max())
+
+
+@given(random_trees(), st.integers(0, 12), st.sampled_from(["batch", "list", "none"]), st.sampled_from([None, 0]))
+@settings(max_examples=200, deadline=None)
+def test_no_batch_is_over_the_budget(trees, room, share, seed):
+    """Whatever the trees have alike, and however little room there is beyond the largest."""
+    budget = max(t.rows(share) for t in trees) + room
+    batches = pack(trees, budget, seed, share)
+    assert sorted(index for batch in batches for index in batch.tree_indices) == list(range(len(trees)))
+    assert all(batch.unique_tokens <= budget for batch in batches)
+
+
+@given(random_trees())
+@settings(max_examples=200, deadline=None)
+def test_what_all_trees_have_alike_is_what_every_one_of_them_has(trees):
+    def prefixes(one):
+        return {tuple(ids[:n].tolist()) for ids in one.contexts for n in range(1, len(ids) + 1)}
+
+    assert common_rows(trees, "batch") == len(set.intersection(*map(prefixes, trees)))
+    assert common_rows(trees, "list") == common_rows(trees, "none") == 0
+
+
+def test_a_shared_root_makes_room_for_more_trees():
+    """Eight rows each, six of them the same in all: four trees in 14 rows, not one."""
+    trees = [tree(([1, 2, 3, 4, 5, 6, 10 + n, 20 + n, 9], 8)) for n in range(4)]
+    assert common_rows(trees, "batch") == 6
+    assert [batch.unique_tokens for batch in pack(trees, 14)] == [14]
+    assert [batch.unique_tokens for batch in pack(trees, 14, share="list")] == [8] * 4
+
+
+def test_another_share_is_refused():
+    with pytest.raises(AlroFastError, match="share is 'all'; expected one of batch, list, none"):
+        collate([tree(([1, 2], 1))], [0], "all")
 
 
 @given(random_trees(), st.sampled_from(["batch", "list", "none"]))

@@ -4,19 +4,31 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alro_fast.modeling.planning import plan_batches, plan_forwards
+from alro_fast.modeling.planning import EpochPlans, plan_batches, plan_forwards
 
 
-@given(st.lists(st.integers(1, 50), max_size=60), st.sampled_from([None, 0, 1, 123]), st.sampled_from([None, 1, 3]))
+@given(
+    st.lists(st.integers(1, 50), max_size=60),
+    st.sampled_from([None, 0, 1, 123]),
+    st.sampled_from([None, 1, 3]),
+    st.integers(0, 20),
+)
 @settings(max_examples=150, deadline=None)
-def test_plan_places_every_tree_once_within_the_budget(sizes, seed, most):
-    plan = plan_batches(sizes, 50, seed, most=most)
+def test_plan_places_every_tree_once_within_the_budget(sizes, seed, most, common):
+    sizes = [max(size, common) for size in sizes]  # each has what all have
+    plan = plan_batches(sizes, 50, seed, most=most, common=common)
+    own = [size - common for size in sizes]
     assert sorted(i for batch in plan for i in batch) == list(range(len(sizes)))
-    assert all(sum(sizes[i] for i in batch) <= 50 for batch in plan)
-    assert plan == plan_batches(sizes, 50, seed, most=most)
+    assert all(common + sum(own[i] for i in batch) <= 50 for batch in plan)
+    assert plan == plan_batches(sizes, 50, seed, most=most, common=common)
     assert all(len(batch) <= (most or 60) for batch in plan)
-    fills = sorted(sum(sizes[i] for i in batch) for batch in plan if len(batch) != most)
-    assert len(fills) < 2 or fills[0] + fills[1] > 50  # else the later of the two need not have been opened
+    fills = sorted(sum(own[i] for i in batch) for batch in plan if len(batch) != most)
+    least = min(own, default=0) == 0  # of a tree that has nothing else a row is planned with, of all trees
+    assert len(fills) < 2 or fills[0] + fills[1] > 50 - common - (len(sizes) if least else 0)  # else one too many
+    for epoch in (0, 3):
+        epochs = EpochPlans(sizes, 50, seed, most, common)(epoch)
+        assert sorted(i for batch in epochs for i in batch) == list(range(len(sizes)))
+        assert all(common + sum(own[i] for i in batch) <= 50 for batch in epochs)
 
 
 def test_plan_fills_batches_that_fit_exactly():

@@ -1,5 +1,7 @@
 """Radix tries beside tries made token by token, and the rule of what sees what beside a comparison of prefixes."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -58,7 +60,7 @@ def test_runs_are_paths(groups):
     found, plain = grown(groups), plain_trie(groups)
     cuts = found.node_start[found.runs]
     assert (cuts[0], cuts[-1]) == (0, found.num_rows)
-    for start, end in zip(cuts, cuts[1:]):
+    for start, end in pairwise(cuts):
         assert plain.parents[start + 1 : end] == list(range(start, end - 1))
     for row in cuts[1:-1]:  # none could be longer
         assert plain.parents[row] != row - 1
@@ -72,9 +74,9 @@ def test_units_hold_what_their_rows_see_but_for_the_chain(groups, most):
         patch.setattr(tries, "UNIT_ROWS", most)
         units = found.units
     assert (units[0], units[-1]) == (0, found.num_rows)
-    assert ((0 < np.diff(units)) & (np.diff(units) <= most)).all()
+    assert ((np.diff(units) > 0) & (np.diff(units) <= most)).all()
     rows = np.arange(found.num_rows)
-    for start, end in zip(units, units[1:]):
+    for start, end in pairwise(units):
         chain = set(found.chains(np.array([start]))[0].tolist())
         for row in range(start, end):
             seen = set(np.flatnonzero((rows <= row) & (row < found.until)).tolist())

@@ -52,7 +52,7 @@ def plain_trie(groups: list[list[list[int]]]) -> PlainTrie:
 
 
 def groups_of(trees: list, share: str) -> list[list[list[int]]]:
-    """The branches that may share rows: of a batch, of each tree ("list"), or of nobody ("none"); without their ends."""
+    """Branches without their ends, those that may share rows together: a batch's, a tree's ("list"), one ("none")."""
     groups = [[ids[:-1].tolist() for ids in tree.ids] for tree in trees]
     if share == "batch":
         return [[ids for group in groups for ids in group]]

@@ -57,13 +57,17 @@ def make_model(family="Llama", *, seed=0, lora=False, **overrides):
 
 
 def make_trees(seed=0):
-    """A pair, a single branch, a branch that is its tree's prefix, an empty prefix, answers inside the prefix."""
+    """A pair, a single branch, a branch that is its tree's prefix, an empty prefix, answers inside the prefix; three
+    levels, identical branches with other answers, and trees that begin alike."""
     generator = np.random.default_rng(seed)
 
     def ids(length):
         return generator.integers(3, VOCABULARY, length).tolist()
 
     stem = [ids(n) for n in (20, 6, 9)]
+    root = ids(7)
+    left, right = root + ids(5), root + ids(4)
+    twin = left + ids(6)
     return [
         Tree([Branch(stem[0] + ids(9), 22), Branch(stem[0] + ids(5), 20)]),
         Tree([Branch(ids(13), 8)]),
@@ -72,6 +76,14 @@ def make_trees(seed=0):
         ),
         Tree([Branch([3, *ids(5)], 1), Branch([4, *ids(3)], 2)]),
         Tree([Branch(stem[2] + ids(2), 2), Branch(stem[2] + ids(2), 9), Branch(stem[2] + ids(30), 10)]),
+        Tree(
+            [
+                *[Branch(twin, 12), Branch(left + ids(3), 11), Branch(right + ids(4), 12), Branch(right + ids(8), 7)],
+                *[Branch(root + ids(3), 8), Branch(twin, 15)],
+            ]
+        ),
+        Tree([Branch(root + ids(12), 9), Branch(twin + ids(4), 17), Branch(left + ids(5), 13)]),
+        Tree([Branch(twin, 14)]),
     ]
 
 
@@ -84,7 +96,7 @@ def plain_copy(model):
 
 
 def branch_by_branch(plain, trees):
-    """The rows of `tree_hidden_states`, each branch, up to the last token that predicts, in a plain forward of its own."""
+    """The rows of `tree_hidden_states`, each branch up to its last but one token in a plain forward of its own."""
     rows, device = [], next(plain.parameters()).device
     for ids, start in itertools.chain(*(zip(tree.ids, tree.answer_starts) for tree in trees)):
         output = trunk_of(plain)(input_ids=torch.as_tensor(ids[:-1], device=device)[None], use_cache=False)
@@ -100,11 +112,11 @@ def gradients(model, hidden):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(model, trees, tolerance=1e-5):
+def assert_same(model, trees, tolerance=1e-5, share="batch"):
     plain = plain_copy(model)
     expected = branch_by_branch(plain, trees)
     expected_gradients = gradients(plain, expected)
-    hidden = tree_hidden_states(model, collate(trees, range(len(trees))).to(expected.device))
+    hidden = tree_hidden_states(model, collate(trees, range(len(trees)), share).to(expected.device))
     assert hidden.dtype == expected.dtype
     torch.testing.assert_close(hidden, expected, atol=tolerance, rtol=tolerance)
     found = gradients(model, hidden)

@@ -77,8 +77,8 @@ def test_emitted_candidates_are_left_out_of_the_permutation_loss():
         hidden, head = answer_hidden_states(model, batch.packed), head_of(model)
         terms = {term.name: term.value for term in objective.loss(hidden, head, batch.packed, batch.targets)}
         expected = reference.alro_loss(
-            hidden, head.weight, batch.packed.label_table, batch.targets.lists, alpha=0.5, beta=0.5, gamma=1.0, sigma=1.0,
-            psl_mask_emitted=masked,
+            hidden, head.weight, batch.packed.label_table, batch.targets.lists,
+            alpha=0.5, beta=0.5, gamma=1.0, sigma=1.0, psl_mask_emitted=masked,
         )  # fmt: skip
         found[masked] = terms["permutation"].item()
         assert found[masked] == pytest.approx(expected.permutation.item(), rel=1e-4)
