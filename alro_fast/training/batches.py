@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ class PlannedBatches(Sampler[list[tuple[int, list[int]]]]):
         start: where a resumed run goes on.
         most: lists a batch may hold; None: as many as fit.
         common: tokens that all lists have alike, which a batch takes once.
+        costs: of each list, whole numbers; batches are levelled by them (`modeling.planning`).
 
     Raises:
         AlroFastError: `start` counts batches of another plan.
@@ -98,12 +99,13 @@ class PlannedBatches(Sampler[list[tuple[int, list[int]]]]):
         start: Cursor | None = None,
         most: int | None = None,
         common: int = 0,
+        costs: Sequence[int] | None = None,
     ) -> None:
         self.sizes, self.token_budget, self.seed = list(sizes), token_budget, seed
         self.rank, self.world_size, self.epoch = rank, world_size, 0
-        self.plans = EpochPlans(self.sizes, token_budget, seed, most, common)
+        self.plans = EpochPlans(self.sizes, token_budget, seed, most, common, costs)
         given = [token_budget, -1 if seed is None else seed, self.plans.num_batches, *self.sizes]
-        given += ([] if most is None else [-most]) + ([0, common] if common else [])
+        given += ([] if most is None else [-most]) + ([0, common] if common else []) + [*(costs or ())]
         self.fingerprint = hashlib.sha256(np.asarray(given, np.int64).tobytes()).hexdigest()[:16]
         self.start, self.done = Cursor(), 0  # `done`: batches of its epoch that were trained before it
         self._last: tuple[int, list[list[int]]] | None = None
@@ -125,7 +127,7 @@ class PlannedBatches(Sampler[list[tuple[int, list[int]]]]):
         """What is left of an epoch, for all processes; an empty batch is one that a process has nothing for."""
         if self._last is None or self._last[0] != epoch:
             plan = self._untrained(self.start) if epoch == self.start.epoch else self.plans(epoch)
-            self._last = epoch, share_out(plan, self.world_size)
+            self._last = epoch, share_out(plan, self.world_size, self.plans.level)
         return self._last[1]
 
     def rounds_left(self, epoch: int) -> int:
@@ -149,11 +151,13 @@ class PlannedBatches(Sampler[list[tuple[int, list[int]]]]):
         return self.plans(start.epoch)[start.trained :]
 
 
-def share_out(plan: Sequence[list[int]], world_size: int) -> list[list[int]]:
+def share_out(
+    plan: Sequence[list[int]], world_size: int, level: Callable[[list[list[int]]], list[list[int]]] = list
+) -> list[list[int]]:
     """A plan of as many batches for every process.
 
-    Batches of the last round, which is short of some, are halved, those of most lists first; where each is a single
-    list, processes get an empty batch. Every round but the last is as it was, and the last holds the same lists, so an
+    Batches of the last round, which is short of some, are halved, those of most lists first, and levelled; a process gets
+    an empty batch only where the round has fewer lists than there are processes. Every round but the last is as it was, and the last holds the same lists, so an
     optimiser step of the same number of batches is the same with any number of processes.
     """
     whole = len(plan) - len(plan) % world_size
@@ -164,4 +168,4 @@ def share_out(plan: Sequence[list[int]], world_size: int) -> list[list[int]]:
             halve(last, largest)
         else:
             last.append([])
-    return rounds + last
+    return rounds + (level(last) if last else [])
