@@ -179,7 +179,9 @@ class PreparedData:
             ("seen.parquet", SEEN_SCHEMA, "items"),
         ):
             if name in files:
-                _check_known(pl.scan_parquet(self._checked(name, schema), glob=False), column, len(self.items), str(path / name))
+                _check_known(
+                    pl.scan_parquet(self._checked(name, schema), glob=False), column, len(self.items), str(path / name)
+                )
         self._lists: dict[str, Lists] = {}
 
     def lists(self, split: str) -> Lists:
