@@ -44,7 +44,7 @@ SORT_ROWS = 4_000_000
 CHUNK_LISTS = 1 << 16
 MAX_DRAWS = 32
 MOST_TEST_LISTS = 1000  # of a user
-MOST = 2**32  # of a number of things, and of a seed
+MOST = 2**32  # of a number of things
 UNGRADED = ("unrated", "as_zero")
 
 
@@ -74,7 +74,7 @@ class ListOptions:
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise AlroFastError(f"--{name} {getattr(self, name)} is too small; at least {least} is needed")
-            most = MOST_TEST_LISTS + 1 if name == "test_lists" else MOST
+            most = {"test_lists": MOST_TEST_LISTS + 1, "seed": 2**63}.get(name, MOST)
             if getattr(self, name) >= most:
                 raise AlroFastError(f"--{name} {getattr(self, name)} is too large; it must be below {most:,}")
         if self.negatives_by not in {"uniform", "popularity"}:

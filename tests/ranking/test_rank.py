@@ -189,7 +189,7 @@ def test_bad_options_and_folders(capsys, adapter, tmp_path):
     with pytest.raises(AlroFastError, match="no such file"):
         rank.main(["--adapter", str(adapter), str(tmp_path / "missing.json")])
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(AlroFastError, match="not UTF-8"):
+    with pytest.raises(AlroFastError, match="UTF-16 text"):
         rank.main(["--adapter", str(adapter), str(tmp_path / "binary")])
     save_base(tmp_path / "wide", hidden_size=64)
     with pytest.raises(AlroFastError, match="does not fit"):
