@@ -65,7 +65,15 @@ class Tree:
 
     def rows(self, share: str) -> int:
         """Rows the tree takes in a stream that is shared so (`collate`)."""
-        return self.unshared_tokens - len(self.ids) if share == "none" else grow(_groups([self], share)).num_rows
+        return self.extent(share)[0]
+
+    def extent(self, share: str) -> tuple[int, int]:
+        """Those rows, and the keys that all of them see: (rows, visible pairs of a layer)."""
+        if share == "none":
+            lengths = np.array([len(ids) - 1 for ids in self.ids], dtype=np.int64)
+            return int(lengths.sum()), int((lengths * (lengths + 1) // 2).sum())
+        trie = grow(_groups([self], share))
+        return trie.num_rows, int(trie.positions.sum()) + trie.num_rows
 
     @property
     def contexts(self) -> list[np.ndarray]:

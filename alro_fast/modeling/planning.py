@@ -13,6 +13,7 @@ import functools
 import heapq
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
@@ -24,6 +25,8 @@ POOL_BUDGETS = (
 SPREAD = 0.02  # of the mean cost, between the dearest and the cheapest batch of a levelled plan
 MOST_EXCHANGES, PARTNERS = 50, 8  # of each batch; cheapest batches that are asked to take something
 LOOSER = (1.0, 1.02, 1.04, 1.06, 1.08, 1.1)  # times the fewest batches: full ones leave nothing to exchange
+PROBED = 3  # epochs
+DEALS = 4  # draws of an epoch, of which the most level is taken
 COST_CLASSES = 8  # trees are dealt class after class, the dearest first
 MOST_IN_TWOS = 16  # trees of a batch that are exchanged in twos; larger batches have enough single ones to choose from
 
@@ -72,8 +75,8 @@ def plan_batches(
 class EpochPlans:
     """Plans of every epoch over the same trees: other neighbours each time, and always the same number of batches.
 
-    With costs, batches are levelled, and their number is the first of LOOSER at which the first epoch's are no further
-    than SPREAD apart; where none of them does it, that of packing.
+    With costs, batches are levelled, and their number is the first of LOOSER at which those of the first PROBED epochs
+    are no further than SPREAD apart; where none of them does it, that of packing.
 
     An epoch's plan is that of `plan_batches(sizes, token_budget, seed + epoch)`, the first to the letter, brought to
     `num_batches`: packed pool by pool, one order of the trees needs a few batches more than another. A plan of fewer
@@ -110,7 +113,7 @@ class EpochPlans:
             return
         for more in LOOSER:
             self.num_batches = math.ceil(packed * more)
-            if spread(self(0), self.costs) <= SPREAD:
+            if all(spread(self(epoch), self.costs) <= SPREAD for epoch in range(PROBED)):
                 return
         self.num_batches = packed
 
@@ -118,15 +121,26 @@ class EpochPlans:
         """Which trees go into which batch of an epoch: every tree once, `num_batches` batches within the budget."""
         if self.costs is None or self.seed is None:
             return self.level(self._packed(epoch))
-        # Long and short trees have to meet, where packing puts like with like. A draw within each class of costs keeps
-        # neighbours changing; where batches are too full to be dealt, those that were packed are levelled.
-        drawn = np.random.default_rng([self.seed, epoch]).permutation(len(self.costs))
-        ranks = np.empty(len(drawn), dtype=np.int64)
-        ranks[np.argsort(-self.costs, kind="stable")] = np.arange(len(drawn))
-        classes = ranks * COST_CLASSES // max(len(drawn), 1)
+        plans = (self.level(self._dealt(epoch, attempt) or self._packed(epoch)) for attempt in range(DEALS))
+        best: list[list[int]] = []
+        for plan in plans:
+            if not best or spread(plan, self.costs) < spread(best, self.costs):
+                best = plan
+            if spread(best, self.costs) <= SPREAD:
+                break
+        return best
+
+    def _dealt(self, epoch: int, attempt: int) -> list[list[int]] | None:
+        """Batches in which long and short trees meet, where packing puts like with like; None where they are too full.
+
+        A draw within each class of costs keeps neighbours changing.
+        """
+        costs = cast(np.ndarray, self.costs)
+        drawn = np.random.default_rng([cast(int, self.seed), epoch, attempt]).permutation(len(self.lengths))
+        classes = np.empty(len(drawn), dtype=np.int64)
+        classes[np.argsort(-costs, kind="stable")] = np.arange(len(drawn)) * COST_CLASSES // max(len(drawn), 1)
         order = drawn[np.argsort(classes[drawn], kind="stable")].tolist()
-        dealt = _dealt(order, self.num_batches, self.costs, self.lengths, self.token_budget, self.most)
-        return self.level(dealt or self._packed(epoch))
+        return _dealt(order, self.num_batches, costs, self.lengths, self.token_budget, self.most)
 
     def level(self, batches: list[list[int]]) -> list[list[int]]:
         """`levelled` by the costs, where there are any."""
@@ -151,7 +165,7 @@ def spread(batches: Sequence[list[int]], costs: np.ndarray) -> float:
 def levelled(
     batches: Sequence[list[int]], costs: np.ndarray, lengths: np.ndarray, budget: int, most: int | None = None
 ) -> list[list[int]]:
-    """The same trees in as many batches within the budget, whose costs are SPREAD of their mean apart where they can be.
+    """The same trees in as many batches within the budget, their costs SPREAD of the mean apart where they can be.
 
     Again and again the dearest batch and the cheapest one that takes something of it come as near to each other as an
     exchange of up to two trees each brings them. A function of its arguments; an empty batch stays empty.

@@ -156,9 +156,10 @@ def share_out(
 ) -> list[list[int]]:
     """A plan of as many batches for every process.
 
-    Batches of the last round, which is short of some, are halved, those of most lists first, and levelled; a process gets
-    an empty batch only where the round has fewer lists than there are processes. Every round but the last is as it was, and the last holds the same lists, so an
-    optimiser step of the same number of batches is the same with any number of processes.
+    Batches of the last round, which is short of some, are halved, those of most lists first, and levelled; a process
+    gets an empty batch only where the round has fewer lists than there are processes. Every round but the last is as it
+    was, and the last holds the same lists, so an optimiser step of the same number of batches is the same with any
+    number of processes.
     """
     whole = len(plan) - len(plan) % world_size
     rounds, last = list(plan[:whole]), list(plan[whole:])

@@ -35,6 +35,7 @@ from ..options import RankerTrainingArguments
 from ..run_folder import share
 from .batches import CURSOR, Cursor, PlannedBatches
 from .console import reporter
+from .speed.costs import Costs
 from .speed.meter import Meter
 from .speed.profile import Profiler, part
 
@@ -56,18 +57,22 @@ class TreeDataset(Dataset[Batch]):
         self.lists, self.objective, self.share = lists, objective, share
         common = Common()
         self.sizes: list[int] = []
-        self.answer_rows = self.unshared_tokens = self.dropped_history = 0
+        self.pairs: list[int] = []
+        self.rows_of_answers: list[int] = []
+        self.unshared_tokens = self.dropped_history = 0
         starts = range(0, len(lists), SIZING_CHUNK)
         for start in tqdm(starts, desc="prompts", unit="chunk", disable=not progress or len(starts) < 4, leave=False):
             indices = list(range(start, min(start + SIZING_CHUNK, len(lists))))
             for example in objective.examples([lists[i] for i in indices], indices, epoch=0):
-                self.sizes.append(example.tree.rows(share))
+                rows, pairs = example.tree.extent(share)
+                self.sizes.append(rows)
+                self.pairs.append(pairs)
+                self.rows_of_answers.append(example.tree.num_answer_rows)
                 self.unshared_tokens += example.tree.unshared_tokens
-                self.answer_rows += example.tree.num_answer_rows
                 self.dropped_history += example.views[0].dropped_history
                 if share == "batch":
                     common.add(example.tree.contexts)
-        self.common = common.num_rows
+        self.common, self.answer_rows = common.num_rows, sum(self.rows_of_answers)
 
     def __len__(self) -> int:
         return len(self.lists)
@@ -229,9 +234,12 @@ class RankerTrainer(Trainer):
         cast(Any, super())._run_epoch(**given | {"steps_in_epoch": left, "num_update_steps_per_epoch": steps})
 
     def get_train_dataloader(self) -> PlannedLoader:
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        args = self.args
-        return self._loader(self.train_dataset, args.tokens_per_batch, seed, self.start, args.lists_per_batch)
+        args, data = self.args, self.train_dataset
+        seed = args.seed if args.data_seed is None else args.data_seed
+        costs = Costs.of(self.model, args.device.type).of_lists(
+            data.sizes, data.pairs, data.rows_of_answers, data.common
+        )
+        return self._loader(data, args.tokens_per_batch, seed, self.start, args.lists_per_batch, costs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> PlannedLoader:
         dataset = cast(TreeDataset, eval_dataset if eval_dataset is not None else self.eval_dataset)
@@ -256,13 +264,22 @@ class RankerTrainer(Trainer):
         seed: int | None,
         start: Cursor | None = None,
         most: int | None = None,
+        costs: Sequence[int] | None = None,
     ) -> PlannedLoader:
         args = self.args
         workers = args.dataloader_num_workers
         return PlannedLoader(
             dataset,
             PlannedBatches(
-                dataset.sizes, token_budget, seed, args.process_index, args.world_size, start, most, dataset.common
+                dataset.sizes,
+                token_budget,
+                seed,
+                args.process_index,
+                args.world_size,
+                start,
+                most,
+                dataset.common,
+                costs,
             ),
             num_workers=workers,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,

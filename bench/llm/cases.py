@@ -1,9 +1,9 @@
 """What the benchmarks of this folder run: two published configurations with random weights, prompts of ml-latest-small,
 and an ALRO step over them, ours and the ordinary way.
 
-Prompts are those that `alro_fast.train` writes: template `movies`, histories of 20, lists of 10, answers by letters, one
-re-ordering. Their tokens are those of a byte-level BPE of 8,192 that is learned from all titles: no tokenizer of the two
-models is at hand. The data is read where tests find it (`../shared/data` or $ALRO_FAST_SHARED_DATA).
+Prompts are those that `alro_fast.train` writes: template `movies`, histories of 20, lists of 10, answers by letters,
+one re-ordering. Their tokens are those of a byte-level BPE of 8,192 that is learned from all titles: no tokenizer of
+the two models is at hand. The data is read where tests find it (`../shared/data` or $ALRO_FAST_SHARED_DATA).
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class Ours:
     def _attention(self) -> contextlib.AbstractContextManager[Any]:
         if self.without != "C++ attention":
             return contextlib.nullcontext()
-        return mock.patch.object(cpp_attention, "serves", lambda *_: False)
+        return mock.patch.object(cpp_attention, "serves", return_value=False)
 
 
 class _Relabelled:

@@ -1,10 +1,12 @@
 """Plans hold every tree once within the budget; seeds change which trees meet."""
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alro_fast.modeling.planning import EpochPlans, plan_batches, plan_forwards
+from alro_fast.modeling.planning import SPREAD, EpochPlans, levelled, plan_batches, plan_forwards, spread
 
 
 @given(
@@ -57,3 +59,51 @@ def test_a_tree_over_the_budget_swells_no_other_batch():
     assert plan_forwards(sizes, 30) == plan_batches(sizes, 30)
     assert plan_forwards(sizes, 0) == [[i] for i in range(6)]
     assert plan_forwards([], 10) == []
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.integers(1, 1000)), min_size=1, max_size=60),
+    st.sampled_from([None, 1, 3]),
+)
+@settings(max_examples=150, deadline=None)
+def test_levelled_batches_hold_the_same_trees_and_are_no_further_apart(trees, most):
+    sizes, costs = (np.array(column) for column in zip(*trees))
+    plan = plan_batches(sizes.tolist(), 50, 0, most=most)
+    level = levelled(plan, costs, sizes, 50, most)
+    assert len(level) == len(plan)
+    assert all(level)
+    assert sorted(i for batch in level for i in batch) == list(range(len(sizes)))
+    assert all(sizes[batch].sum() <= 50 for batch in level)
+    assert all(len(batch) <= (most or 60) for batch in level)
+    assert spread(level, costs) <= spread(plan, costs)
+    assert level == levelled(plan, costs, sizes, 50, most)
+
+
+def test_levelling_exchanges_what_makes_equal():
+    """Costs 9 + 1 and 2 + 2: the nine alone is as near as whole trees come; the budget forbids it to leave."""
+    sizes, costs = np.array([9, 1, 2, 2]), np.array([9, 1, 2, 2])
+    assert sorted(levelled([[0, 1], [2, 3]], costs, sizes, 10)) == [[0], [1, 2, 3]]
+    assert levelled([[0, 1], [2, 3]], costs, sizes, 4) == [[0, 1], [2, 3]]
+    assert spread([[0], [1, 2, 3]], costs) == (9 - 5) / 7
+    assert levelled([[0, 1], [], [2, 3]], costs, sizes, 10)[1] == []
+
+
+def test_epochs_of_training_are_level_and_change_neighbours():
+    """Long trees cost more a row than short ones, so batches as full as each other are not yet level."""
+    draw = np.random.default_rng(0)
+    for count, low, high, budget in ((3000, 200, 900, 4096), (300, 200, 900, 4096), (640, 230, 260, 4096)):
+        sizes = draw.integers(low, high, count)
+        costs = sizes * 1000 + sizes**2 // 2
+        packed = EpochPlans(sizes.tolist(), budget, 3)
+        plans = EpochPlans(sizes.tolist(), budget, 3, costs=costs.tolist())
+        assert plans.num_batches <= 1.1 * packed.num_batches + 1
+        epochs = [plans(epoch) for epoch in range(4)]
+        for plan in epochs:
+            assert len(plan) == plans.num_batches
+            assert sorted(i for batch in plan for i in batch) == list(range(count))
+            assert max(sizes[batch].sum() for batch in plan) <= budget
+            assert spread(plan, costs) <= 1.25 * SPREAD
+            assert spread(plan, costs) < 0.1 * spread(packed(0), costs)
+        assert spread(epochs[0], costs) <= SPREAD
+        neighbours = [{frozenset(batch) for batch in plan} for plan in epochs]
+        assert all(len(a & b) < 0.05 * len(a) for a, b in pairwise(neighbours))

@@ -110,6 +110,10 @@ def test_a_step_is_the_same_with_any_number_of_processes():
 def test_the_last_round_is_halved_and_then_left_empty():
     assert share_out([[0, 1], [2, 3, 4, 5], [6, 7]], 2) == [[0, 1], [2, 3, 4, 5], [6], [7]]
     assert share_out([[0, 1, 2]], 4) == [[0], [1], [2], []]
+    costs = np.array([1, 1, 1, 9])  # one list as dear as nine
+    plans = EpochPlans([1] * 4, 4, 0, costs=costs.tolist())
+    assert sorted(share_out([[0, 1, 2, 3]], 2, plans.level)) == [[0, 1, 2], [3]]
+    assert sorted(share_out([[0, 1, 2]], 4, plans.level)) == [[], [0], [1], [2]]
 
 
 def test_batches_of_another_plan_are_refused():
@@ -150,3 +154,17 @@ def test_checkpoints_without_a_cursor_go_on_at_an_epochs_end_alone(tmp_path, pro
     within = state_of(tmp_path / "within", 4.5, processes)
     with pytest.raises(AlroFastError, match="go on with the version that wrote it"):
         PlannedBatches([20, 30, 40, 50], BUDGET, 5, start=within)
+
+
+def test_costs_are_part_of_a_plan():
+    """All processes deal by the same; a run that goes on with others is refused."""
+    sizes = np.random.default_rng(2).integers(5, 20, size=100).tolist()
+    costs = [size**2 for size in sizes]
+    ranks = [PlannedBatches(sizes, BUDGET, 5, rank, 3, costs=costs) for rank in range(3)]
+    batches = [trained(shard, 1) for shard in ranks]
+    assert sorted(lists_of(lists_of(batches))) == list(range(100))
+    assert all(batch for each in batches for batch in each)
+    cursor = Cursor().advanced(1, 3, 1, ranks[0].fingerprint)
+    assert PlannedBatches(sizes, BUDGET, 5, start=cursor, costs=costs).done == 3
+    with pytest.raises(AlroFastError, match="another packing"):
+        PlannedBatches(sizes, BUDGET, 5, start=cursor)

@@ -95,8 +95,8 @@ class Observer:
     def __init__(self, model: nn.Module) -> None:
         self.trunk = trunk_of(model)
         self.head: Any = model.get_output_embeddings()  # type: ignore[operator]
-        self.layers = [part for part in self.trunk.modules() if isinstance(part, GradientCheckpointingLayer)]
-        self.linears = [linear for layer in self.layers for linear in _linears(layer)]
+        self.layers = layers_of(self.trunk)
+        self.linears = [linear for layer in linears_of_layers(self.trunk) for linear in layer]
         self.calls: list[_Call] = []
         of_linears = {id(weight) for linear in self.linears for weight in linear.parameters()}
         others = [
@@ -133,7 +133,7 @@ class Observer:
         of_rows = {True: 0.0, False: 0.0}
         for call in self.calls:
             if call.wanted:
-                of_rows[call.whole_stream] += _linear_flops(call.linear, call.input_needs, gradients)
+                of_rows[call.whole_stream] += linear_flops(call.linear, call.input_needs, gradients)
         config: Any = self.trunk.config
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         trained = {id(call.linear) for call in self.calls if call.output_needs}
@@ -161,6 +161,16 @@ class _Call:
         return self.reached or not self.output_needs
 
 
+def layers_of(trunk: nn.Module) -> list[nn.Module]:
+    """A decoder's layers, first to last."""
+    return [part for part in trunk.modules() if isinstance(part, GradientCheckpointingLayer)]
+
+
+def linears_of_layers(trunk: nn.Module) -> list[list[nn.Module]]:
+    """The linear layers of each of them."""
+    return [_linears(layer) for layer in layers_of(trunk)]
+
+
 def _linears(layer: nn.Module) -> list[nn.Module]:
     """The linear layers below a module, adapters with what they adapt as one."""
     found: list[nn.Module] = []
@@ -176,7 +186,7 @@ def _shape(module: nn.Module) -> tuple[int, int] | None:
     return (sizes[0], sizes[1]) if all(isinstance(size, int) for size in sizes) else None  # type: ignore[return-value]
 
 
-def _linear_flops(linear: Any, input_needs: bool, gradients: bool) -> float:
+def linear_flops(linear: Any, input_needs: bool, gradients: bool) -> float:
     """A row's, of a linear layer and its active adapters."""
     width, out = _shape(linear)  # type: ignore[misc]
     base = getattr(linear, "base_layer", linear)
