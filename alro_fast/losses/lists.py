@@ -310,8 +310,8 @@ def _check_agreement(labels: Tensor, lists: RankingLists, ignore_index: int) -> 
         what = f"token {int(tokens[place, slot])}" if tokens[place, slot] >= 0 else "one of grades.token_ids"
         raise AlroFastError(
             f"labels holds {int(found[place, slot, 0])} at row {int(rows[place, slot])}, which slot_rows names for "
-            f"slot {slot} of list {place}; expected {what}, or {ignore_index}: are the rows off by one, or candidate_ids or "
-            "ratings of another order?"
+            f"slot {slot} of list {place}; expected {what}, or {ignore_index}: are the rows off by one, or "
+            "candidate_ids or ratings of another order?"
         )
 
 

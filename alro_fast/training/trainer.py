@@ -79,7 +79,7 @@ class TreeDataset(Dataset[Batch]):
 
     def example(self, tokenizer: Any) -> tuple[str, str]:
         """The first prompt of the first list and its answer, decoded."""
-        tree = self.objective.examples([self.lists[0]], [0], epoch=0)[0].trees[0]
+        tree = self.objective.examples([self.lists[0]], [0], epoch=0)[0].tree
         ids, start = tree.ids[0].tolist(), tree.answer_starts[0]
         return tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])
 
