@@ -4,8 +4,9 @@
 the rate of large matrix products (`utilisation`: FLOPs by alro_fast.training.speed.flops, the peak measured between
 rounds).
 *ablation*: ours beside ours with one lever left out (`cases.LEVERS`), at 8 layers of 512. Contestants alternate; ratios
-are medians of rounds of CPU seconds (threads added up), which a busy machine disturbs less. Losses are compared before times are taken. As many layers as the ordinary way leaves time for; a step's
-ratio depends little on their number, the head's share falls with it. BENCH_THREADS: threads of torch.
+are medians of rounds of CPU seconds (threads added up), which a busy machine disturbs less. Losses are compared before
+times are taken. As many layers as the ordinary way leaves time for; a step's ratio depends little on their number, the
+head's share falls with it. BENCH_THREADS: threads of torch.
 """
 
 from __future__ import annotations
