@@ -4,8 +4,9 @@
 the rate of large matrix products (`utilisation`: FLOPs by alro_fast.training.speed.flops, the peak measured between
 rounds).
 *ablation*: ours beside ours with one lever left out (`cases.LEVERS`), at 8 layers of 512. Contestants alternate; ratios
-are medians of rounds of CPU seconds (threads added up), which a busy machine disturbs less. Losses are compared before times are taken. As many layers as the ordinary way leaves time for; a
-step's ratio depends little on their number, the head's share falls with it. BENCH_THREADS: threads of torch.
+are medians of rounds of CPU seconds (threads added up), which a busy machine disturbs less. Losses are compared. As many
+layers as the ordinary way leaves time and memory for: a step's ratio depends little on their number, though the head's
+share falls with it. BENCH_THREADS: threads of torch.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ def threads():
 @pytest.mark.benchmark(group="alro step at an LLM's shape")
 def test_llm_step(benchmark, name: str, dtype: str) -> None:
     layers, lists, rounds = STEPS[name]
+    memory = dict.fromkeys(WAYS) if DRY else {way: peak_memory(way, name, dtype) for way in WAYS}  # while there is room
     ways = {way: build(way, name, dtype) for way in WAYS}
     losses = {way: step(*built) for way, built in ways.items()}
     ours, _, autocast = ways["ours"]
@@ -128,9 +130,7 @@ def test_llm_step(benchmark, name: str, dtype: str) -> None:
             step(*built)
             seconds[way].append(time.process_time() - started)
         peaks.append(peak_now(DTYPES[dtype]))
-    del ways, built
-    gc.collect()
-    memory = dict.fromkeys(seconds) if DRY else {way: peak_memory(way, name, dtype) for way in seconds}
+        print({way: round(taken[-1], 2) for way, taken in seconds.items()}, memory, flush=True)
     shares = [flops / s / peak for s, peak in zip(seconds["ours"], peaks)]
     objective = make_objective()
     benchmark.extra_info |= {
