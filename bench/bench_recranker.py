@@ -3,8 +3,8 @@
 `pytest bench/bench_recranker.py -s`. Pointwise over 20 candidates, and pairwise over 10 pairs in both orders: 20
 prompts each, behind 50 liked or rated items. Ordinary: Hugging Face model with PEFT and SDPA, the prompts padded to one
 batch, and no logits but those that are needed (the last position in inference, answer positions in training). Ours: one
-tree, fused layers. Unshared: ours with rows of its own for every prompt, so that what sharing alone saves is seen. Same model,
-same prompts, equal results to 1e-4; one thread; rounds alternate; ratios are medians over rounds of CPU seconds.
+tree, fused layers. Unshared: ours with rows of its own for every prompt, so that what sharing alone saves is seen. Same
+model, same prompts, equal results to 1e-4; one thread; rounds alternate; ratios are medians over rounds of CPU seconds.
 """
 
 from __future__ import annotations

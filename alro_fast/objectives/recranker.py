@@ -3,8 +3,8 @@
     loss = sum over tasks of weight * mean over the task's answer tokens of -log p(token)
 
 A list's questions are one tree: pointwise ones follow the rated items, pairwise and listwise ones the liked ones. What
-is asked, and in what order things are shown (position shifting: the two of a pair, the candidates, the history), depends
-on (seed, epoch, list) alone.
+is asked, and in what order things are shown (position shifting: the two of a pair, the candidates, the history), is a
+function of (seed, epoch, list) alone.
 """
 
 from __future__ import annotations

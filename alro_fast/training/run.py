@@ -253,7 +253,8 @@ class Run:
     def describe(self) -> None:
         """The plan, before anything is trained."""
         data, training, steps = self.datasets["train"], self.training, self.trainer.planned_steps()
-        tokens = sum(data.sizes)
+        batches = self.trainer.get_train_dataloader().batch_sampler.plans.num_batches
+        tokens = sum(data.sizes) - data.common * (len(data) - batches)  # what all lists have alike, once a batch
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
         splits = ", ".join(f"{len(lists):,} {split}" for split, lists in self.lists.items())

@@ -17,22 +17,22 @@ from places import ROOT
 def whole(tmp_path_factory):
     """The run that nothing stops: its folder, weights, steps and lists by epoch."""
     folder = tmp_path_factory.mktemp("whole")
-    trainer, seen = long_run.train(folder, dropout=0.1, save_steps=59)
+    trainer, seen = long_run.train(folder, dropout=0.1, save_steps=40)
     return folder, long_run.weights(trainer), trainer.state.global_step, seen
 
 
 def test_every_list_is_trained_in_every_epoch(whole):
     _, _, steps, seen = whole
-    assert steps == 3 * 59
+    assert steps == 3 * 40
     assert Counter(seen) == {(epoch, f"l{i}"): 1 for epoch in range(3) for i in range(400)}
 
 
-@pytest.mark.parametrize("stops", [(59, 70, 100), (118, 160, 177)])
+@pytest.mark.parametrize("stops", [(40, 48, 70), (80, 108, 120)])
 def test_a_run_stopped_twice_is_the_run_that_was_not(whole, tmp_path, stops):
     """At an epoch's boundary, then twice within an epoch, or within one and at the very end."""
     folder, weights, steps, expected = whole
     first, *later = stops
-    resume, seen = folder / f"checkpoint-{first}" if first else None, expected[: 400 * first // 59]
+    resume, seen = folder / f"checkpoint-{first}" if first else None, expected[: 400 * first // 40]
     for stop in (*later, 0):
         trainer, trained = long_run.train(tmp_path, stop=stop, resume=resume, dropout=0.1)
         seen += trained

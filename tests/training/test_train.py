@@ -204,14 +204,14 @@ def test_folders_that_hold_something_are_left_alone(folder):
 def test_every_forward_keeps_to_its_tokens(folder, tmp_path, monkeypatch, words, ranked):
     """Training, validation, and the rankings of validation and of the closing table: each within what was given."""
     sizes = {True: [], False: []}
-    forward = attention.tree_hidden_states
+    forward = attention.answer_hidden_states
 
     def measured(model, packed, *rest, **more):
         sizes[torch.is_grad_enabled()].append(packed.unique_tokens)
         return forward(model, packed, *rest, **more)
 
     for module in (trainer, reading):
-        monkeypatch.setattr(module, "tree_hidden_states", measured)
+        monkeypatch.setattr(module, "answer_hidden_states", measured)
     train.main(options(folder, tmp_path / "run", "--max_steps", 2, "--save_strategy", "no", *words))
     assert ranked / 2 < max(sizes[False]) <= ranked
     assert max(sizes[True]) <= 1200
