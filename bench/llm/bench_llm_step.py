@@ -3,10 +3,10 @@
 *step*: ours beside Hugging Face and PEFT, padded; lists per second, peak memory, and the share that ours reaches of
 the rate of large matrix products (`utilisation`: FLOPs by alro_fast.training.speed.flops, the peak measured between
 rounds).
-*ablation*: ours beside ours with one lever left out (`cases.LEVERS`), at 8 layers of 512. Contestants alternate; ratios
-are medians of rounds of CPU seconds (threads added up), which a busy machine disturbs less. Losses are compared before
-times are taken. As many layers as the ordinary way leaves time for; a step's ratio depends little on their number, the
-head's share falls with it. BENCH_THREADS: threads of torch.
+*ablation*: ours beside ours with one lever left out (`cases.LEVERS`), at 8 layers of 512. Contestants alternate;
+ratios are medians of rounds of CPU seconds (threads added up), which a busy machine disturbs less. Losses are compared.
+As many layers as the ordinary way leaves time and memory for: the fewer, the larger the share of the head, where ours
+saves most. BENCH_LAYERS: that many instead. BENCH_THREADS: threads of torch.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ STEPS = {  # name: layers, lists, rounds
     "Qwen3-0.6B": (4, 2, 3),
     "Llama-3.2-1B": (2, 2, 3),
 }
+if layers := os.environ.get("BENCH_LAYERS"):
+    STEPS = {name: (int(layers), *others) for name, (_, *others) in STEPS.items()}
 NAMES = ["tiny"] if DRY else ["8 x 512", "Qwen3-0.6B", "Llama-3.2-1B"]
 ABLATION = ("tiny", 2, 2, 1) if DRY else ("8 x 512", 8, 4, 5)
 WAYS = {"ours": Ours, "ordinary": Ordinary}
@@ -117,6 +119,7 @@ def threads():
 @pytest.mark.benchmark(group="alro step at an LLM's shape")
 def test_llm_step(benchmark, name: str, dtype: str) -> None:
     layers, lists, rounds = STEPS[name]
+    memory = dict.fromkeys(WAYS) if DRY else {way: peak_memory(way, name, dtype) for way in WAYS}  # while there is room
     ways = {way: build(way, name, dtype) for way in WAYS}
     losses = {way: step(*built) for way, built in ways.items()}
     ours, _, autocast = ways["ours"]
@@ -129,9 +132,7 @@ def test_llm_step(benchmark, name: str, dtype: str) -> None:
             step(*built)
             seconds[way].append(time.process_time() - started)
         peaks.append(peak_now(DTYPES[dtype]))
-    del ways, built
-    gc.collect()
-    memory = dict.fromkeys(seconds) if DRY else {way: peak_memory(way, name, dtype) for way in seconds}
+        print({way: round(taken[-1], 2) for way, taken in seconds.items()}, memory, flush=True)
     shares = [flops / s / peak for s, peak in zip(seconds["ours"], peaks)]
     objective = make_objective()
     benchmark.extra_info |= {
