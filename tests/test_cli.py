@@ -80,6 +80,7 @@ HELP = "$PYTHON -m alro_fast.cli --help"
         (f"{HELP} >&-", 2, "error: standard output is closed; give it a reader, or send it to a file\n"),
         ("$PYTHON -m alro_fast.rank --adapter . <&-", 2, "error: standard input is empty"),
         ("$PYTHON -m alro_fast.cli nonsense 2>&-", 2, ""),
+        ("$PYTHON -m alro_fast tran", 2, "error: unknown command 'tran'; did you mean train?\n"),
         ("$PYTHON -m alro_fast.cli tran", 2, "error: unknown command 'tran'; did you mean train?\n"),
         ("$PYTHON -m alro_fast.cli --hlep", 2, "error: unknown command '--hlep'; did you mean --help?\n"),
         ("$PYTHON -m alro_fast.rank --adapter x --shufles", 2, "error: unrecognized arguments: --shufles (did you"),
