@@ -12,6 +12,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TextIO
 
 from . import __version__
@@ -52,9 +53,17 @@ class OneLineParser(argparse.ArgumentParser):
     ) -> argparse.Namespace:
         absent = object()
         names = {action.dest: action.default for action in self._actions if action.dest != "help"}
-        found = vars(super().parse_args(args, argparse.Namespace(**dict.fromkeys(names, absent))))
+        space, unknown = self.parse_known_args(args, argparse.Namespace(**dict.fromkeys(names, absent)))
+        if unknown:
+            close = difflib.get_close_matches(unknown[0].split("=")[0][:80], self._option_string_actions, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        found = vars(space)
         given = tuple(name for name in names if found[name] is not absent)
         return argparse.Namespace(**names | {name: found[name] for name in given}, given=given)
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse's own is silent where it cannot write
 
     def error(self, message: str) -> NoReturn:
         raise AlroFastError(f"{message}; {self.prog} --help lists the options")
@@ -113,6 +122,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     So does a lack of memory, of the machine's or of a device's.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    _open_closed()
     try:
         try:
             for word in arguments:
@@ -121,11 +131,10 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
             with contextlib.redirect_stdout(_Screen(sys.stdout)):
                 main(arguments)
         finally:
-            sys.stdout.flush()  # here, where a reader that has gone is no surprise
+            _flush()  # here, where a reader that has gone is no surprise
     except AlroFastError as error:
         _fail(str(error))
-    except BrokenPipeError:  # who reads has read enough: no more is written, not even at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # who reads has read enough
         raise SystemExit(141) from None
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
@@ -138,6 +147,36 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         wanted = re.search(r"[Tt]ried to allocate [\d.]+ ?\w+", str(error))
         more = f" ({wanted[0].lower()})" if wanted else ""
         _fail(f"there is not enough memory for this{more}; ask for less, such as fewer tokens in a batch")
+
+
+def launch(command: str) -> NoReturn:
+    """`python -m alro_fast.COMMAND`, before its imports: they take seconds, and Ctrl-C meanwhile is one line, too."""
+    run(lambda words: _main_of(command)(words))
+    raise SystemExit(0)
+
+
+def _main_of(command: str) -> Callable[[Sequence[str]], None]:
+    main: Callable[[Sequence[str]], None] = importlib.import_module(f"alro_fast.{command}").main
+    return main
+
+
+def _open_closed() -> None:
+    """Something in the place of what a shell's <&- and 2>&- closed, before a file gets its number and its output."""
+    closed = sys.stdout is None
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  # for the whole process
+    if closed:
+        _fail("standard output is closed; give it a reader, or send it to a file")
+
+
+def _flush() -> None:
+    """What is printed, to who reads it. Where that cannot be, nothing more is written, not even at the end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 class _Screen(io.TextIOBase):
@@ -177,7 +216,10 @@ def first_screen() -> str:
 
 def main() -> None:
     """`alro-fast COMMAND [options]`."""
-    arguments = sys.argv[1:]
+    run(_command)
+
+
+def _command(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in {"-h", "--help"}:
         print(first_screen())
         raise SystemExit(0 if arguments else 2)
@@ -185,7 +227,11 @@ def main() -> None:
         print(f"alro_fast {__version__}")
         return
     if arguments[0] not in COMMANDS:
-        close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        close = difflib.get_close_matches(arguments[0], (*COMMANDS, "--help", "--version"), n=1)
         hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"
-        _fail(f"unknown command {arguments[0]!r}; {hint}")
-    run(importlib.import_module(f"alro_fast.{arguments[0]}").main, arguments[1:])
+        raise AlroFastError(f"unknown command {arguments[0]!r}; {hint}")
+    _main_of(arguments[0])(arguments[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -7,12 +7,19 @@ method `first`. Prompts travel as token ids, so that nobody re-tokenises them. I
 
 from __future__ import annotations
 
+from .cli import launch  # before torch: see there
+
+if __name__ == "__main__":
+    launch("client")
+
+# isort: split
+
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from .cli import OneLineParser, refuse_unread, run
+from .cli import OneLineParser, refuse_unread
 from .errors import AlroFastError
 from .ranking.documents import check_top_k
 from .ranking.options import READERS, RankingOptions, add_presentation_options
@@ -63,7 +70,3 @@ def parser() -> OneLineParser:
     server.add_argument("--parallel", type=int, default=16, metavar="N", help="requests in flight at once")
     add_presentation_options(parser.add_argument_group("rankings"))
     return parser
-
-
-if __name__ == "__main__":
-    run(main)

@@ -7,13 +7,17 @@ every convention behind them, and writes results.json, predictions.jsonl, run.tr
 
 from __future__ import annotations
 
-from .cli import OneLineParser, run  # before torch: see there
+from .cli import launch  # before torch: see there
+
+if __name__ == "__main__":
+    launch("evaluate")
 
 # isort: split
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from .cli import OneLineParser
 from .evaluation.baselines import baseline_scores
 from .evaluation.options import add_evaluation_options, check_evaluation
 from .evaluation.preferences import evaluate_preferences
@@ -49,7 +53,3 @@ def parser() -> OneLineParser:
     add_ranking_options(parser)
     add_zero_shot_options(parser)
     return parser
-
-
-if __name__ == "__main__":
-    run(main)

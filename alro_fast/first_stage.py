@@ -6,11 +6,18 @@ the retriever's best candidates.
 
 from __future__ import annotations
 
+from .cli import launch  # before torch: see there
+
+if __name__ == "__main__":
+    launch("first_stage")
+
+# isort: split
+
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from .cli import OneLineParser, run
+from .cli import OneLineParser
 from .data.first_stage.build import Hinted, prepare_hinted
 from .data.first_stage.options import HintOptions
 from .data.first_stage.retrieval import DEFAULTS, RETRIEVERS, RetrieverOptions
@@ -75,7 +82,3 @@ def table(built: Hinted) -> str:
     for split, figures in built.retrieval.items():
         rows.append(f"| {split} | " + " | ".join(f"{figures[name]:.4f}" for name in heads) + " |")
     return "\n".join(rows)
-
-
-if __name__ == "__main__":
-    run(main)

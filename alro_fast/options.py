@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations, is_deepspeed_available
+from transformers.utils import is_torch_bf16_gpu_available
 
 from .errors import AlroFastError
 from .texts import from_json, is_file, read_text
@@ -351,6 +352,11 @@ class RankerTrainingArguments(TrainingArguments):
             )
         if self.disable_tqdm is None:  # else transformers' verbosity would decide, differently at every stage
             self.disable_tqdm = self.log_json
+        if self.bf16 and not self.use_cpu and not is_torch_bf16_gpu_available():
+            raise AlroFastError(
+                "--bf16 true needs a GPU that computes in bfloat16, and there is none here; leave it out, "
+                "or add --use_cpu true to train in it on the CPU"
+            )
         super().__post_init__()
         if processes != self.world_size:
             raise AlroFastError(

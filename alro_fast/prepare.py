@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from .cli import launch  # before torch: see there
+
+if __name__ == "__main__":
+    launch("prepare")
+
+# isort: split
+
 from collections.abc import Sequence
 from dataclasses import fields
 
-from .cli import OneLineParser, Reader, refuse_unread, run
+from .cli import OneLineParser, Reader, refuse_unread
 from .data.prepared import FileOptions, add_file_options, prepare_lists
 from .data.signal_table import PREPARED
 from .data.signals import FOLDS, SignalOptions
@@ -65,7 +72,3 @@ def parser() -> OneLineParser:
     )
     beside.add_argument("--signal_folds", type=int, default=FOLDS, metavar="N", help="--signals: folds of the users")
     return parser
-
-
-if __name__ == "__main__":
-    run(main)

@@ -18,12 +18,19 @@ line on stderr, and exit status 1 in the end.
 
 from __future__ import annotations
 
+from .cli import launch  # before torch: see there
+
+if __name__ == "__main__":
+    launch("rank")
+
+# isort: split
+
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from .cli import OneLineParser, Reader, refuse_unread, run
+from .cli import OneLineParser, Reader, refuse_unread
 from .errors import AlroFastError
 from .ranking.documents import catalogue, check_top_k, document_of, parse_list
 from .ranking.fusion import Fusion
@@ -108,7 +115,3 @@ def parser() -> OneLineParser:
     add_model_options(parser)
     add_ranking_options(parser)
     return parser
-
-
-if __name__ == "__main__":
-    run(main)

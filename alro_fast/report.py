@@ -5,11 +5,18 @@
 
 from __future__ import annotations
 
+from .cli import launch  # before torch: see there
+
+if __name__ == "__main__":
+    launch("report")
+
+# isort: split
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli import OneLineParser, run
+from .cli import OneLineParser
 from .errors import AlroFastError
 from .evaluation.report import write_comparison, write_report
 from .run_folder import check_writable
@@ -61,7 +68,3 @@ def parser() -> OneLineParser:
         "--output_dir", metavar="DIR", help="two folders: where the page goes (default: comparison in the second)"
     )
     return parser
-
-
-if __name__ == "__main__":
-    run(main)

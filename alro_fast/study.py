@@ -7,7 +7,10 @@ Begun again, it goes on: a finished run is not run again. docs/studies.md says w
 
 from __future__ import annotations
 
-from .cli import OneLineParser, run  # before torch: see there
+from .cli import launch  # before torch: see there
+
+if __name__ == "__main__":
+    launch("study")
 
 # isort: split
 
@@ -19,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from .cli import OneLineParser
 from .errors import AlroFastError
 from .run_folder import held
 from .studies.plan import Study, as_told, parse_seeds, plan, read_study, study_names
@@ -107,7 +111,3 @@ class _Extend(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         earlier = getattr(namespace, self.dest, None)
         setattr(namespace, self.dest, [*(earlier if isinstance(earlier, list) else ()), *values])
-
-
-if __name__ == "__main__":
-    run(main)

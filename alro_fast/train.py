@@ -5,9 +5,13 @@ Steps: options -> prepared lists -> base model and adapter -> objective -> Train
 
 from __future__ import annotations
 
-from .cli import run  # before torch: see there
+from .cli import launch  # before torch: see there
+
+if __name__ == "__main__":
+    launch("train")
 
 # isort: split
+
 
 from collections.abc import Sequence
 
@@ -27,7 +31,3 @@ def main(argv: Sequence[str]) -> None:
             session.describe()
             if not stage.training.dry_run:
                 session.train()
-
-
-if __name__ == "__main__":
-    run(main)

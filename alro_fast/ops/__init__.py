@@ -2,8 +2,8 @@
 
 Each op is a `torch.library` custom op with a fake implementation and its own autograd (`torch.compile(fullgraph=True)`
 works) and is served by a backend: `triton` (CUDA), `cpp` (CPU), `eager` (anything). "auto" takes the first that
-can serve the tensors at hand and logs its choice once; calls that its declaration (`backends.serves`) leaves out go to
-`eager`, with a line of their own. The logits of a row are, everywhere,
+can serve the tensors at hand and logs its choice once, for debugging; calls that its declaration (`backends.serves`)
+leaves out go to `eager`, with a line of their own. The logits of a row are, everywhere,
 
     z = softcap(scale * (hidden @ weight.T + bias)),      softcap(x) = cap * tanh(x / cap), or x where cap is None.
 

@@ -39,7 +39,7 @@ def _resolve(name: str, device_type: str, dtype: torch.dtype) -> ModuleType:
     device = torch.device(device_type)
     if name == "auto":
         name = available_backends(device, dtype)[0]
-        log.info("backend %s serves %s tensors on %s", name, str(dtype).removeprefix("torch."), device_type)
+        log.debug("backend %s serves %s tensors on %s", name, str(dtype).removeprefix("torch."), device_type)
     else:
         check_backend(name)
         reason = _reason_against(name, device, dtype)

@@ -138,8 +138,8 @@ def parse_list(document: Any, number: int) -> RankingList:
     for at, item in enumerate(shown, start=1):
         if first.setdefault(item.item_id, at) != at:
             raise AlroFastError(
-                f"{place}: candidates {first[item.item_id]} and {at} have the same id {candidates[at - 1]['id']!r}; "
-                "give every candidate once"
+                f"{place}: candidates {first[item.item_id]} and {at} have the same id "
+                f"{candidates[at - 1]['id']!r:.80}; give every candidate once"
             )
     unknown = (math.nan,) * len(shown)
     of_past, of_shown = _signals(history, f"{place}, history"), _signals(candidates, f"{place}, candidate")
@@ -180,8 +180,8 @@ def numbered(entry: RankingList, document: Any, items: dict[str, Item]) -> Ranki
             name = given.get("id")
             if str(name) not in items:
                 raise AlroFastError(
-                    f"list {entry.list_id}, {part} {at}: id {name!r} is not in the catalogue this model was trained "
-                    "on; it names items by tokens of their own, so every item needs its id"
+                    f"list {entry.list_id:.80}, {part} {at}: id {name!r:.80} is not in the catalogue this model was "
+                    "trained on; it names items by tokens of their own, so every item needs its id"
                 )
             found[part].append(items[str(name)])
     return dataclasses.replace(entry, history=tuple(found["history"]), candidates=tuple(found["candidates"]))
@@ -238,9 +238,9 @@ def _item(entry: Any, place: str, unnamed: str) -> Item:
 def _check_keys(given: dict[str, Any], known: Sequence[str], place: str) -> None:
     for key in given:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
+            close = difflib.get_close_matches(key[:80], known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"expected some of {', '.join(known)}"
-            raise AlroFastError(f"{place}: unknown key {key!r}; {hint}")
+            raise AlroFastError(f"{place}: unknown key {key!r:.80}; {hint}")
 
 
 def _check_characters(document: dict[str, Any], place: str) -> None:

@@ -40,6 +40,8 @@ def write_files(folder: Path) -> None:
         "twice.json": text[:-1] + ',"candidates":[]}',
         "twice_in.json": '{"candidates":[{"title":"A","title":"X"},{"title":"B"}]}',
         "escape.json": json.dumps({ESC: 1} | LIST),
+        "long_key.json": json.dumps({"x" * 5_000_000: 1} | LIST),
+        "long_id.json": json.dumps({"candidates": [{"id": "x" * 5_000_000, "title": "A"}] * 2}),
         "same.json": json.dumps({"candidates": [{"id": ESC, "title": "A"}, {"id": ESC, "title": "B"}]}),
         "empty.json": "",
         "null.json": "null",
@@ -264,6 +266,8 @@ bad/bomb.csv.gz | packed by gzip
 bad/twice.json | has the key 'candidates' twice
 bad/twice_in.json | has the key 'title' twice
 bad/escape.json | unknown key '\\x1b[31m'
+bad/long_key.json | xxx; expected some of list_id
+bad/long_id.json | xxx; give every candidate once
 bad/same.json | have the same id '\\x1b[31m'
 bad/empty.json | is empty
 bad/null.json | found nothing

@@ -43,5 +43,6 @@ def test_a_bad_command_is_one_line(place, monkeypatch, capsys, command, words, a
     assert said.rstrip("\n").isprintable(), said
     assert answer in said
     assert "secret" not in said
+    assert len(said) < 2000
     assert seconds < SECONDS
     assert standing(place) == before

@@ -21,7 +21,7 @@ from alro_fast.ops.backends import eager, serves
 def test_auto_is_chosen_by_device_and_said_once(caplog):
     hidden, weight, _ = make_head(3, 32, 101)
     dispatch._resolve.cache_clear()
-    with caplog.at_level(logging.INFO, logger="alro_fast.ops"):
+    with caplog.at_level(logging.DEBUG, logger="alro_fast.ops"):
         for _ in range(2):
             ops.linear_logprobs(hidden, weight, torch.tensor([1, 2, 3]))
     lines = [record.message for record in caplog.records]
@@ -114,7 +114,7 @@ def test_what_a_backend_leaves_out_of_the_head_is_served_by_eager(stand_in, capl
         return torch.autograd.grad(logprobs.sum(), weight)[0]
 
     dispatch._say_once_declined.cache_clear()
-    with caplog.at_level(logging.INFO, logger="alro_fast.ops"):
+    with caplog.at_level(logging.DEBUG, logger="alro_fast.ops"):
         for _ in range(2):
             torch.testing.assert_close(grad("auto"), grad("eager"))
     said = ["backend cpp serves float32 tensors on cpu"]

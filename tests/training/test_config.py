@@ -159,3 +159,11 @@ def test_options_without_meaning_may_be_switched_off(tmp_path):
 def test_two_files_are_refused():
     with pytest.raises(AlroFastError, match=r"--config is given 2 times \(demo, mine.yaml\); give one"):
         parse(["--config", "demo", "--config=mine.yaml"])
+
+
+def test_bfloat16_without_a_gpu_is_refused_by_the_name_of_its_flag(tmp_path, monkeypatch):
+    monkeypatch.setattr("alro_fast.options.is_torch_bf16_gpu_available", lambda: False)
+    words = ["--bf16", "true", "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(AlroFastError, match=r"--bf16 true needs a GPU .* add --use_cpu true"):
+        parse(words)
+    assert parse([*words, "--use_cpu", "true"]).training.bf16
