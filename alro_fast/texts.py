@@ -18,6 +18,7 @@ import yaml
 from .errors import AlroFastError
 
 MOST_BYTES = 1 << 20  # of a file that people or runs write: a configuration, a study, a record
+MOST_RECORD = 1 << 28  # of one that a run writes, with a token or a step a line
 MOST_YAML = 1 << 18  # characters; pure Python reads them in seconds
 MOST_NODES = 100_000  # of a YAML document, each reference counted as what it stands for
 MOST_LEVELS = 50
@@ -101,6 +102,12 @@ def from_json(text: str, name: str) -> Any:
         raise AlroFastError(f"{name} is nested too deeply") from None
 
 
+def read_json(path: str | Path, most: int = MOST_RECORD) -> Any:
+    """The JSON value of a file that a run wrote, of at most `most` bytes; what is wrong with it is said as damage."""
+    name = f"{path} is damaged: it"
+    return from_json(decoded(read_bytes(path, most), name), name)
+
+
 def from_yaml(text: str, name: str) -> Any:
     """What a YAML document holds, of plain types."""
     if len(text) > MOST_YAML:
@@ -135,10 +142,11 @@ class _TooMuch(Exception):
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON, as `json.loads(object_pairs_hook=once)` takes it; RepeatedKey for a key that it has twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise RepeatedKey(next(name for name in names if names.count(name) > 1))
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise RepeatedKey(name)
+        found[name] = value
     return found
 
 

@@ -122,3 +122,12 @@ def test_json_that_nobody_writes(text, said):
     with pytest.raises(AlroFastError, match=f"^x {said}"):
         from_json(text, "x")
     assert from_json('{"a": {"a": [1, null]}}', "x") == {"a": {"a": [1, None]}}
+
+
+def test_a_key_twice_is_found_in_time_that_grows_with_the_text():
+    """Four megabytes, the last key repeated: counting every key among all takes minutes."""
+    text = "{" + "".join(f'"{i}":1,' for i in range(400_000)) + '"399999":1}'
+    start = time.monotonic()
+    with pytest.raises(AlroFastError, match=r"^x has the key '399999' twice"):
+        from_json(text, "x")
+    assert time.monotonic() - start < 10

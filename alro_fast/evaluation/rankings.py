@@ -47,6 +47,8 @@ def evaluate_rankings(options: argparse.Namespace, how: RankingOptions) -> None:
     if fusion is not None:
         check_signals(fusion, split.signals, f"{options.lists}, split {options.split},")
     lists = [split[i] for i in range(min(options.limit or len(split), len(split)))]
+    if not targets and all(one.all_equal for one in lists):
+        raise AlroFastError(nothing_to_rank(options, bool(split.all_equal.all())))
     if options.adapter is None:
         ranker = zero_shot_ranker(options, prepared)
     else:
@@ -117,6 +119,17 @@ def evaluate_rankings(options: argparse.Namespace, how: RankingOptions) -> None:
     trec = ", run.trec, qrels.trec" if (folder / "qrels.trec").is_file() else ""
     print(f"written to {folder}: results.json, predictions.jsonl{trec}")
     print(report_line(folder, options.adapter))
+
+
+def nothing_to_rank(options: argparse.Namespace, whole: bool) -> str:
+    """The error of lists without two ratings; whole: all of the split's are such, not only the first --limit."""
+    which = f"no {options.split} list" if whole else f"none of the first {options.limit} {options.split} lists"
+    told = f"{options.lists}: {which} has candidates with different ratings, so there is nothing to measure; "
+    if not whole:
+        return told + "give a larger --limit, or none"
+    return (
+        told + "where ratings are all one, as of clicks and purchases, prepare it with --negatives N --ungraded as_zero"
+    )
 
 
 def unknown_signals(prompts: Any, carried: Collection[str]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import AlroFastError
+from ..texts import read_json, read_text
 from .encoding import Encoder
 from .template import TEMPLATE_FILE
 
@@ -66,8 +67,8 @@ class SavedPrompts:
         """
         directory = Path(directory)
         try:
-            source = (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
-            record = json.loads((directory / cls.FILE).read_text(encoding="utf-8"))
+            source = read_text(directory / TEMPLATE_FILE)
+            record = read_json(directory / cls.FILE)
             options, name, known = cls.options_of(record), record["template"], record["tokenizer"]
         except OSError as error:
             raise AlroFastError(

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.records import RankingList, target_ranks
 from ..data.signal_table import PREPARED, SIGNALS, signal_features
 from ..errors import AlroFastError
+from ..texts import read_json
 from .builder import RatingBranch, RatingPrompt
 from .encoding import Encoder
 
@@ -192,7 +193,7 @@ class SignalPrompts:
         """Those saved there; AlroFastError if the tokenizer is not the one they were saved with."""
         path = Path(directory) / SETTINGS_FILE
         try:
-            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            record: dict[str, Any] = read_json(path)
             edges = tuple(tuple(map(float, each)) for each in record["edges"])
             vocabulary = SignalVocabulary(tuple(record["names"]), edges, tuple(map(float, record["grades"])))
             known, max_length = record["tokenizer"], record["max_length"]

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from ..errors import AlroFastError
+from ..texts import read_json
 from .documents import keys_of, parse_list
 from .orders import Ranking
 
@@ -80,10 +81,10 @@ class Fusion:
                 f"{folder} holds no {FILE}, the weights of --fuse; train with --fuse true, or leave it out"
             )
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
+            told = read_json(path)
             weights = told["weights"]
             made = cls(tuple(weights)[1:], tuple(map(float, weights.values())), told["lists"], told["pairs"])
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (AlroFastError, ValueError, KeyError, TypeError, AttributeError):
             made = None
         if made is None or not made.sound or next(iter(weights)) != "model":
             raise AlroFastError(f"{path} is damaged: expected the weights that training fitted; restore the file")

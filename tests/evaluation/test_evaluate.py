@@ -312,6 +312,20 @@ def test_bad_options_are_one_line(changed, message, adapter, prepared, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+def test_lists_of_one_rating_each_are_refused_as_training_refuses_them(adapter, lists, tmp_path):
+    one = [replace(entry, ratings=(1.0,) * len(entry.ratings)) for entry in lists[:3]]
+    write_prepared(tmp_path / "clicks", catalogue(300), {"test": one})
+    write_prepared(tmp_path / "some", catalogue(300), {"test": [*one, lists[3]]})
+    command = f"--adapter {adapter} --bootstrap 0 --device cpu --baselines none --output_dir {tmp_path / 'out'} --lists"
+    with pytest.raises(AlroFastError, match=r"clicks: no test list has candidates with .*--negatives N --ungraded as"):
+        evaluate.main([*command.split(), str(tmp_path / "clicks")])
+    with pytest.raises(AlroFastError, match=r"some: none of the first 3 test lists has .*; give a larger --limit"):
+        evaluate.main([*command.split(), str(tmp_path / "some"), "--limit", "3"])
+    assert not (tmp_path / "out").exists()
+    evaluate.main([*command.split(), str(tmp_path / "some"), "--limit", "4"])
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["about"]["lists_ranked"] == 1
+
+
 def test_a_folder_that_holds_something_else_is_left_alone(adapter, prepared, evaluated, tmp_path):
     """The folder of a run has results.json too: the run's own."""
     run, earlier = shutil.copytree(adapter, tmp_path / "run"), shutil.copytree(evaluated, tmp_path / "evaluation")

@@ -271,12 +271,18 @@ def test_a_folder_with_results_alone(tmp_path, capsys):
 def test_what_cannot_be_reported_is_said(tmp_path):
     with pytest.raises(AlroFastError, match=r"holds no results\.json"):
         write_report(tmp_path)
-    (tmp_path / "results.json").write_text("{")
-    with pytest.raises(AlroFastError, match=r"results\.json is damaged"):
-        write_report(tmp_path)
+    for text in ("{", "[" * 100_000):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(AlroFastError, match=r"results\.json is damaged: it is n"):
+            write_report(tmp_path)
     evaluate_lists(random_lists(2, 4), {"tuned": [np.arange(4)] * 2}, bootstrap=0).save(tmp_path)
-    (tmp_path / "predictions.jsonl").write_text("nonsense\n")
-    with pytest.raises(AlroFastError, match=r"predictions\.jsonl is damaged"):
+    for text in ("nonsense\n", "[" * 100_000):
+        (tmp_path / "predictions.jsonl").write_text(text)
+        with pytest.raises(AlroFastError, match=r"predictions\.jsonl is damaged: line 1 is n"):
+            write_report(tmp_path)
+    (tmp_path / "predictions.jsonl").unlink()
+    (tmp_path / "trainer_state.json").write_text("[" * 100_000)
+    with pytest.raises(AlroFastError, match=r"trainer_state\.json is damaged: it is nested too deeply"):
         write_report(tmp_path)
 
 

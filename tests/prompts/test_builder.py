@@ -209,9 +209,10 @@ def test_loading_refuses_another_tokenizer_and_damaged_files(tmp_path):
     template.write_text(template.read_text().replace('"9": 5}', '"9": 5.5}'))
     with pytest.raises(AlroFastError, match=r"does not fit prompt_template\.yaml"):
         PromptBuilder.load(tmp_path, tokenizer_of("qwen"))
-    (tmp_path / "identifiers.json").write_text("{}")
-    with pytest.raises(AlroFastError, match=r"identifiers\.json is damaged"):
-        PromptBuilder.load(tmp_path, tokenizer_of("qwen"))
+    for text in ("{}", "[1]", "{", "[" * 100_000, '{"labels": 1, "labels": 2}'):
+        (tmp_path / "identifiers.json").write_text(text)
+        with pytest.raises(AlroFastError, match=r"identifiers\.json is damaged: "):
+            PromptBuilder.load(tmp_path, tokenizer_of("qwen"))
 
 
 DATED = (  # as Llama 3 has it, and as templates that take no date for an argument

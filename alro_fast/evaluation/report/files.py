@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import Any
 
 import yaml
 
+from ... import texts
 from ...data.records import Item, RankingList
 from ...errors import AlroFastError
+from ...texts import decoded, from_json
 
 PARTS = {"list_id", "user_id", "candidates", "rankings"}  # of a line of predictions
 
@@ -31,10 +32,9 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
     path = folder / "predictions.jsonl"
     if not path.is_file():
         return []
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    except ValueError:
-        raise AlroFastError(f"{path} is damaged: it is not JSON lines") from None
+    with path.open("rb") as file:  # of bytes, for which a line ends at a line feed alone
+        named = ((line, f"{path} is damaged: line {n}") for n, line in enumerate(file, start=1))
+        lines = [from_json(decoded(line, name), name) for line, name in named if line.strip()]
     if not all(isinstance(line, dict) and line.keys() >= PARTS for line in lines):
         raise AlroFastError(f"{path} is damaged: a line lacks one of {', '.join(sorted(PARTS))}")
     return lines
@@ -42,12 +42,7 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
 
 def read_json(path: Path) -> Any:
     """None for a file that does not exist; AlroFastError for one that is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise AlroFastError(f"{path} is damaged: it is not JSON") from None
+    return texts.read_json(path) if path.is_file() else None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
