@@ -11,6 +11,7 @@ from types import ModuleType
 __version__ = "0.1.0"
 
 _PUBLIC = {  # name -> module that defines it; imported on first use, so `import alro_fast` stays light
+    "AlroFastError": "errors",
     "ALROCounts": "losses",
     "ALROLoss": "losses",
     "DMPOLoss": "losses",

@@ -8,6 +8,7 @@ import sys
 from places import ROOT
 
 import alro_fast
+from alro_fast.errors import AlroFastError
 
 
 def python(code: str) -> str:
@@ -28,6 +29,10 @@ def test_import_is_light_and_needs_neither_triton_nor_a_compiler():
 def test_every_public_name_resolves():
     for name in alro_fast.__all__:
         assert getattr(alro_fast, name) is not None
+
+
+def test_the_error_is_public():
+    assert alro_fast.AlroFastError is AlroFastError
 
 
 def test_the_checkout_does_not_shadow_the_distribution_named_kernels():

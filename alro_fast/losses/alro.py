@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import AlroFastError
 from ..ops import DIVERGENCES, HeadStats
-from ..ops.checks import check_device, check_head, check_number, check_positive, values_are_free
-from .lists import ALROCounts, RankingLists, alro_counts, check_lists, check_shared_tokens, checked_counts
+from ..ops.checks import check_device, check_head, check_number, check_positive, check_tensor, values_are_free
+from .lists import ALROCounts, RankingLists, alro_counts, by_row, check_lists, check_shared_tokens, checked_counts
 
 SCORES = ("logprob", "prob", "logit")
 SPACES = ("candidates", "vocab")
@@ -90,6 +90,7 @@ def alro_loss(
     Raises AlroFastError naming the argument; values of index tensors on CUDA are checked by `check_lists` only.
     """
     hidden = check_head(hidden, weight, bias)
+    check_tensor("labels", labels)
     check_device("labels", labels, hidden)
     check_lists(labels, lists, len(hidden), weight.shape[0], ignore_index)
     read = functools.partial(
@@ -126,6 +127,8 @@ def alro_loss_from_logits(
     backend: str = "auto",
 ) -> ALROLossOutput:
     """`alro_loss` where the logits [N, V] of the answer rows exist already; they are used as they are."""
+    check_tensor("logits", logits)
+    check_tensor("labels", labels)
     if logits.dim() != 2 or not logits.is_floating_point():
         raise AlroFastError(f"logits has shape {tuple(logits.shape)} and dtype {logits.dtype}; expected floats [N, V]")
     check_device("labels", labels, logits, "logits")
@@ -198,7 +201,7 @@ class _Options:
                 raise AlroFastError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
         for name in ("alpha", "beta"):
             weight = getattr(self, name)
-            check_number(name, weight, 0 <= weight < math.inf, "a weight, a finite number of at least 0")
+            check_number(name, weight, lambda n: 0 <= n < math.inf, "a weight, a finite number of at least 0")
         check_positive(gamma=self.sharpness, sigma=self.sigma)
         if self.psl_space == "vocab" and self.psl not in VOCABULARY_DIVERGENCES:
             raise AlroFastError(
@@ -234,7 +237,7 @@ def _compose(
         )
     sizes = (slot_rows >= 0).sum(dim=1)
     ids = candidate_ids if grades is None else grades.token_ids.expand(len(slot_rows), -1)
-    targets = torch.where(labels == ignore_index, -1, labels.long()).view(len(labels), -1)
+    targets = by_row(torch.where(labels == ignore_index, -1, labels))
 
     if options.psl_space == "vocab" and grades is None and values_are_free(candidate_ids):
         check_shared_tokens(lists)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AlroFastError
+from .given import ratings_of, rows_of, tokens_of
 from .lists import RankingLists
 
 KEYS = ("prompts", "candidate_ids", "ratings")
@@ -45,20 +46,18 @@ class RankingCollator:
         self.pad_token_id, self.separator, self.end_token_id = pad_token_id, list(separator), end_token_id
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        ratings: list[Any] = []
-        ids: list[Any] = []
-        ties: list[Any] = []
+        ratings: list[list[float]] = []
+        ids: list[list[int]] = []
+        ties: list[list[Any]] = []
         prompts: list[list[int]] = []
         twin: list[int] = []
         for number, example in enumerate(examples):
-            self._check(number, example)
-            original = len(prompts)
-            for place, prompt in enumerate(example["prompts"]):
-                prompts.append([int(token) for token in prompt])
-                ids.append([int(token) for token in example["candidate_ids"][place]])
-                ratings.append([float(rating) for rating in example["ratings"]])
-                ties.append(example.get("ties", range(len(ratings[-1]))))
-                twin.append(original if place else -1)
+            own_prompts, own_ids, own_ratings, own_ties = self._read(number, example)
+            twin += [-1, *[len(prompts)] * (len(own_prompts) - 1)]
+            prompts += own_prompts
+            ids += own_ids
+            ratings += [own_ratings] * len(own_prompts)
+            ties += [own_ties] * len(own_prompts)
         step = 1 + len(self.separator)
         tokens = [len(each) * step - len(self.separator) + (self.end_token_id is not None) for each in ratings]
         starts = [sum(tokens[:number]) for number in range(len(tokens))]
@@ -88,15 +87,22 @@ class RankingCollator:
         return answer if self.end_token_id is None else [*answer, self.end_token_id]
 
     @staticmethod
-    def _check(number: int, example: Mapping[str, Any]) -> None:
+    def _read(
+        number: int, example: Mapping[str, Any]
+    ) -> tuple[list[list[int]], list[list[int]], list[float], list[Any]]:
+        """Prompts, identifiers in each, ratings, ties; AlroFastError for what does not fit."""
         missing = [key for key in KEYS if key not in example]
         if missing:
             raise AlroFastError(
                 f"example {number} has no {missing[0]}; expected {', '.join(KEYS)} (the Trainer keeps them with "
                 "remove_unused_columns=False)"
             )
-        prompts, ids, size = example["prompts"], example["candidate_ids"], len(example["ratings"])
-        if not len(prompts) or len(prompts) != len(ids) or not all(map(len, prompts)):
+        place = f"example {number}:"
+        prompts = tokens_of(f"{place} prompts", example["prompts"])
+        ids = tokens_of(f"{place} candidate_ids", example["candidate_ids"])
+        (rated,) = rows_of(f"{place} ratings", [example["ratings"]])
+        size = len(rated)
+        if not prompts or len(prompts) != len(ids) or [] in prompts:
             raise AlroFastError(
                 f"example {number} has {len(prompts)} prompts and {len(ids)} candidate_ids; expected a prompt at "
                 "least, none of them empty, and candidate_ids for each"
@@ -106,13 +112,16 @@ class RankingCollator:
                 f"example {number} has {size} ratings and candidate_ids of {[len(row) for row in ids]}; expected a "
                 "candidate at least, and one token for each in every prompt"
             )
-        wanted = sorted(int(token) for token in ids[0])
-        if any(sorted(int(token) for token in row) != wanted for row in ids) or len(set(wanted)) != size:
+        wanted = sorted(ids[0])
+        if any(sorted(row) != wanted for row in ids) or len(set(wanted)) != size:
             raise AlroFastError(
                 f"example {number}: candidate_ids are not the same distinct tokens in every prompt; expected one set "
                 "of identifiers, in another order where the candidates are"
             )
-        if len({tuple(map(int, prompt)) for prompt in prompts}) < len(prompts):
+        if len({tuple(prompt) for prompt in prompts}) < len(prompts):
             raise AlroFastError(
                 f"example {number} has one prompt twice; expected the candidates in another order in each"
             )
+        (ratings,) = ratings_of(f"{place} ratings", [rated])
+        (ties,) = rows_of(f"{place} ties", [example.get("ties", range(size))])
+        return prompts, ids, ratings, ties

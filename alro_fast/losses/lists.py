@@ -20,6 +20,7 @@ from torch import Tensor
 from ..data.records import LARGEST_RATING, target_ranks
 from ..errors import AlroFastError
 from ..ops.checks import check_floats, check_index, check_number, check_ranks, check_values, values_are_free
+from .given import is_whole, ratings_of, rows_of, tokens_of, whole_of
 
 
 class Grades(NamedTuple):
@@ -55,58 +56,66 @@ class RankingLists(NamedTuple):
     @classmethod
     def from_ratings(
         cls,
-        ratings: Sequence[Sequence[float]],
-        candidate_ids: Sequence[Sequence[int]] | None = None,
+        ratings: Sequence[Sequence[float]] | Tensor,
+        candidate_ids: Sequence[Sequence[int]] | Tensor | None = None,
         *,
-        twin: Sequence[int] | None = None,
-        first_rows: Sequence[int] | None = None,
+        twin: Sequence[int] | Tensor | None = None,
+        first_rows: Sequence[int] | Tensor | None = None,
         step: int = 1,
         ties: Sequence[Sequence[Any]] | None = None,
         grades: Grades | None = None,
     ) -> RankingLists:
         """The lists of a batch, each of any length, from what is known of them; their labels: `labels()`.
 
-        ratings: of every list's candidates, higher is better; NaN: ungraded. candidate_ids: the token that names each
-        of them in the list's own prompt; left out where answers are `grades`.
+        Sequences, arrays and tensors are taken alike.
+        ratings: of every list's candidates, in 0 .. LARGEST_RATING, higher is better; NaN: ungraded. candidate_ids: the
+        token that names each of them in the list's own prompt, all different; left out where answers are `grades`.
         twin: for a re-ordered list the number of the list it re-orders, -1 for others; None: none is. Items stand in
         the same places in both.
         first_rows: row of `hidden` that predicts a list's first slot, the others `step` rows apart (2 where a separator
-        stands between identifiers); None: one list after the other from row 0 on.
+        stands between identifiers); None: one list after the other from row 0 on. Answers of `grades` may share rows.
         ties: something to sort by for every candidate, such as item ids, by which equal ratings are ordered; None: by
         their places.
         Raises AlroFastError naming the argument that does not fit.
         """
-        if not len(ratings):
+        rated = ratings_of("ratings", ratings)
+        if not rated:
             raise AlroFastError("ratings holds no lists; expected one at least")
         if (candidate_ids is None) == (grades is None):
             raise AlroFastError(
                 "candidate_ids are for answers of identifiers, and left out with grades; give one of them"
             )
-        sizes = [len(each) for each in ratings]
-        for name, rows in (("candidate_ids", candidate_ids), ("ties", ties)):
-            if rows is not None and [len(each) for each in rows] != sizes:
+        sizes = [len(each) for each in rated]
+        count = len(sizes)
+        ids = [[-1] * size for size in sizes] if candidate_ids is None else tokens_of("candidate_ids", candidate_ids)
+        keys = [list(range(size)) for size in sizes] if ties is None else rows_of("ties", ties)
+        for name, rows in (("candidate_ids", ids), ("ties", keys)):
+            if [len(each) for each in rows] != sizes:
                 raise AlroFastError(
                     f"{name} and ratings differ in their lengths; expected one entry for every candidate"
                 )
-        for name, entries in (("twin", twin), ("first_rows", first_rows)):
-            if entries is not None and len(entries) != len(sizes):
-                raise AlroFastError(f"{name} has {len(entries)} entries for {len(sizes)} lists; expected one for each")
-        if step < 1:
-            raise AlroFastError(f"step is {step}; expected at least 1")
-        starts = first_rows
-        if starts is None:
-            starts = [0, *itertools.accumulate(size * step for size in sizes[:-1])]
-        keys = ties or [range(size) for size in sizes]
-        ids = candidate_ids or [[-1] * size for size in sizes]
-        ranks = [target_ranks([float(rating) for rating in each], key) for each, key in zip(ratings, keys)]
-        return cls(
+        if not is_whole(step) or step < 1:
+            raise AlroFastError(f"step is {step!r}; expected a whole number of at least 1")
+        twins = [-1] * count if twin is None else whole_of("twin", twin, -1, count)
+        starts = [0, *itertools.accumulate(size * step for size in sizes[:-1])]
+        if first_rows is not None:
+            starts = whole_of("first_rows", first_rows, 0)
+        for name, entries in (("twin", twins), ("first_rows", starts)):
+            if len(entries) != count:
+                raise AlroFastError(f"{name} has {len(entries)} entries for {count} lists; expected one for each")
+        made = cls(
             _padded([range(start, start + size * step, step) for start, size in zip(starts, sizes)], -1, torch.long),
             _padded(ids, -1, torch.long),
-            _padded(ratings, math.nan, torch.float32),
-            _padded(ranks, 0, torch.long),
-            torch.tensor([-1] * len(sizes) if twin is None else list(twin), dtype=torch.long),
+            _padded(rated, math.nan, torch.float32),
+            _padded([_ranks(number, *each) for number, each in enumerate(zip(rated, keys))], 0, torch.long),
+            torch.tensor(twins, dtype=torch.long),
             grades,
         )
+        if grades is None:
+            _check_distinct("candidate_ids", made.candidate_ids)
+            _check_own_rows(made.slot_rows)
+        _check_twins(made)
+        return made
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any]) -> RankingLists:
@@ -147,6 +156,20 @@ def _by_slot(lists: RankingLists, values: Tensor, pad: float) -> Tensor:
     return torch.full_like(values, pad).scatter(1, place, values.masked_fill(~used, pad))
 
 
+def by_row(labels: Tensor) -> Tensor:
+    """Labels [N] or [N, K] as int64 [N, K]: a row may predict tokens of several sequences."""
+    return labels.long().view(len(labels), *(labels.shape[1:] or [1]))
+
+
+def _ranks(number: int, ratings: Sequence[float], keys: Sequence[Any]) -> list[int]:
+    try:
+        return target_ranks(ratings, keys)
+    except TypeError:
+        raise AlroFastError(
+            f"ties of list {number} cannot be sorted; expected all of one kind, such as strings or numbers"
+        ) from None
+
+
 def _padded(rows: Sequence[Sequence[float]], pad: float, dtype: torch.dtype) -> Tensor:
     width = max(map(len, rows))
     return torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], dtype=dtype)
@@ -157,7 +180,7 @@ def checked_counts(counts: ALROCounts) -> ALROCounts:
     made: list[Tensor | float] = []
     for name, count in zip(ALROCounts._fields, counts):
         if not isinstance(count, Tensor):
-            check_number(f"counts.{name}", count, 0 <= count < math.inf, "a count, a finite number of at least 0")
+            check_number(f"counts.{name}", count, lambda n: 0 <= n < math.inf, "a count, a finite number of at least 0")
             made.append(count or 1.0)
             continue
         check_values(f"counts.{name}", count, (count >= 0) & count.isfinite(), "of at least 0, finite")
@@ -193,6 +216,10 @@ def check_lists(
     Shapes and dtypes always; values only on the CPU outside torch.compile, or with `force`, which synchronises: check a
     batch before it moves to CUDA.
     """
+    if not isinstance(lists, RankingLists):
+        raise AlroFastError(
+            f"lists is a {type(lists).__name__}; expected RankingLists, as RankingLists.from_ratings makes them"
+        )
     shape = lists.slot_rows.shape
     if len(shape) != 2:
         raise AlroFastError(f"slot_rows has shape {tuple(shape)}; expected [L, M]")
@@ -262,6 +289,25 @@ def _check_list_values(labels: Tensor, lists: RankingLists, row_count: int, voca
     check_values("ratings", ratings, ~used | bounded, f"in 0 .. {LARGEST_RATING:g} (gains are 2^rating - 1), or NaN")
     check_ranks(ranks, sizes)
     check_values("twin", twin, (twin >= -1) & (twin < len(twin)), f"in -1 .. {len(twin) - 1}")
+    _check_twins(lists)
+    of, has_twin = twin.clamp(min=0), twin >= 0
+    shared = has_twin & (sizes > 0) & ((slot_rows == slot_rows[of]) | ~used).all(dim=1)
+    if grades is None and shared.any():
+        place = int(shared.nonzero()[0, 0])
+        raise AlroFastError(
+            f"slot_rows of list {place} and of list {int(twin[place])}, which it is the twin of, are the same rows; a "
+            "list in another order has a prompt and rows of its own"
+        )
+    if grades is None and labels.shape[1:] in ((), (1,)):  # of several labels, each list has its own
+        _check_own_rows(slot_rows)
+    _check_agreement(labels, lists, ignore_index)
+
+
+def _check_twins(lists: RankingLists) -> None:
+    """A twin re-orders an original, item for item."""
+    slot_rows, _, ratings, _, twin, _ = lists
+    used = slot_rows >= 0
+    sizes = used.sum(dim=1)
     of = twin.clamp(min=0)
     has_twin = twin >= 0
     if (has_twin & (twin[of] >= 0)).any():
@@ -274,14 +320,6 @@ def _check_list_values(labels: Tensor, lists: RankingLists, row_count: int, voca
         raise AlroFastError(
             f"twin[{place}] is {int(twin[place])}, whose size or ratings differ; expected one axis of items in both"
         )
-    shared = has_twin & (sizes > 0) & ((slot_rows == slot_rows[of]) | ~used).all(dim=1)
-    if grades is None and shared.any():
-        place = int(shared.nonzero()[0, 0])
-        raise AlroFastError(
-            f"slot_rows of list {place} and of list {int(twin[place])}, which it is the twin of, are the same rows; a "
-            "list in another order has a prompt and rows of its own"
-        )
-    _check_agreement(labels, lists, ignore_index)
 
 
 def _check_agreement(labels: Tensor, lists: RankingLists, ignore_index: int) -> None:
@@ -299,7 +337,7 @@ def _check_agreement(labels: Tensor, lists: RankingLists, ignore_index: int) -> 
             f"ranks of list {place} put {before} before {after}; expected higher ratings first, ungraded ones last"
         )
     rows = lists.slot_rows.clamp(min=0).long()
-    every = labels.long().view(len(labels), -1)  # a row may predict several, one of them this slot's
+    every = by_row(labels)
     found, tokens = every[rows] if len(labels) else rows[..., None], _targets(lists)
     labelled = used & (found != ignore_index).any(dim=-1)
     wrong = labelled & (tokens >= 0) & (found != tokens[..., None]).all(dim=-1)
@@ -324,6 +362,19 @@ def check_shared_tokens(lists: RankingLists) -> None:
         raise AlroFastError(
             f"candidate_ids of list {place} and of its twin {int(lists.twin[place])} are different sets of tokens; "
             "psl_space='vocab' needs the same set, in any order"
+        )
+
+
+def _check_own_rows(slot_rows: Tensor) -> None:
+    """A row predicts one token, so it is of one slot of one list."""
+    taken, order = slot_rows.flatten().sort(stable=True)
+    twice = ((taken[1:] == taken[:-1]) & (taken[1:] >= 0)).nonzero()
+    if len(twice):
+        place = int(twice[0, 0])
+        one, other = (int(at) // slot_rows.shape[1] for at in order[place : place + 2])
+        raise AlroFastError(
+            f"slot_rows holds row {int(taken[place])} in list {one} and in list {other}; expected rows of its own for "
+            "every list (first_rows and step of from_ratings), or labels [N, K] where lists share a prompt"
         )
 
 

@@ -44,7 +44,7 @@ def linear_logprobs(
     """1.1: log p(target), shape of targets ([N] or [N, C]; 0 where ignored), and lse [N]."""
     z = head_logits(hidden, weight, bias=bias, softcap=softcap, scale=scale)
     lse = torch.logsumexp(z, dim=1)
-    columns = targets.long().view(len(targets), -1)
+    columns = targets.long().view(len(targets), *(targets.shape[1:] or [1]))
     ignored = columns == ignore_index
     logprobs = z.gather(1, columns.masked_fill(ignored, 0)) - lse[:, None]
     return logprobs.masked_fill(ignored, 0.0).view(targets.shape), lse

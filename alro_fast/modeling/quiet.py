@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
 
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+DEPRECATED = "`is_gradient_checkpointing` is deprecated"  # a name that transformers warns of in its own Trainer
+
 
 def quiet_libraries() -> None:
-    """Log lines of ours go above a progress bar, not into it; libraries say what is wrong, not what they are at.
-
-    `is_gradient_checkpointing` is a name that transformers warns of in its own Trainer.
-    """
+    """Log lines of ours go above a progress bar, not into it; libraries say what is wrong, not what they are at."""
     handler = _AboveTheBar()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -21,7 +22,23 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", DEPRECATED, FutureWarning)
+
+
+@contextlib.contextmanager
+def loading_quietly() -> Iterator[None]:
+    """Libraries say what is wrong, not what they are at, while a model loads; afterwards they are as they were."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", DEPRECATED, FutureWarning)
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 class _AboveTheBar(logging.StreamHandler):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,21 +17,40 @@ from ..errors import AlroFastError
 log = logging.getLogger("alro_fast.ops")
 
 
-def check_number(name: str, value: float, ok: bool, expected: str) -> None:
-    if not ok:
+def is_number(value: Any) -> bool:
+    """Whether `value` is one real number, of Python, numpy or torch, and no truth value."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not value.is_complex() and value.dtype != torch.bool
+    return isinstance(value, (int, float, Real)) and not isinstance(value, bool)
+
+
+def check_number(name: str, value: Any, ok: Callable[[Any], bool], expected: str) -> None:
+    if not is_number(value):
+        raise AlroFastError(f"{name} is {value!r:.60}; expected {expected}")
+    if not ok(value):
         raise AlroFastError(f"{name} is {value}; expected {expected}")
+
+
+def check_tensor(name: str, given: Any) -> Tensor:
+    """What was given; AlroFastError for what is no tensor, or a sparse one."""
+    if not isinstance(given, Tensor):
+        raise AlroFastError(f"{name} is a {type(given).__name__}; expected a tensor")
+    if given.layout != torch.strided:
+        raise AlroFastError(f"{name} has layout {given.layout}; expected a dense tensor (to_dense() makes one)")
+    return given
 
 
 def check_positive(**numbers: float) -> None:
     for name, value in numbers.items():
-        check_number(name, value, 0 < value < math.inf, "a positive finite number")
+        check_number(name, value, lambda n: 0 < n < math.inf, "a positive finite number")
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str = "hidden") -> Tensor:
     """Shapes, dtypes and devices of the head; returns hidden, cast to weight's dtype under autocast."""
     for label, tensor, dim in ((name, hidden, 2), ("weight", weight, 2), ("bias", bias, 1)):
-        if tensor is None:
+        if tensor is None and label == "bias":
             continue
+        tensor = check_tensor(label, tensor)
         if tensor.dim() != dim:
             raise AlroFastError(f"{label} has {tensor.dim()} dimensions; expected {dim} ([N, H], [V, H] and [V])")
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):

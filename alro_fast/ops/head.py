@@ -162,10 +162,10 @@ def head(
     want_spread = want_expected and pair_count > 0 and detach_first is not True
     if softcap is not None:
         check_positive(softcap=softcap)
-    check_number("scale", scale, scale != 0 and abs(scale) < math.inf, "a finite number other than 0")
+    check_number("scale", scale, lambda n: n != 0 and abs(n) < math.inf, "a finite number other than 0")
     if mass_bound is None:
         mass_bound = _HALF_MASS_BOUND if hidden.dtype in (torch.float16, torch.bfloat16) else 0.0
-    check_number("mass_bound", mass_bound, 0 <= mass_bound < 1, "a number of at least 0 and below 1, or None")
+    check_number("mass_bound", mass_bound, lambda n: 0 <= n < 1, "a number of at least 0 and below 1, or None")
     if pair_count and bias is not None:
         check_values("bias", bias, bias.isfinite(), "finite where distributions are compared: 0 * inf has no value")
     detached = [

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -97,12 +98,16 @@ class Ranker:
     ) -> Ranker:
         """The ranker that a training run left in `folder`; `base_model` replaces the base recorded there."""
         from ..modeling.loading import load_for_inference
+        from ..modeling.quiet import loading_quietly
 
+        if device is not None:
+            check_device(device, "device")
         folder = Path(folder)
         config = run_options(folder)
-        model, tokenizer = load_for_inference(
-            folder, device=device, dtype=dtype, base_model=base_model, trust_remote_code=trust_remote_code
-        )
+        with loading_quietly():
+            model, tokenizer = load_for_inference(
+                folder, device=device, dtype=dtype, base_model=base_model, trust_remote_code=trust_remote_code
+            )
         if not config:
             raise AlroFastError(
                 f"{folder}: no config.yaml, which says what answers the model was tuned to give; "
@@ -147,10 +152,11 @@ class Ranker:
 
         options: fields of RankingOptions; what is left out is as the model was tuned. More candidates than identifiers
         are ranked by windows that slide from the end of the list to its start (RecRanker's grades and pairs need none).
-        Raises AlroFastError for an unknown method, an empty list or one that names a candidate twice.
+        Raises AlroFastError for an unknown method, what is no RankingList, an empty list or one that names a candidate
+        twice.
         """
         how = self._settled(options)
-        source = iter(lists)
+        source = _ranking_lists(lists)
         while chunk := list(islice(source, CHUNK)):
             with self._inference():
                 rankings = self._rank([unlabelled(entry) for entry in chunk], how)
@@ -167,7 +173,13 @@ class Ranker:
     # ---- one chunk of lists
 
     def _settled(self, options: dict[str, Any]) -> RankingOptions:
-        return RankingOptions(**options).settled(self.answer, self.hybrid)
+        known = [field.name for field in fields(RankingOptions)]
+        if unknown := sorted(set(options) - set(known)):
+            raise AlroFastError(f"unknown options {', '.join(unknown)}; expected some of {', '.join(known)}")
+        how = RankingOptions(**options).settled(self.answer, self.hybrid)
+        if how.beams != RankingOptions().beams and how.method != "beam":
+            raise AlroFastError(f"beams is no option of method {how.method} (it is read by method beam); leave it out")
+        return how
 
     def _rank(self, lists: list[RankingList], how: RankingOptions) -> list[Ranking]:
         read = self._reader(how)
@@ -278,13 +290,31 @@ class Ranker:
             self.model.train(training)
 
 
-def check_device(name: str | None) -> None:
-    """AlroFastError for a device that PyTorch does not know or cannot compute on here."""
+def _ranking_lists(lists: Iterable[RankingList]) -> Iterator[RankingList]:
+    """The lists as they come; AlroFastError for what is none."""
+    from ..data.records import RankingList
+
+    expected = "expected alro_fast.RankingList records in a sequence: ranker.rank([one, other])"
+    if isinstance(lists, RankingList) or not isinstance(lists, Iterable):
+        raise AlroFastError(f"lists is a {type(lists).__name__}; {expected}")
+    for number, entry in enumerate(lists):
+        if not isinstance(entry, RankingList):
+            raise AlroFastError(f"lists holds a {type(entry).__name__} at {number}; {expected}")
+        yield entry
+
+
+def check_device(name: str | torch.device | None, option: str = "--device") -> None:
+    """AlroFastError for a device that PyTorch does not know or cannot compute on here; option: how it was given."""
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, ImportError) as error:  # the last two: a build of PyTorch without it
+    except (
+        RuntimeError,
+        TypeError,
+        AssertionError,
+        ImportError,
+    ) as error:  # the last two: a build of PyTorch without it
         reason = str(error).strip().partition("\n")[0].partition(". ")[0]
-        raise AlroFastError(f"--device {name} cannot be used here ({reason}); give cpu, or leave it out") from error
+        raise AlroFastError(f"{option} {name} cannot be used here ({reason}); give cpu, or leave it out") from error
 
 
 def expected_slots(scores: np.ndarray, gamma: float) -> np.ndarray:

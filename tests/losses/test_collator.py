@@ -131,6 +131,11 @@ def test_accumulated_steps_are_means_not_sums(tmp_path):
         ({"candidate_ids": [[10, 11, 12], [10, 11, 13]]}, "are not the same distinct tokens in every prompt"),
         ({"candidate_ids": [[10, 11, 11], [10, 11, 11]]}, "are not the same distinct tokens in every prompt"),
         ({"prompts": [[1, 2], [1, 2]]}, "example 1 has one prompt twice"),
+        ({"ratings": [1, None, 2]}, r"example 1: ratings\[0\]\[1\] is None; expected a number in 0 .. 100"),
+        ({"ratings": [1, -1, 2]}, r"example 1: ratings\[0\]\[1\] is -1"),
+        ({"candidate_ids": [[10, 11, 12.5], [10, 11, 12]]}, r"example 1: candidate_ids\[0\]\[2\] is 12.5"),
+        ({"prompts": [[1, -2], [1, 2]]}, r"example 1: prompts\[0\]\[1\] is -2; expected a token id"),
+        ({"prompts": 5}, "example 1: prompts is 5; expected a sequence for every list"),
     ],
 )
 def test_examples_that_do_not_fit(change, said):

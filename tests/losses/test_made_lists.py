@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
 from list_tensors import own_labels, random_list_tensors
@@ -47,6 +48,43 @@ def test_lists_are_made_from_ratings():
     assert made.grades is None
     assert torch.equal(made.labels(), LABELS)
     assert torch.isfinite(loss(made, made.labels()).loss)
+
+
+@pytest.mark.parametrize("make", [torch.tensor, np.array, lambda rows: [torch.tensor(row) for row in rows]])
+def test_tensors_and_arrays_are_taken_as_lists_are(make):
+    ratings, ids, ties = [[5.0, 2.0, 2.0], [5.0, 2.0, 2.0]], [[10, 11, 12], [12, 11, 10]], [[3, 2, 1]] * 2
+    plain = RankingLists.from_ratings(ratings, ids, twin=[-1, 0], first_rows=[3, 0], ties=ties)
+    made = RankingLists.from_ratings(
+        make(ratings), make(ids), twin=torch.tensor([-1, 0]), first_rows=np.array([3, 0]), ties=make(ties)
+    )
+    for ours, wanted in zip(made[:5], plain[:5]):
+        assert ours.dtype == wanted.dtype
+        assert torch.equal(ours, wanted)
+
+
+def test_no_rows_and_no_lists_have_a_loss_of_0():
+    none = RankingLists(*(field[:0] for field in small()[:5]))
+    hidden, weight = torch.randn(0, 4, requires_grad=True), torch.randn(20, 4, requires_grad=True)
+    for backend in ("auto", "eager"):
+        out = alro_loss(hidden, weight, LABELS[:0], none, backend=backend)
+        out.loss.backward()
+        assert out.loss.item() == 0
+        assert not weight.grad.any()
+    assert alro_fast.alro_loss_from_logits(torch.randn(0, 20), LABELS[:0], none).loss.item() == 0
+
+
+def test_what_is_no_tensor_and_no_lists():
+    hidden, weight = torch.randn(8, 4), torch.randn(20, 4)
+    for given, said in (
+        ((hidden, weight.to_sparse(), LABELS, small()), "weight has layout torch.sparse_coo; expected a dense tensor"),
+        ((hidden.numpy(), weight, LABELS, small()), "hidden is a ndarray; expected a tensor"),
+        ((hidden, None, LABELS, small()), "weight is a NoneType; expected a tensor"),
+        ((hidden, weight, LABELS.tolist(), small()), "labels is a list; expected a tensor"),
+        ((hidden, weight, LABELS, small()._asdict()), "lists is a dict; expected RankingLists"),
+        ((hidden, weight, LABELS, tuple(small())), "lists is a tuple; expected RankingLists"),
+    ):
+        with pytest.raises(AlroFastError, match=said):
+            alro_loss(*given)
 
 
 def test_rows_with_separators_ties_and_other_rows():
@@ -95,7 +133,22 @@ def test_grades():
         (([[1, 2]], [[3, 4]]), {"ties": [["a"]]}, "ties and ratings differ in their lengths"),
         (([[1, 2]], [[3, 4]]), {"twin": [-1, 0]}, "twin has 2 entries for 1 lists"),
         (([[1, 2]], [[3, 4]]), {"first_rows": []}, "first_rows has 0 entries for 1 lists"),
-        (([[1, 2]], [[3, 4]]), {"step": 0}, "step is 0; expected at least 1"),
+        (([[1, 2]], [[3, 4]]), {"step": 0}, "step is 0; expected a whole number of at least 1"),
+        (([[1, 2]], [[3, 4]]), {"step": 1.5}, "step is 1.5; expected a whole"),
+        (([1, 2],), {}, r"ratings is \[1, 2\]; expected a sequence for every list"),
+        (([[1, -2]], [[3, 4]]), {}, r"ratings\[0\]\[1\] is -2; expected a number in 0 .. 100"),
+        (([[1, math.inf]], [[3, 4]]), {}, r"ratings\[0\]\[1\] is inf"),
+        (([[1, None]], [[3, 4]]), {}, r"ratings\[0\]\[1\] is None"),
+        (([[1, 2], []], [[3, 4], []]), {}, "ratings of list 1 are none"),
+        (([[1, 2]], [[3, -5]]), {}, r"candidate_ids\[0\]\[1\] is -5; expected a token id"),
+        (([[1, 2]], [[3, 1.5]]), {}, r"candidate_ids\[0\]\[1\] is 1.5; expected a token id"),
+        (([[1, 2]], [[3, 3]]), {}, "candidate_ids holds token 3 twice in list 0"),
+        (([[1, 2]], [[3, 4]]), {"twin": [7]}, r"twin\[0\] is 7; expected a whole number of at least -1 and below 1"),
+        (([[1, 2]], [[3, 4]]), {"twin": [0]}, r"twin\[0\] is 0, itself a twin"),
+        (([[1, 2], [2, 1]], [[3, 4]] * 2), {"twin": [-1, 0]}, r"twin\[1\] is 0, whose size or ratings differ"),
+        (([[1, 2]], [[3, 4]]), {"first_rows": [-4]}, r"first_rows\[0\] is -4; expected a whole number of at least 0"),
+        (([[1, 2]] * 2, [[3, 4]] * 2), {"first_rows": [0, 1]}, "slot_rows holds row 1 in list 0 and in list 1"),
+        (([[1, 1]], [[3, 4]]), {"ties": [["a", 3]]}, "ties of list 0 cannot be sorted"),
     ],
 )
 def test_bad_arguments_of_the_builder(arguments, options, said):
@@ -114,6 +167,9 @@ def test_bad_arguments_of_the_builder(arguments, options, said):
         ({"slot_rows": [[0, 1, 2], [0, 1, 2], [6, 7, -1]], "candidate_ids": [[10, 11, 12]] * 2 + [[10, 11, -1]]},
          "slot_rows of list 1 and of list 0, which it is the twin of, are the same rows"),
         ({"slot_rows": [[0, 1, 1], [3, 4, 5], [6, 7, -1]]}, "slot_rows holds row 1 twice in list 0; expected disti"),
+        ({"slot_rows": [[0, 1, 2], [3, 4, 5], [0, 2, -1]], "candidate_ids": [[10, 11, 12], [12, 11, 10], [12, 10, -1]],
+          "ratings": [[5.0, 2, 4]] * 2 + [[1.0, 2, 0]]},
+         "slot_rows holds row 0 in list 0 and in list 2; expected rows of its own for every list"),
     ],
 )  # fmt: skip
 def test_what_contradicts_itself_is_refused(change, said):
@@ -132,11 +188,19 @@ def test_what_does_not_is_not():
 
 
 @pytest.mark.parametrize("name", ["alpha", "beta", "gamma", "sigma"])
-@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, "1", True, 1j])
 def test_weights_that_are_none(name, value):
     for made in (lambda: loss(small(), **{name: value}), lambda: ALROLoss(**{name: value})):
-        with pytest.raises(AlroFastError, match=f"{name} is {value}; expected "):
+        with pytest.raises(AlroFastError, match=f"{name} is {value!r}; expected "):
             made()
+
+
+def test_weights_of_any_kind_of_number():
+    wanted = loss(small(), alpha=0.25).loss
+    for value in (np.float32(0.25), torch.tensor(0.25)):
+        torch.testing.assert_close(loss(small(), alpha=value).loss, wanted)
+    with pytest.raises(AlroFastError, match="alpha is None; expected a weight"):
+        loss(small(), alpha=None)
 
 
 def test_counts_that_are_none():
@@ -145,7 +209,7 @@ def test_counts_that_are_none():
         out = loss(nothing, counts=ALROCounts(8, 3, zero))
         assert out.permutation.item() == 0
         torch.testing.assert_close(out.loss, loss(nothing).loss)
-    for bad in (-1, math.nan, torch.tensor(-1), torch.tensor(math.inf)):
+    for bad in (-1, math.nan, torch.tensor(-1), torch.tensor(math.inf), "8", None):
         with pytest.raises(AlroFastError, match=r"counts\.lists"):
             loss(nothing, counts=ALROCounts(8, bad, 1))
 

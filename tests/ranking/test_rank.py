@@ -62,6 +62,39 @@ def test_orders_candidates_and_passes_ids_through(capsys, adapter):
     assert scores == pytest.approx([direct.scores[i] for i in direct.order], abs=1e-6)
 
 
+def test_what_the_ranker_does_not_take(adapter):
+    with pytest.raises(AlroFastError, match=r"device x cannot be used here .*; give cpu"):
+        Ranker.load(adapter, device="x")
+    ranker = Ranker.load(adapter, device="cpu")
+    one = parse_list(HEAT, 1)
+    for given, options, said in (
+        (one, {}, "lists is a RankingList; expected alro_fast.RankingList records in a sequence"),
+        (5, {}, "lists is a int; expected"),
+        ([one, HEAT], {}, "lists holds a dict at 1; expected"),
+        ([one], {"beams": 3}, "beams is no option of method first"),
+        ([one], {"beam": 3}, "unknown options beam; expected some of method, shuffles"),
+    ):
+        with pytest.raises(AlroFastError, match=said):
+            ranker.rank(given, **options)
+    assert len(ranker.rank([one], method="beam", beams=3)) == 1
+
+
+def test_a_ranker_loads_without_a_word_and_leaves_the_libraries_as_they_were(adapter, capfd, recwarn):
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_warning()
+    logging.enable_progress_bar()
+    try:
+        Ranker.load(adapter, device="cpu")
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.WARNING, True)
+    finally:
+        logging.set_verbosity(before[0])
+        (logging.enable_progress_bar if before[1] else logging.disable_progress_bar)()
+    assert capfd.readouterr() == ("", "")
+    assert not [one for one in recwarn if "is_gradient_checkpointing" in str(one.message)]
+
+
 def test_one_list_an_array_and_json_lines_agree(capsys, adapter, tmp_path):
     other = {"candidates": [{"title": "Only"}]}
     (alone,) = ranked(capsys, adapter, HEAT, "--token_budget", "0")
