@@ -3,6 +3,7 @@ something; formulas say where they come from. The MovieLens script runs, cut sho
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -136,3 +137,18 @@ def test_the_page_of_recranker_tunes_an_llm_at_its_own_rate_and_shows_what_is_di
     shown = capsys.readouterr().out
     assert shown.count("disliked:\nClueless\nSpeed 2\nGigli\n") == 3
     assert "None." not in shown
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/preferences.md"])
+def test_the_demo_base_knows_the_words_of_the_preference_samples(page):
+    """Else all answers are one unknown token after the other, and tuning has nothing to tell apart."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "alro_fast" / "demo_model")
+    lines = re.findall(r'^{"prompt".*}$', (ROOT / page).read_text(encoding="utf-8"), flags=re.M)
+    assert len(lines) >= 2
+    for row in map(json.loads, lines):
+        answers = [row["chosen"], *row["rejected"]]
+        tokens = [tokenizer.encode(text, add_special_tokens=False) for text in (row["prompt"], *answers)]
+        assert not any(tokenizer.unk_token_id in each for each in tokens), row
+        assert len(set(map(tuple, tokens[1:]))) == len(answers)

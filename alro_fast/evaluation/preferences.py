@@ -27,7 +27,6 @@ from ..prompts.preference import PreferencePrompts
 from ..run_folder import run_options
 from .preference_metrics import Scored, accuracy_interval, preference_metrics
 
-COLUMNS = ("pair_accuracy", "user_auc", "hit@1", "valid", "pooled_coin_auc")
 SCORES = "preference_predictions.jsonl"
 
 
@@ -62,15 +61,25 @@ def measure(records: dict[str, list[Scored]], bootstrap: int = 1000) -> dict[str
 
 
 def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Data set -> ranker -> metrics, as lines to print."""
-    width = max(len(f"{data}, {name}") for data, rows in results.items() for name in rows) + 2
-    lines = [" " * width + "".join(f"{name:>17}" for name in COLUMNS) + "   95 % (users)"]
+    """Data set -> ranker -> metrics, as lines to print, in 80 columns."""
+    lines = [
+        f"{'':<15}{'pair':>10}{'':>10}{'95 % over':>16}{'':>8}{'':>8}{'pooled':>10}",
+        f"{'':<15}{'accuracy':>10}{'user_auc':>10}{'users':>16}{'hit@1':>8}{'valid':>8}{'coin_auc':>10}",
+    ]
     for data, rows in results.items():
+        lines.append(f"{data}, records: {max(row['records'] for row in rows.values()):,}")
         for name, row in rows.items():
-            figures = "".join(f"{row[column]:>17.4f}" for column in COLUMNS)
             low, high = row["interval"]
-            lines.append(f"{f'{data}, {name}':<{width}}{figures}   [{low:.3f}, {high:.3f}] of {row['records']:,}")
+            interval = "" if math.isnan(low) else f"[{low:.3f}, {high:.3f}]"
+            lines.append(
+                f"  {name:<13}{_cell(row['pair_accuracy'], 10)}{_cell(row['user_auc'], 10)}{interval:>16}"
+                f"{_cell(row['hit@1'], 8)}{_cell(row['valid'], 8)}{_cell(row['pooled_coin_auc'], 10)}"
+            )
     return "\n".join(lines)
+
+
+def _cell(value: float, width: int) -> str:
+    return f"{'-' if math.isnan(value) else f'{value:.4f}':>{width}}"
 
 
 def evaluate_preferences(options: Any) -> None:

@@ -17,6 +17,7 @@ from alro_fast.evaluation.preference_metrics import (
     preference_metrics,
     roc_auc,
 )
+from alro_fast.evaluation.preferences import measure, table
 
 
 def scored(user, chosen, rejected, paired=False):
@@ -90,3 +91,14 @@ def test_the_interval_is_that_of_the_user_auc():
     assert mean == preference_metrics(records)["user_auc"] == pytest.approx(6 / 8)
     assert (low, high) == bootstrap_interval(np.array([0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0]))[1:]
     assert high == 1.0
+
+
+def test_the_table_is_of_80_columns_and_says_records():
+    """Figures of the data set's name and of two rankers; what cannot be measured is a dash, not nan."""
+    records = [scored(f"u{n}", [1], [0, 2]) for n in range(12_345)]
+    rows = {"untuned": records, "earlier stage": records[:1]}
+    made = table({"a_file_with_rather_a_long_name": measure(rows, 10)}).split("\n")
+    assert max(map(len, made)) <= 80
+    assert made[2] == "a_file_with_rather_a_long_name, records: 12,345"
+    assert made[3].split()[:5] == ["untuned", "0.5000", "0.5000", "[0.500,", "0.500]"]
+    assert "nan" not in table({"x": measure({"tuned": []}, 0)})

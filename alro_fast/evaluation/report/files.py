@@ -7,14 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ... import texts
 from ...data.records import Item, RankingList
 from ...errors import AlroFastError
 from ...texts import decoded, from_json
-
-PARTS = {"list_id", "user_id", "candidates", "rankings"}  # of a line of predictions
+from .shapes import STATE, check, check_line, check_results, damage
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -24,6 +21,7 @@ def read_results(folder: Path) -> dict[str, Any]:
         raise AlroFastError(f"{folder} is a preference run: its figures are in preference_results.json, without a page")
     if not isinstance(results, dict) or "about" not in results:
         raise AlroFastError(f"{folder} holds no results.json of alro_fast; run alro_fast.evaluate or alro_fast.train")
+    check_results(results, folder / "results.json")
     return results
 
 
@@ -35,9 +33,21 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
     with path.open("rb") as file:  # of bytes, for which a line ends at a line feed alone
         named = ((line, f"{path} is damaged: line {n}") for n, line in enumerate(file, start=1))
         lines = [from_json(decoded(line, name), name) for line, name in named if line.strip()]
-    if not all(isinstance(line, dict) and line.keys() >= PARTS for line in lines):
-        raise AlroFastError(f"{path} is damaged: a line lacks one of {', '.join(sorted(PARTS))}")
+    if not lines:
+        raise AlroFastError(f"{path} is damaged: it is empty; restore it, or evaluate again")
+    for number, line in enumerate(lines, start=1):
+        check_line(line, path, number, lines[0])
     return lines
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """What a run logged, of trainer_state.json; nothing where there is no such file."""
+    state = read_json(folder / "trainer_state.json")
+    if state is None:
+        return []
+    check(state, STATE, folder / "trainer_state.json")
+    history: list[dict[str, Any]] = state.get("log_history", [])
+    return history
 
 
 def read_json(path: Path) -> Any:
@@ -47,7 +57,13 @@ def read_json(path: Path) -> Any:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """{} for a file that does not exist."""
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    name = f"{path} is damaged: it"
+    options = texts.from_yaml(decoded(texts.read_bytes(path), name), name) or {}
+    if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
+        raise damage(path, "", "options by their names", options)
+    return options
 
 
 def list_of(line: Mapping[str, Any]) -> RankingList:

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ..results import LABELS, judged
 from .examples import examples
 from .figures import COLOURS, Chart, Span, loss_chart, order_chart, position_chart, side, span_of, validation_chart
-from .files import read_json, read_predictions, read_results, read_yaml
+from .files import read_history, read_predictions, read_results, read_yaml
 from .numbers import (
     best_without_a_model,
     gain_of,
@@ -39,8 +39,7 @@ def write_report(folder: str | Path, run_folder: str | Path | None = None) -> Pa
     folder = Path(folder)
     run_folder = Path(run_folder or folder)
     results, predictions = read_results(folder), read_predictions(folder)
-    state = read_json(run_folder / "trainer_state.json") or {}
-    history, config = state.get("log_history", []), read_yaml(run_folder / "config.yaml")
+    history, config = read_history(run_folder), read_yaml(run_folder / "config.yaml")
 
     about, metric, mine = results["about"], headline(results), judged(results)
     placed, note = placed_rankers(results)
