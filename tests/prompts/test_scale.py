@@ -90,7 +90,8 @@ def test_a_template_that_names_no_scale_or_holds_the_ratings_is_taken():
     for name, shown, graded, by_grades in (
         ("movies", HALVES, HALVES, True),
         ("movies", [], [0.0, 100.0], False),  # what is not shown and not answered
-        ("demo", [0.0, 100.0], [], False),
+        ("clicks", [0.0, 100.0], [], False),
+        ("demo", [1.0, 5.0], [1.0, 2.0], True),
         ("clicks", [1.0], [0.0, 1.0], True),
     ):
         found = fitted_template(PromptBuilder, name, shown, graded, by_grades=by_grades, origin="lists")
@@ -125,6 +126,9 @@ def test_prompts_refuse_a_history_that_their_words_leave_no_room_for():
     with pytest.raises(AlroFastError, match=said):
         RecRankerPrompts(tokenizer, "movies").encode([Ask(one, [0])])
     PromptBuilder(tokenizer, "books").ranking(one)
+    for rating in (1e308, -5.0):
+        with pytest.raises(AlroFastError, match="prompt template 'demo' speaks of ratings from 1 to 5"):
+            PromptBuilder(tokenizer, "demo").ranking(replace(one, history_ratings=(4.0, rating)))
 
 
 def test_clicks_show_no_rating():
