@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import AlroFastError
 from .saved import SavedPrompts
+from .template import outside
 
 OF_DATASET = {"ml-": "movies", "demo": "movies", "amazon-": "products", "book-crossing": "books"}  # by how names begin
 OF_ANYTHING, OF_CLICKS = "items", "clicks"
@@ -58,7 +59,7 @@ def _misfit(template: Any, shown: Sequence[float], graded: Sequence[float]) -> s
     """What does not fit, up to "of prompt template"."""
     if template.scale is not None and shown:
         low, high = template.scale
-        if min(shown) < low or max(shown) > high:
+        if any(outside(rating, template.scale) for rating in (min(shown), max(shown))):
             return f"has ratings from {min(shown):g} to {max(shown):g}, outside the scale {low:g} to {high:g}"
     for rating in graded:
         if all(abs(value - rating) >= 1e-6 for value in template.grades.values()):

@@ -101,6 +101,9 @@ def load_template(template: str | Path, ratings: Iterable[float] = ONE_TO_FIVE) 
     return parse_template(filled(read_text(path), ratings), name=path.stem, origin=str(path))
 
 
+SLACK = 1e-5  # of a scale's larger end: the rounding of ratings in float32 and of a scale's ends to six digits
+
+
 def filled(source: str, ratings: Iterable[float]) -> str:
     """The text of a template file with the scale of the data in place of
 
@@ -275,13 +278,20 @@ def parse_scale(scale: Any, origin: str) -> tuple[float, float] | None:
     return float(scale[0]), float(scale[1])
 
 
+def outside(rating: float, scale: tuple[float, float]) -> bool:
+    """Whether a rating is beyond either end; not by less than words of six digits, as a scale is written, tell."""
+    low, high = scale
+    slack = SLACK * max(abs(low), abs(high))
+    return rating < low - slack or rating > high + slack
+
+
 def check_shown(template: Any, list_id: str, ratings: Iterable[float]) -> None:
     """AlroFastError for a list whose history holds ratings that the template's words leave no room for; NaN is none."""
     if template.scale is None:
         return
     low, high = template.scale
     for rating in ratings:
-        if rating < low or rating > high:
+        if outside(rating, template.scale):
             raise AlroFastError(
                 f"list {list_id!r}: its history has a rating of {rating:g}, and prompt template {template.name!r} "
                 f"speaks of ratings from {low:g} to {high:g}; bring them to that scale, or tune with another --template"

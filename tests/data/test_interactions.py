@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 from pathlib import Path
 
 import polars as pl
@@ -74,6 +75,34 @@ def test_numbers_as_people_write_them(tmp_path, rating):
     found, _ = read(tmp_path, HEADER + f"1,1,{rating},964982703.0\n")
     assert found.rating.tolist() == [4.0]
     assert found.time.tolist() == [964982703]
+
+
+def test_blank_lines_and_spaces_in_the_header_are_left_out(tmp_path):
+    plain, _ = read(tmp_path, HEADER + "1,1,4,1\n2,1,3,2\n")
+    found, _ = read(tmp_path, HEADER.replace(",", ", ") + "1,1,4,1\n\n2,1,3,2\n\n")
+    assert found.rating.tolist() == plain.rating.tolist() == [4.0, 3.0]
+    assert found.user_ids.to_list() == ["1", "2"]
+
+
+def test_latin_1_is_named(tmp_path):
+    with pytest.raises(AlroFastError, match=r"r\.csv cannot be read \(no UTF-8 text: Latin-1, or .*save it"):
+        read(tmp_path, (HEADER + "Zoë,1,4,1\n").encode("latin-1"))
+
+
+def test_a_pipe_is_read_as_a_file_is(tmp_path):
+    """As <(...) of a shell and /dev/stdin are."""
+    text = (HEADER + "1,1,4,1\n2,1,3,2\n").encode()
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, text)
+        os.close(writer)
+        found = read_interactions("csv", ratings_file=f"/dev/fd/{reader}", notice=lambda _: None)
+    finally:
+        os.close(reader)
+    assert found.rating.tolist() == [4.0, 3.0]
+    assert found.sources[0]["sha256"] == hashlib.sha256(text).hexdigest()
+    with pytest.raises(AlroFastError, match="is not a file"):
+        read_interactions("csv", ratings_file=tmp_path)
 
 
 def test_column_of_truth_values_is_no_rating(tmp_path):

@@ -90,12 +90,30 @@ def test_a_template_that_names_no_scale_or_holds_the_ratings_is_taken():
     for name, shown, graded, by_grades in (
         ("movies", HALVES, HALVES, True),
         ("movies", [], [0.0, 100.0], False),  # what is not shown and not answered
-        ("demo", [0.0, 100.0], [], False),
+        ("clicks", [0.0, 100.0], [], False),
+        ("demo", [1.0, 5.0], [1.0, 2.0], True),
         ("clicks", [1.0], [0.0, 1.0], True),
     ):
         found = fitted_template(PromptBuilder, name, shown, graded, by_grades=by_grades, origin="lists")
         assert found.name == name
     assert fitted_template(RecRankerPrompts, "items", [1, 7], [1], by_grades=True, origin="lists").scale == (1, 7)
+
+
+def test_rounding_leaves_no_scale():
+    rounded = [1.000001, 3.000001, 5.000001]
+    one = replace(make_list(3, 2), history_ratings=(1.000001, 5.000001))
+    for prompts in (PromptBuilder, RecRankerPrompts):
+        template = fitted_template(prompts, "items", rounded, rounded, by_grades=True, origin="lists")
+        assert template.scale == (1, 5)
+        prompts(byte_tokenizer(), template)
+    PromptBuilder(byte_tokenizer(), fitted_template(
+        PromptBuilder, "items", rounded, rounded, by_grades=True, origin="lists"
+    )).ranking(one)  # fmt: skip
+    for off in (0.9998, 5.0002):
+        with pytest.raises(AlroFastError, match=f"{off:g}.* outside the scale 1 to 5"):
+            fitted_template(PromptBuilder, "music", [3.0, off], [], by_grades=False, origin="lists")
+        with pytest.raises(AlroFastError, match=f"has a rating of {off:g}"):
+            PromptBuilder(byte_tokenizer(), "music").ranking(replace(one, history_ratings=(3.0, off)))
 
 
 def test_prompts_refuse_a_history_that_their_words_leave_no_room_for():
@@ -108,6 +126,9 @@ def test_prompts_refuse_a_history_that_their_words_leave_no_room_for():
     with pytest.raises(AlroFastError, match=said):
         RecRankerPrompts(tokenizer, "movies").encode([Ask(one, [0])])
     PromptBuilder(tokenizer, "books").ranking(one)
+    for rating in (1e308, -5.0):
+        with pytest.raises(AlroFastError, match="prompt template 'demo' speaks of ratings from 1 to 5"):
+            PromptBuilder(tokenizer, "demo").ranking(replace(one, history_ratings=(4.0, rating)))
 
 
 def test_clicks_show_no_rating():

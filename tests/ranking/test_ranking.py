@@ -64,6 +64,11 @@ def order_logprob(prompt, order):
     return total
 
 
+def beams_of(method):
+    """Few, where they are read."""
+    return {"beams": 2} if method == "beam" else {}
+
+
 def test_first_equals_plain_forwards():
     lists = random_lists(5, range(1, 9))
     for entry, found in zip(lists, RANKER.rank(lists), strict=True):
@@ -191,7 +196,7 @@ def test_presentations_that_are_graded_share_their_candidates(monkeypatch):
 @pytest.mark.parametrize("method", METHODS)
 def test_company_changes_nothing(method):
     lists = random_lists(12, range(1, 9), seed=6)
-    options = {"method": method, "shuffles": 2, "beams": 2}
+    options = {"method": method, "shuffles": 2, **beams_of(method)}
     together = RANKER.rank(lists, **options)
     small = Ranker(MODEL, TOKENIZER, PROMPTS, token_budget=1200)
     for other in (RANKER.rank(lists[::-1], **options)[::-1], small.rank(lists, **options)):
@@ -221,7 +226,7 @@ def test_every_candidate_exactly_once(seed, method, shuffles, merged):
         items = [Item(i, f"i{i}", ["Same", "Same", "A. B. C", "</s>", ""][i % 5]) for i in range(m)]
         lists.append(RankingList(f"{seed}-{number}", "u", (), (), tuple(items), (np.nan,) * m))
     for entry, found in zip(
-        lists, RANKER.rank(lists, method=method, shuffles=shuffles, merge_by=merged, beams=2), strict=True
+        lists, RANKER.rank(lists, method=method, shuffles=shuffles, merge_by=merged, **beams_of(method)), strict=True
     ):
         m = len(entry.candidates)
         assert sorted(found.order) == list(range(m))
@@ -234,7 +239,7 @@ def test_more_candidates_than_identifiers(method):
     lists = [random_lists(1, size, seed=size, history=0)[0] for size in (PROMPTS.max_candidates + 1, 120, 3, 200)]
     if method != "first":
         lists = lists[:1]
-    for entry, found in zip(lists, RANKER.rank(lists, method=method, beams=2), strict=True):
+    for entry, found in zip(lists, RANKER.rank(lists, method=method, **beams_of(method)), strict=True):
         assert sorted(found.order) == list(range(len(entry.candidates)))
 
 
@@ -292,13 +297,13 @@ def test_the_adapter_can_be_switched_off():
     ranker, lists = Ranker(model, TOKENIZER, PROMPTS), random_lists(2, 5)
     model.train()
     for method in METHODS:
-        tuned = ranker.scores(lists, method=method, beams=2)
+        tuned = ranker.scores(lists, method=method, **beams_of(method))
         with ranker.untuned():
-            untuned = ranker.scores(lists, method=method, beams=2)
-        np.testing.assert_allclose(untuned, RANKER.scores(lists, method=method, beams=2), atol=1e-5)
+            untuned = ranker.scores(lists, method=method, **beams_of(method))
+        np.testing.assert_allclose(untuned, RANKER.scores(lists, method=method, **beams_of(method)), atol=1e-5)
         if method == "first":
             assert np.abs(np.subtract(tuned, untuned)).max() > 0.01
-        np.testing.assert_array_equal(tuned, ranker.scores(lists, method=method, beams=2))
+        np.testing.assert_array_equal(tuned, ranker.scores(lists, method=method, **beams_of(method)))
     assert model.training
     with pytest.raises(AlroFastError, match="no adapter"), RANKER.untuned():
         pass

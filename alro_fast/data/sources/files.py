@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import math
+import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,10 @@ def polars_errors(path: Path) -> Iterator[None]:
         yield
     except (pl.exceptions.PolarsError, OSError) as error:
         first = str(error).strip().splitlines()[0]
+        if "utf-8" in first.lower() or "utf8" in first.lower():
+            raise AlroFastError(
+                f"{path.name} cannot be read (no UTF-8 text: Latin-1, or Windows-1252?); save it as UTF-8"
+            ) from None
         raise AlroFastError(f"{path.name} cannot be read ({first}); is it whole and of the format asked for?") from None
 
 
@@ -81,6 +86,16 @@ def _too_long(path: Path) -> AlroFastError:
     return AlroFastError(f"{path.name} has a line of more than {LINE_BYTES:,} bytes; one record per line is expected")
 
 
+def regular(path: Path, workdir: Path) -> Path:
+    """The file itself; of a pipe, as a shell's <(...) and /dev/stdin are, a copy in `workdir`, to be read twice."""
+    if path.is_file():
+        return path
+    copy = workdir / path.name
+    with path.open("rb") as source, copy.open("xb") as target:
+        shutil.copyfileobj(source, target)
+    return copy
+
+
 def text_lines(path: Path) -> Iterator[str]:
     """Lines of a latin-1 file, where a title may hold characters that str.splitlines takes for line ends."""
     with path.open(encoding="latin-1") as file:
@@ -90,7 +105,8 @@ def text_lines(path: Path) -> Iterator[str]:
 def scan_csv(path: Path, separator: str = ",", names: list[str] | None = None) -> pl.LazyFrame:
     """Every cell as text, so that a bad number is reported with its row instead of guessed around.
 
-    names: of the columns, for a file without a header, whose cells are not quoted.
+    names: of the columns, for a file without a header, whose cells are not quoted. Of one with a header, spaces around
+    a name and lines without a cell are left out.
     """
     with path.open("rb") as file:
         head = file.readline(LINE_BYTES + 1)
@@ -110,7 +126,10 @@ def scan_csv(path: Path, separator: str = ",", names: list[str] | None = None) -
         scan = pl.scan_csv(path, glob=False, **how)
         found = scan.collect_schema().names()
         if names is None:
-            return scan
+            bare = [name.strip() for name in found]
+            if len(set(bare)) == len(bare):
+                scan = scan.rename(dict(zip(found, bare)))
+            return scan.filter(~pl.all_horizontal(pl.all().is_null()))
         if len(found) != len(names):
             raise AlroFastError(
                 f"{path.name} has {len(found)} fields per line when split at {separator!r}; "

@@ -13,9 +13,10 @@ import numpy as np
 import polars as pl
 
 from ...errors import AlroFastError
+from ...texts import is_file
 from .amazon import AMAZON_COLUMNS, read_amazon
 from .columns import Columns, RawData
-from .files import polars_errors
+from .files import polars_errors, regular
 from .readers import FOLDERS, read_table
 
 MOVIELENS = {  # official counts of ratings, users and movies
@@ -81,8 +82,11 @@ def read_interactions(
     columns = columns or Columns()
     ratings, items = locate(dataset, raw_dir, ratings_file, items_file)
     with tempfile.TemporaryDirectory(prefix="alro_fast-") as work:
+        (into := Path(work) / "pipes").mkdir()
+        ratings, items = regular(ratings, into), items and regular(items, into)
         raw = _read(dataset, ratings, items, columns, separator, Path(work))
         table, user_ids, item_ids, counts = _encode(raw, ratings)
+        sources = tuple({"name": f.name, "bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in raw.files)
     counts["items"] = raw.items.height
     for name, number, why in raw.left_out:
         counts[name] = number
@@ -109,7 +113,7 @@ def read_interactions(
         items=catalogue.with_columns(
             pl.col("title").fill_null(pl.col("item_id")), pl.col("category").str.strip_chars().fill_null("")
         ),
-        sources=tuple({"name": f.name, "bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in raw.files),
+        sources=sources,
         time_unit=raw.time_unit,
         counts=counts,
     )
@@ -124,7 +128,7 @@ def locate(
     """Paths of the ratings and the item file; AlroFastError if one is missing or several could be meant."""
     ratings, items = given = [Path(f) if f else None for f in (ratings_file, items_file)]
     for flag, path in zip(("--ratings_file", "--items_file"), given):
-        _need(path is None or path.is_file(), f"{flag} {path} is not a file")
+        _need(path is None or is_file(path), f"{flag} {path} is not a file")
     if dataset in TABLES:
         if ratings is None:
             raise AlroFastError(f"dataset {dataset!r} needs --ratings_file PATH")
