@@ -184,24 +184,25 @@ _TRIE_FLOAT32 = (
     _trie((64, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), 32),
     _trie((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1), 32),
 )
+_TRIE_CDNA = (
+    (
+        _trie((64, 64, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)),
+        _trie((64, 64, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)),
+        _trie((64, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1)),
+    ),
+    (
+        _trie((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1), 32),
+        _trie((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1), 32),
+        _trie((32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1), 32),
+    ),
+)
 _TRIE_WIDTHS = (64, 128, 256)  # of heads: the rows above serve up to these, padded to a power of two
 # Per architecture: half precision, float32. Chosen as the largest tiles that compile without spills, for all that is
 # switched on and for nothing, by Triton 3.6 and 3.9.
 _TRIE = {
     **dict.fromkeys(("sm80", "sm86", "sm89", "sm120"), (_TRIE_AMPERE, _TRIE_FLOAT32)),
     **dict.fromkeys(("sm90", "sm100"), (_TRIE_HOPPER, _TRIE_FLOAT32)),
-    "gfx942": (
-        (
-            _trie((64, 64, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)),
-            _trie((64, 64, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)),
-            _trie((64, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1)),
-        ),
-        (
-            _trie((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1), 32),
-            _trie((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1), 32),
-            _trie((32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1), 32),
-        ),
-    ),
+    **dict.fromkeys(("gfx942",), _TRIE_CDNA),
     "interpreter": 2 * (3 * (_trie((32, 32, 1, 1), (32, 32, 1, 1), (32, 32, 1, 1)),),),
 }
 

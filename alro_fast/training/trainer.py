@@ -168,7 +168,6 @@ class RankerTrainer(Trainer):
         if eval_dataset is not None:
             eval_dataset.check(self._eval_budget, self._eval_option)
         _accept_trees(model)
-        self.add_callback(_MeterStart(self))
         self.add_callback(_Progress(self))
         self.profiler = Profiler(self.meter, Path(cast(str, args.output_dir)), args.profile) if args.profile else None
         if self.profiler is not None and args.process_index == 0:
@@ -477,6 +476,8 @@ class _Progress(TrainerCallback):
         start = self.trainer.start
         if start.step and not start.trained:
             state.epoch = float(start.epoch)
+        # throughput and averages of a log line begin here, at the step a resumed run begins with
+        self.trainer._noted_step, self.trainer._since = state.global_step, time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
@@ -487,16 +488,6 @@ class _Progress(TrainerCallback):
         trainer._done += batches
         state.epoch = trainer.cursor.epoch + trainer._done / trainer._in_epoch
         state.stateful_callbacks[CURSOR] = trainer.cursor.to_dict()
-
-
-class _MeterStart(TrainerCallback):
-    """Throughput and averages of a log line begin with training, at the step a resumed run begins with."""
-
-    def __init__(self, trainer: RankerTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer._noted_step, self.trainer._since = state.global_step, time.perf_counter()
 
 
 def _only(batches: list[Batch]) -> Batch:
