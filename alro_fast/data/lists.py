@@ -28,6 +28,7 @@ import polars as pl
 from .. import __version__
 from ..errors import AlroFastError
 from ..run_folder import check_writable
+from ..texts import read_json
 from .records import LARGEST_RATING, Item, RankingList, Signal
 from .signal_table import SIGNALS
 
@@ -253,8 +254,8 @@ def open_prepared(path: str | Path) -> PreparedData:
 def read_manifest(path: Path) -> dict | None:
     """manifest.json of a prepared folder; None where there is none of ours."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        manifest = read_json(path / "manifest.json")
+    except (OSError, AlroFastError):
         return None
     return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import resource
 import sys
 import time
@@ -26,6 +25,7 @@ from ..ranking.options import TASK_METHODS, RankingOptions, Settled
 from ..ranking.orders import Ranking
 from ..ranking.ranker import Ranker
 from ..ranking.task_generation import generate_tasks
+from ..texts import read_json
 from . import metrics
 from .baselines import baseline_scores
 from .report import report_line
@@ -145,7 +145,10 @@ def check_catalogue(adapter: Path, prepared: PreparedData) -> None:
         raise AlroFastError(
             f"{adapter} names items by tokens of their own, but its data_manifest.json, which says what items, is gone"
         )
-    trained = json.loads(path.read_text(encoding="utf-8"))["files"]["items.parquet"]["sha256"]
+    try:
+        trained = read_json(path)["files"]["items.parquet"]["sha256"]
+    except (LookupError, TypeError):
+        raise AlroFastError(f"{path} is damaged: it does not say what the items were") from None
     if prepared.manifest["files"]["items.parquet"]["sha256"] != trained:
         raise AlroFastError(
             f"{adapter} names items by tokens of their own, and {prepared.path} holds other items than it was trained "

@@ -299,6 +299,6 @@ def _reason(text: str) -> str:
     try:
         document = json.loads(text)
         text = document.get("message") or document["error"]["message"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     return " ".join(text.split())[:200]

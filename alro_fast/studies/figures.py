@@ -151,7 +151,7 @@ def intact(path: Path) -> Iterator[Path]:
         raise
     except FileNotFoundError:
         raise AlroFastError(f"{path} is gone; {AGAIN}") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise AlroFastError(f"{path} is damaged; {AGAIN}") from None
 
 

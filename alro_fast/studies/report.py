@@ -29,7 +29,7 @@ def write_study_report(folder: str | Path) -> Path:
     folder = Path(folder)
     try:
         page = _page(folder, json.loads((folder / TABLE).read_text(encoding="utf-8")))
-    except (ValueError, LookupError, TypeError, AttributeError, TemplateError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, TemplateError):
         raise AlroFastError(f"{folder / TABLE} is damaged; run alro_fast.study again, which writes it anew") from None
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch.utils.data import Sampler
 
 from ..errors import AlroFastError
 from ..modeling.planning import EpochPlans, halve
+from ..texts import read_json
 
 CURSOR = "cursor"  # its entry among the stateful_callbacks of trainer_state.json
 
@@ -49,7 +49,7 @@ class Cursor:
     def of(cls, checkpoint: str | Path) -> Cursor:
         """The cursor of a checkpoint."""
         folder = Path(checkpoint)
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        state = read_json(folder / "trainer_state.json")
         recorded = state.get("stateful_callbacks", {}).get(CURSOR)
         if recorded is not None:
             return cls(**recorded | {"old": bool(recorded["old"])})

@@ -6,7 +6,6 @@ schedule, in the files of plain training, of FSDP or of DeepSpeed.
 
 from __future__ import annotations
 
-import json
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +17,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from ..errors import AlroFastError
 from ..run_folder import run_options
+from ..texts import read_json
 from .batches import Cursor
 from .config import RECORDED, defaults
 from .unread import unread
@@ -130,7 +130,7 @@ def check_same_data(checkpoint: str | None, prepared: PreparedData) -> None:
     recorded = Path(checkpoint or "") / "data_manifest.json"
     if checkpoint is None or not recorded.is_file():
         return
-    if json.loads(recorded.read_text(encoding="utf-8")).get("files") != prepared.manifest.get("files"):
+    if read_json(recorded).get("files") != prepared.manifest.get("files"):
         raise AlroFastError(
             f"--resume_from_checkpoint: {checkpoint} was trained on other lists than those of {prepared.path}; "
             "resume with the same data, or start in another --output_dir"
@@ -154,7 +154,7 @@ def _missing(checkpoint: Path, adapter: bool) -> str | None:
     if not sharded and not has(*names, "pytorch_model_fsdp*"):
         return f"it has no {names[0]}"
     for index in checkpoint.glob("*.index.json"):
-        shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()
+        shards = read_json(index).get("weight_map", {}).values()
         lost = sorted(name for name in set(shards) if not (checkpoint / name).is_file())
         if lost:
             return f"it has no {lost[0]}"
@@ -179,7 +179,7 @@ def _readable(path: Path) -> bool:
         if path.suffix in PICKLED:
             return _whole_archive(path)
         if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
+            read_json(path)
         if path.name == "config.yaml":
             return isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
         return path.suffix != ".distcp" or path.stat().st_size > 0

@@ -25,7 +25,7 @@ from ..objectives.base import Example, Objective, build_objective
 from ..objectives.dmpo import DMPOObjective, ReferenceTable, check_answers
 from ..prompts.preference import PreferencePrompts
 from ..run_folder import check_writable
-from ..texts import read_bytes
+from ..texts import read_bytes, read_json
 from .config import Config
 from .console import show_results
 from .reference_logprobs import reference_table
@@ -216,7 +216,7 @@ class PreferenceRun(Run):
 
     def _mined_before(self, file: Path, epoch: int) -> bool:
         """Take the negatives that this epoch of a resumed run began with; False where the checkpoint has others."""
-        kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        kept = read_json(file) if file.is_file() else {}
         if kept.get("epoch") != epoch:
             return False
         items = self.prepared.items
