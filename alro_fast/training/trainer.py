@@ -399,6 +399,10 @@ class RankerTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Loss terms over the validation lists, and whatever `evaluate_ranking` measures (NDCG)."""
+        with self.meter.outside():
+            return self._evaluated(eval_dataset, metric_key_prefix)
+
+    def _evaluated(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
         started = time.perf_counter()
         model = self.model
         model.eval()
@@ -425,7 +429,6 @@ class RankerTrainer(Trainer):
         model.train()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._since = time.perf_counter()
         return metrics
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -478,6 +481,7 @@ class _Progress(TrainerCallback):
             state.epoch = float(start.epoch)
         # throughput and averages of a log line begin here, at the step a resumed run begins with
         self.trainer._noted_step, self.trainer._since = state.global_step, time.perf_counter()
+        self.trainer.meter.pause = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 import pytest
 import torch
@@ -67,6 +68,28 @@ def test_the_log_tells_utilisation(tmp_path, capsys):
     said = capsys.readouterr().out
     assert re.search(r"step 4/5: loss .* tokens/s, utilisation 0\.\d\d\n", said)
     assert re.search(r"step 5/5: trained in \d+ s, utilisation 0\.\d\d of the GEMM peak\n", said)
+
+
+@pytest.mark.parametrize("eval_steps", [2, 3])
+def test_validation_is_of_no_step(tmp_path, eval_steps):
+    """Neither its forward passes nor its seconds count, on the steps of log lines and between them."""
+    alone, validated = trainer(tmp_path / "alone", max_steps=6), trainer(tmp_path / "both", max_steps=6)
+    validated.args.eval_strategy, validated.args.eval_steps = "steps", eval_steps
+    validated.eval_dataset = validated.train_dataset
+    slow = validated.get_eval_dataloader
+
+    def slowly(*given):
+        time.sleep(0.3)
+        return slow(*given)
+
+    validated.get_eval_dataloader = slowly
+    for run in (alone, validated):
+        run.train()
+    assert sum("eval_loss" in line for line in validated.state.log_history) == 6 // eval_steps
+    assert validated.meter.flops().total == pytest.approx(alone.meter.flops().total)
+    runtime = validated.state.log_history[-1]["train_runtime"]
+    steps = sum(seconds for _, seconds in validated.meter._laps)
+    assert 0 < steps <= runtime - 0.3 * (6 // eval_steps)
 
 
 def test_a_run_without_it_says_nothing_of_it():

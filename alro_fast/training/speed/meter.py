@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
 
 import torch
@@ -35,6 +36,7 @@ class Meter:
         self._observer: Observer | None = None
         self._laps: list[tuple[float, float]] = []  # FLOPs, seconds
         self._counted = self.pause = 0.0
+        self._counts = True
 
     def take(self, packed: PackedBatch) -> None:
         """The batch, on the CPU, that the next forward passes run over."""
@@ -46,7 +48,7 @@ class Meter:
         gradients = torch.is_grad_enabled()
         if gradients:
             self.trained += self._batch
-        else:
+        elif self._counts:
             self.read += self._batch
         if gradients and self._observer is None:
             self._observer = Observer(self.model)
@@ -54,6 +56,16 @@ class Meter:
                 yield
         else:
             yield
+
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[None]:
+        """Around what is of no step, such as a validation: neither its forward passes nor its seconds count."""
+        started, self._counts = time.perf_counter(), False
+        try:
+            yield
+        finally:
+            self._counts = True
+            self.pause += time.perf_counter() - started
 
     def flops(self) -> Flops | None:
         """Of all passes so far, those backward as well; None before the first step, and for a model whose layers are

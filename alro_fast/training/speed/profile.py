@@ -117,7 +117,7 @@ class Table(NamedTuple):
     @classmethod
     def of(cls, events: Sequence[Any], wall: float, steps: int, flops: Flops | None, meter: Meter) -> Table:
         """events: of `torch.profiler.profile`."""
-        cuda, parts = torch.cuda.is_available(), _Parts(events)
+        cuda, parts = next(meter.model.parameters()).is_cuda, _Parts(events)
         thread = next((event.thread for event in events if event.name.startswith(_MARK)), 0)
         seconds = dict.fromkeys((*PARTS, OTHER), 0.0)
         kinds: dict[tuple[str, str], list[float]] = defaultdict(list)
