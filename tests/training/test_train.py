@@ -27,6 +27,7 @@ from alro_fast.data.lists import open_prepared, write_prepared
 from alro_fast.data.records import Signal
 from alro_fast.errors import AlroFastError
 from alro_fast.modeling import attention
+from alro_fast.prompts.template import TEMPLATES
 from alro_fast.ranking import reading
 from alro_fast.ranking.ranker import Ranker
 from alro_fast.training import run, trainer
@@ -73,7 +74,9 @@ def test_the_plan_says_which_signals_are_shown_and_they_reach_the_model(folder, 
     train.main(options(folder, "dry", "--dry_run", "true", *more))
     assert "signals    average beside history; average, hint beside candidates\n" in capsys.readouterr().out
     if "alro" in more:
-        train.main(options(folder, "dry", "--dry_run", "true", *more, "--template", "demo"))
+        plain = folder / "plain.yaml"  # as the demo's, whose scale these ratings do not fit
+        plain.write_text((TEMPLATES / "demo.yaml").read_text().replace("scale: [1, 5]", "scale: [0.5, 5]"))
+        train.main(options(folder, "dry", "--dry_run", "true", *more, "--template", str(plain)))
         assert "none shown: the lists carry average, hint, the template has no place" in capsys.readouterr().out
         train.main(
             options(folder, "dmpo", "--dry_run", "true", *more[:2], "--objective", "dmpo", "--num_negatives", "2")

@@ -177,7 +177,7 @@ def test_evaluate_measures_any_file_across_domains(folder, capsys, tmp_path):
     table = capsys.readouterr().out
     results = json.loads((tmp_path / "preference_results.json").read_text())
     for domain in ("movies", "games"):
-        assert f"{domain}, untuned" in table
+        assert f"{domain}, records: 8\n  untuned " in table
         assert results[domain]["tuned"]["records"] == 8
     assert results["movies"]["tuned"]["pair_accuracy"] == 1.0
     written = json.loads((folder / "staged" / "2-dmpo" / "preference_results.json").read_text())
