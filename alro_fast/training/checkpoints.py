@@ -198,7 +198,7 @@ def _calls(path: Path) -> str | None:
             found = get_unsafe_globals_in_checkpoint(str(path))
     except Exception:  # of a pickle that is none
         return "it cannot be told which"
-    return next((name for name in found if not name.startswith("deepspeed.")), None)
+    return ", ".join(sorted(name for name in found if not name.startswith("deepspeed."))) or None
 
 
 def _whole_archive(path: Path) -> bool:
