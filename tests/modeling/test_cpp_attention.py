@@ -142,6 +142,23 @@ def test_windows_and_soft_caps(instruction_set, name, window, softcap, answers):
     check(TRIES[name](), 6, 2, 24, answers, window, softcap)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("answers", [False, True], ids=["all rows", "answer rows"])
+def test_half_precision_is_rounded_once(dtype, answers):
+    """What comes out is float64's from the same inputs, rounded; gradients see the rounded output."""
+    trie = TRIES["random, depth 5"]()
+    tensors = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs(trie, 4, 2, 32, answers)]
+    upstream = torch.randn(1, tensors[0].shape[2], 4, 32).to(dtype)
+    got = with_gradients(lambda *qkv: cpp_attention.tree_attention(*qkv, trie, 0.2, answers=answers), tensors, upstream)
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    visible = trie.visible()[trie.distinct_rows if answers else slice(None)]
+    wanted = with_gradients(lambda *qkv: dense(*qkv, visible, 0.2), exact, upstream)
+    assert torch.allclose(got[0].double(), wanted[0], rtol=torch.finfo(dtype).eps, atol=1e-6)
+    for a, b in zip(got[1:], wanted[1:]):
+        assert a.dtype == dtype
+        assert (a.double() - b).norm() < torch.finfo(dtype).eps * b.norm()
+
+
 @pytest.mark.parametrize("answers", [False, True], ids=["all rows", "answer rows"])
 def test_equal_bits_whatever_the_number_of_threads(answers):
     trie = random_trie(5, 4, 5, 60)
@@ -216,7 +233,9 @@ def test_what_it_serves(monkeypatch):
     tensor = torch.zeros(1, 2, 3, 4)
     assert cpp_attention.serves(tensor, tensor)
     assert not cpp_attention.serves(tensor.double(), tensor.double())
-    assert not cpp_attention.serves(tensor.bfloat16(), tensor.bfloat16())
+    assert cpp_attention.serves(tensor.bfloat16(), tensor.bfloat16())
+    assert cpp_attention.serves(tensor.half(), tensor.half())
+    assert not cpp_attention.serves(tensor, tensor.half())
     assert not cpp_attention.serves(tensor, tensor[..., :3])
     assert not cpp_attention.serves(tensor.to("meta"), tensor.to("meta"))
     monkeypatch.setattr(cpp_attention, "_cpp", None)
