@@ -17,10 +17,11 @@ from alro_fast.objectives.base import build_objective
 from alro_fast.options import ObjectiveArguments, RankerTrainingArguments
 from alro_fast.prompts import PromptBuilder
 from alro_fast.training.console import described
+from alro_fast.training.plans.dataset import TreeDataset, build_batch
 from alro_fast.training.speed.gemm_peak import gemm_peak
 from alro_fast.training.speed.meter import Meter
 from alro_fast.training.speed.profile import IDLE, OTHER, PARTS, Table, _attention_marked, _Parts, part
-from alro_fast.training.trainer import RankerTrainer, TreeDataset, build_batch
+from alro_fast.training.trainer import RankerTrainer
 
 TOKENIZER = byte_tokenizer()
 LISTS = random_lists(8, range(3, 6), seed=3, history=3)

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...modeling.attention import trunk_of
-from ...modeling.packing import PackedBatch
+from ...modeling.packing import PackedBatch, visible_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +40,9 @@ class Work(NamedTuple):
     @classmethod
     def of(cls, packed: PackedBatch, config: Any) -> Work:
         """Of one packed batch on the CPU, for the trunk of a model with this configuration."""
-        seen = packed.position_ids + 1  # a row sees its branch up to itself
-        answering = packed.segments.distinct_rows
-        windows = _windows(config)
-        pairs = sum(int(_within(seen, window).sum()) for window in windows[:-1])
-        pairs += int(_within(seen[answering], windows[-1]).sum())
-        return cls(len(seen), len(answering), pairs)
+        positions, answering = packed.position_ids.numpy(), packed.segments.distinct_rows.numpy()
+        pairs = visible_pairs(positions, positions[answering], windows_of(config))
+        return cls(len(positions), len(answering), pairs)
 
     def __add__(self, other: Work) -> Work:  # type: ignore[override]
         return Work(*(mine + others for mine, others in zip(self, other)))
@@ -200,18 +197,14 @@ def linear_flops(linear: Any, input_needs: bool, gradients: bool) -> float:
     return sum(2.0 * size * (1 + (trains + needs if gradients else 0)) for size, trains, needs in products)
 
 
-def _windows(config: Any) -> list[int | None]:
-    """Per layer, how many keys back its queries see; None: all."""
+def windows_of(config: Any) -> list[int | None]:
+    """Per layer, how many keys back its queries see, themselves included; None: all."""
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     if kinds is None:
         uses = getattr(config, "use_sliding_window", True)
         return [window if uses else None] * config.num_hidden_layers
     return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
-def _within(seen: Tensor, window: int | None) -> Tensor:
-    return seen if window is None else seen.clamp(max=window)
 
 
 def trunk_config(model: nn.Module) -> Any:
