@@ -16,7 +16,6 @@ from alro_fast.training.speed import costs
 from alro_fast.training.speed.costs import Costs
 from alro_fast.training.speed.meter import Meter
 
-
 ALL = (None,) * 8  # layers without windows
 
 

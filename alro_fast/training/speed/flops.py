@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -101,20 +102,35 @@ class Observer:
             if weight.dim() > 1 and id(weight) not in of_linears
         ]  # fmt: skip
         self.unknown = f"{others[0]} is no weight of a linear layer" if others else None
+        self._handles: list[Any] = []
+        self._again = False
 
     @contextmanager
     def watching(self, packed: PackedBatch) -> Iterator[None]:
-        """While this lasts the trunk runs once, with gradients; the backward pass may follow later."""
+        """While this lasts the trunk runs once, with gradients; the backward pass may follow later.
+
+        A layer that runs without gradients is checkpointed with reentry: it runs again, with them, in the backward
+        pass, and is seen there, up to `end`.
+        """
         stream, answers = len(packed.input_ids), len(packed.segments.distinct_rows)
-        handles = [linear.register_forward_hook(self._seen(stream, answers)) for linear in self.linears]
+        self._handles = [linear.register_forward_hook(self._seen(stream, answers)) for linear in self.linears]
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            if not self._again:
+                self.end()
+
+    def end(self) -> None:
+        """The backward pass is over, or will not come."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def _seen(self, stream: int, answers: int) -> Any:
         def hook(linear: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if not torch.is_grad_enabled():
+                self._again = True
+                return
             rows = output.numel() // output.shape[-1]
             if rows not in (stream, answers):
                 self.unknown = f"a {type(linear).__name__} takes {rows} of {stream} rows"
