@@ -34,7 +34,7 @@ from .batches import CURSOR, Cursor, PlannedBatches
 from .console import reporter
 from .plans.dataset import PlannedLoader, TreeDataset, only
 from .speed.meter import Meter
-from .speed.profile import Profiler, part
+from .speed.profile import VALIDATION, Profiler, part
 
 logger = logging.getLogger(__name__)
 
@@ -295,7 +295,7 @@ class RankerTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Loss terms over the validation lists, and whatever `evaluate_ranking` measures (NDCG)."""
-        with self.meter.outside():
+        with self.meter.outside(), part(VALIDATION):
             return self._evaluated(eval_dataset, metric_key_prefix)
 
     def _evaluated(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
