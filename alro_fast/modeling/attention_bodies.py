@@ -405,13 +405,13 @@ def _ours_is_faster(
     return layout.cache[where]
 
 
-_costs_logged: set[bool] = set()
+_costs_logged: list[bool] = []
 
 
 def _log_costs(ours: float, theirs: float, name: str, rows: int, gathered: int) -> None:
-    """The first batch of each choice."""
-    if (ours < theirs) not in _costs_logged:
-        _costs_logged.add(ours < theirs)
+    """Of the first batch; another one may choose otherwise."""
+    if not _costs_logged:
+        _costs_logged.append(True)
         logger.info(
             "tree attention: a layer of %d rows should take %.2f ms by Triton kernels over tries, %.2f ms by %s "
             "with %d keys gathered: %s",

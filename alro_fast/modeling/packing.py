@@ -8,11 +8,12 @@ nothing but the attention (`alro_fast.modeling.attention`) knows that branches l
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -65,15 +66,15 @@ class Tree:
 
     def rows(self, share: str) -> int:
         """Rows the tree takes in a stream that is shared so (`collate`)."""
-        return self.extent(share)[0]
+        return grow(_groups([self], share)).num_rows
 
-    def extent(self, share: str) -> tuple[int, int]:
-        """Those rows, and the keys that all of them see: (rows, visible pairs of a layer)."""
-        if share == "none":
-            lengths = np.array([len(ids) - 1 for ids in self.ids], dtype=np.int64)
-            return int(lengths.sum()), int((lengths * (lengths + 1) // 2).sum())
+    def extent(self, share: str, windows: Sequence[int | None]) -> Extent:
+        """What a trunk of layers with these windows (`visible_pairs`) goes over in a stream that is shared so."""
         trie = grow(_groups([self], share))
-        return trie.num_rows, int(trie.positions.sum()) + trie.num_rows
+        lengths = np.array([len(ids) for ids in self.ids])
+        answering = np.unique(_predicting_rows(trie, lengths, np.array(self.answer_starts)))
+        pairs = visible_pairs(trie.positions, trie.positions[answering], windows)
+        return Extent(trie.num_rows, len(answering), pairs)
 
     @property
     def contexts(self) -> list[np.ndarray]:
@@ -90,6 +91,28 @@ class Tree:
 
     def __str__(self) -> str:
         return "tree" if self.name is None else f"tree {self.name}"
+
+
+class Extent(NamedTuple):
+    """What a trunk goes over."""
+
+    rows: int  # distinct tokens
+    answer_rows: int  # those that predict an answer's token
+    pairs: int  # visible (query, key), over all layers
+
+
+def visible_pairs(positions: np.ndarray, answering: np.ndarray, windows: Sequence[int | None]) -> int:
+    """Visible (query, key) of a stream, over all layers; in the last one the answer rows alone are queries.
+
+    positions: of all rows, and `answering` of the answer rows. windows: of every layer, first to last, how many keys
+    back its queries see, themselves included; None: all of their branch.
+    """
+
+    def seen(places: np.ndarray, window: int | None) -> int:
+        return int((places + 1 if window is None else np.minimum(places + 1, window)).sum())
+
+    deep = Counter(windows[:-1])
+    return sum(count * seen(positions, window) for window, count in deep.items()) + seen(answering, windows[-1])
 
 
 @dataclass(frozen=True, eq=False)

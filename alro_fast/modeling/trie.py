@@ -141,9 +141,13 @@ class Common:
         self._paths = list({path.tobytes(): path for path in shared if len(path)}.values())
 
     @property
+    def positions(self) -> np.ndarray:
+        """int64 [rows]: the place of each in its branches; none where no tree was added."""
+        return grow([self._paths]).positions if self._paths else np.empty(0, np.int64)
+
+    @property
     def num_rows(self) -> int:
-        """How many; 0 where no tree was added."""
-        return grow([self._paths]).num_rows if self._paths else 0
+        return len(self.positions)
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -102,16 +102,18 @@ def read_tasks(
         for made, ask, drawn in zip(encoded, asks, pairs, strict=True)
     ]  # fmt: skip
     if wanted["listwise"]:
-        for n, entry in enumerate(lists):
-            if len(entry.candidates) > most:
-                readings[n] = readings[n]._replace(named=_named_by_windows(reader, prompts, entry, presented[n]))
+        long = [n for n, entry in enumerate(lists) if len(entry.candidates) > most]
+        slid = _named_by_windows(reader, prompts, [lists[n] for n in long], [presented[n] for n in long])
+        for n, named in zip(long, slid, strict=True):
+            readings[n] = readings[n]._replace(named=named)
     return readings
 
 
 def _named_by_windows(
-    reader: BranchReader, prompts: RecRankerPrompts, entry: RankingList, presented: np.ndarray
-) -> np.ndarray:
-    """Minus the listwise place, [B, m], of every candidate of a long list, whose every presentation is slid over."""
+    reader: BranchReader, prompts: RecRankerPrompts, lists: Sequence[RankingList], presented: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Minus the listwise place, [B, m], of every candidate of each long list, whose every presentation is slid over:
+    the windows of one turn, of all presentations of all lists, are read together."""
 
     def rank(parts: list[RankingList]) -> list[Ranking]:
         shown = [np.arange(len(part.candidates))[None] for part in parts]
@@ -121,11 +123,18 @@ def _named_by_windows(
             for part, order, reading in zip(parts, shown, readings)
         ]
 
-    named = np.empty(presented.shape)
-    slid = slide([entry.select(order) for order in presented], prompts.max_candidates, rank)
-    for row, order, ranking in zip(named, presented, slid, strict=True):
-        row[order] = ranking.scores
-    return named
+    slid = iter(
+        slide(
+            [one.select(order) for one, orders in zip(lists, presented) for order in orders],
+            prompts.max_candidates,
+            rank,
+        )
+    )
+    found = [np.empty(orders.shape) for orders in presented]
+    for named, orders in zip(found, presented):
+        for row, order in zip(named, orders):
+            row[order] = next(slid).scores
+    return found
 
 
 def _questions(made: TaskPrompts, grades: list[int], choices: list[int]) -> tuple[list[_Branch], list[_Branch]]:

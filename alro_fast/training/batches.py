@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch.utils.data import Sampler
 
 from ..errors import AlroFastError
@@ -24,16 +22,17 @@ CURSOR = "cursor"  # its entry among the stateful_callbacks of trainer_state.jso
 class Cursor:
     """The place a run has reached: an epoch, and how many batches of its plan were trained.
 
-    Only the last round of an epoch differs with the number of processes (`share_out`), and an optimiser step takes
-    whole rounds. So a run goes on with the batches after `trained`, however many processes that takes and took before,
-    and every list of the epoch is trained once.
+    Only the last rounds of an epoch differ with the number of processes (`share_out`), and an optimiser step takes
+    whole rounds. So a run goes on with the batches after `trained`, or within those rounds with what they leave
+    (`rest`), however many processes that takes and took before, and every list of the epoch is trained once.
 
     Attributes:
         epoch: counted from 0.
         trained: batches of all processes; may be more than planned when the last round was trained.
         step: optimiser steps of the whole run.
         processes, accumulation: those of the latest step, None where that is not known.
-        plan: `PlannedBatches.fingerprint` of the plans that `trained` counts batches of.
+        plan: `EpochPlans.fingerprint` of the plans that `trained` counts batches of.
+        rest: the batches that are left of the epoch where they are no longer the plan's after `trained`, else None.
         old: of a checkpoint of version 0.1.0, which recorded no cursor, within an epoch.
     """
 
@@ -44,6 +43,7 @@ class Cursor:
     accumulation: int | None = None
     plan: str | None = None
     old: bool = False
+    rest: list[list[int]] | None = None
 
     @classmethod
     def of(cls, checkpoint: str | Path) -> Cursor:
@@ -57,13 +57,16 @@ class Cursor:
         processes = len(list(folder.glob("rng_state_*.pth"))) or 1
         return cls(int(epoch), 0, state["global_step"], processes, old=bool(share))
 
-    def advanced(self, processes: int, batches: int, accumulation: int, plan: str) -> Cursor:
+    def advanced(
+        self, processes: int, batches: int, accumulation: int, plan: str, rest: list[list[int]] | None = None
+    ) -> Cursor:
         """One optimiser step further, in which `processes` trained `batches` together."""
-        return Cursor(self.epoch, self.trained + batches, self.step + 1, processes, accumulation, plan)
+        trained, step = self.trained + batches, self.step + 1
+        return Cursor(self.epoch, trained, step, processes, accumulation, plan, rest=rest)
 
     def next_epoch(self) -> Cursor:
         """The beginning of the epoch after this one."""
-        return dataclasses.replace(self, epoch=self.epoch + 1, trained=0, old=False)
+        return dataclasses.replace(self, epoch=self.epoch + 1, trained=0, old=False, rest=None)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -76,39 +79,18 @@ class PlannedBatches(Sampler[list[tuple[int, list[int]]]]):
     that the same number of batches is the same optimiser step with any number of processes.
 
     Args:
-        sizes: distinct tokens of each list.
-        token_budget: tokens a batch may hold.
-        seed: None for one order that all epochs share.
+        plans: of every epoch; the samplers of one run share them.
         rank, world_size: this process, and how many there are.
         start: where a resumed run goes on.
-        most: lists a batch may hold; None: as many as fit.
-        common: tokens that all lists have alike, which a batch takes once.
-        costs: of each list, whole numbers; batches are levelled by them (`modeling.planning`).
 
     Raises:
         AlroFastError: `start` counts batches of another plan.
     """
 
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        token_budget: int,
-        seed: int | None,
-        rank: int = 0,
-        world_size: int = 1,
-        start: Cursor | None = None,
-        most: int | None = None,
-        common: int = 0,
-        costs: Sequence[int] | None = None,
-    ) -> None:
-        self.sizes, self.token_budget, self.seed = list(sizes), token_budget, seed
-        self.rank, self.world_size, self.epoch = rank, world_size, 0
-        self.plans = EpochPlans(self.sizes, token_budget, seed, most, common, costs)
-        given = [token_budget, -1 if seed is None else seed, self.plans.num_batches, *self.sizes]
-        given += ([] if most is None else [-most]) + ([0, common] if common else []) + [*(costs or ())]
-        self.fingerprint = hashlib.sha256(np.asarray(given, np.int64).tobytes()).hexdigest()[:16]
+    def __init__(self, plans: EpochPlans, rank: int = 0, world_size: int = 1, start: Cursor | None = None) -> None:
+        self.plans, self.rank, self.world_size, self.epoch = plans, rank, world_size, 0
         self.start, self.done = Cursor(), 0  # `done`: batches of its epoch that were trained before it
-        self._last: tuple[int, list[list[int]]] | None = None
+        self._last: tuple[int, list[list[int]], int] | None = None
         if start is not None:
             self._go_on(start)
 
@@ -125,18 +107,30 @@ class PlannedBatches(Sampler[list[tuple[int, list[int]]]]):
 
     def left(self, epoch: int) -> list[list[int]]:
         """What is left of an epoch, for all processes; an empty batch is one that a process has nothing for."""
-        if self._last is None or self._last[0] != epoch:
-            plan = self._untrained(self.start) if epoch == self.start.epoch else self.plans(epoch)
-            self._last = epoch, share_out(plan, self.world_size, self.plans.level)
-        return self._last[1]
+        return self._shared(epoch)[0]
+
+    def rest(self, epoch: int, trained: int) -> list[list[int]] | None:
+        """What is left when so many batches of `left` are trained: None where that is the plan, for `Cursor.rest`."""
+        left, planned = self._shared(epoch)
+        return left[trained:] if trained > planned else None
 
     def rounds_left(self, epoch: int) -> int:
         """What is left of an epoch, in batches per process."""
         return len(self.left(epoch)) // self.world_size
 
+    def _shared(self, epoch: int) -> tuple[list[list[int]], int]:
+        """What is left of an epoch, and how many batches of it, from the first, are the plan's."""
+        if self._last is None or self._last[0] != epoch:
+            within = epoch == self.start.epoch
+            plan = self._untrained(self.start) if within else self.plans(epoch)
+            left = share_out(plan, self.world_size, self.plans.level)
+            planned = next((b for b, pair in enumerate(zip(plan, left)) if pair[0] != pair[1]), len(plan))
+            self._last = epoch, left, -1 if within and self.start.rest is not None else planned
+        return self._last[1:]
+
     def _go_on(self, start: Cursor) -> None:
         """Begin at `start`, or with the epoch after it where nothing is left of its own."""
-        if start.old or (start.trained and start.plan != self.fingerprint):
+        if start.old or (start.trained and start.plan != self.plans.fingerprint):
             raise AlroFastError(
                 "--resume_from_checkpoint: the checkpoint counts batches of other prompts or of another packing than "
                 "this version makes with these options (--share, --tokens_per_batch, --lists_per_batch); give the "
@@ -148,7 +142,7 @@ class PlannedBatches(Sampler[list[tuple[int, list[int]]]]):
         self.start, self.done = start, start.trained
 
     def _untrained(self, start: Cursor) -> list[list[int]]:
-        return self.plans(start.epoch)[start.trained :]
+        return self.plans(start.epoch)[start.trained :] if start.rest is None else [one for one in start.rest if one]
 
 
 def share_out(
@@ -156,17 +150,26 @@ def share_out(
 ) -> list[list[int]]:
     """A plan of as many batches for every process.
 
-    Batches of the last round, which is short of some, are halved, those of most lists first, and levelled; a process
-    gets an empty batch only where the round has fewer lists than there are processes. Every round but the last is as it
-    was, and the last holds the same lists, so an optimiser step of the same number of batches is the same with any
-    number of processes.
+    The last round is short of some: of the fewest last rounds that hold a list for every place, those of most lists are
+    halved until every place has one, and they are levelled. A process gets an empty batch only where a plan has fewer
+    lists than places, as one of a list a batch may; then the last round alone is halved. Every round before is as it
+    was, and the rounds hold the same lists as the plan.
     """
-    whole = len(plan) - len(plan) % world_size
-    rounds, last = list(plan[:whole]), list(plan[whole:])
-    while 0 < len(last) < world_size:
+    rounds = -(-len(plan) // world_size)
+    if len(plan) % world_size == 0:
+        return list(plan)
+    lists = 0
+    for whole in range(rounds - 1, -1, -1):
+        lists += sum(map(len, plan[whole * world_size : (whole + 1) * world_size]))
+        if lists >= (rounds - whole) * world_size:
+            break
+    else:
+        whole = rounds - 1
+    last = list(plan[whole * world_size :])
+    while len(last) < (rounds - whole) * world_size:
         largest = max(range(len(last)), key=lambda b: len(last[b]))
         if len(last[largest]) > 1:
             halve(last, largest)
         else:
             last.append([])
-    return rounds + (level(last) if last else [])
+    return list(plan[: whole * world_size]) + level(last)

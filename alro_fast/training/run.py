@@ -49,9 +49,11 @@ from .checks.folders import begun, claim_folder, named_folder
 from .checks.rehearsal import check_hub, check_metric, rehearse
 from .config import Config
 from .console import NonFiniteLoss, counted, show_end, show_example, show_plan, show_results
+from .plans.dataset import TreeDataset
 from .signals import signal_vocabulary, signals_shown
+from .speed.costs import Costs
 from .stages import merge_adapter, stack_adapters, write_merged_base
-from .trainer import RankerTrainer, TreeDataset
+from .trainer import RankerTrainer
 
 VALIDATED = ("ndcg@1", "ndcg@3", "ndcg@5", "ndcg@10")
 
@@ -131,9 +133,9 @@ class Run:
         check_metric(self.training, ["loss", *config.description.logs, *self.watched])
         self.model, self.tokenizer = self.build_model()
         self.objective = self.build_objective()
-        show = not self.training.disable_tqdm
+        show, prices = not self.training.disable_tqdm, Costs.of(self.model)
         self.datasets = {
-            name: TreeDataset(self.asked(name), self.objective, show, self.training.share)
+            name: TreeDataset(self.asked(name), self.objective, show, self.training.share, prices)
             for name in ("train", "valid")
         }
         self.trainer = RankerTrainer(

@@ -11,115 +11,32 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
-from ..data.records import RankingList
 from ..errors import AlroFastError
 from ..modeling.attention import answer_hidden_states
 from ..modeling.lm_head import head_of
-from ..modeling.packing import PackedBatch, collate
-from ..modeling.trie import Common
-from ..objectives.base import Batch, Example, LossTerm, Objective
+from ..modeling.packing import PackedBatch
+from ..modeling.planning import EpochPlans
+from ..objectives.base import Batch, LossTerm, Objective
 from ..options import RankerTrainingArguments
 from ..run_folder import share
 from .batches import CURSOR, Cursor, PlannedBatches
 from .console import reporter
-from .speed.costs import Costs
+from .plans.dataset import PlannedLoader, TreeDataset, only
 from .speed.meter import Meter
-from .speed.profile import Profiler, part
+from .speed.profile import VALIDATION, Profiler, part
 
 logger = logging.getLogger(__name__)
-SIZING_CHUNK = 512
-
-
-class TreeDataset(Dataset[Batch]):
-    """Ranking lists as packed batches, built when asked for: an index is (epoch, the lists of one batch).
-
-    The first epoch's trees are built once at the start for their sizes; what is drawn later may differ from them by
-    a few tokens, never in the number of trees of a batch. `common`: tokens that all of them have alike, which a batch
-    takes once. share: as `packing.collate` takes it. An index without lists is a batch that counts nothing.
-    """
-
-    def __init__(
-        self, lists: Sequence[RankingList], objective: Objective, progress: bool = False, share: str = "batch"
-    ) -> None:
-        self.lists, self.objective, self.share = lists, objective, share
-        common = Common()
-        self.sizes: list[int] = []
-        self.pairs: list[int] = []
-        self.rows_of_answers: list[int] = []
-        self.unshared_tokens = self.dropped_history = 0
-        starts = range(0, len(lists), SIZING_CHUNK)
-        for start in tqdm(starts, desc="prompts", unit="chunk", disable=not progress or len(starts) < 4, leave=False):
-            indices = list(range(start, min(start + SIZING_CHUNK, len(lists))))
-            for example in objective.examples([lists[i] for i in indices], indices, epoch=0):
-                rows, pairs = example.tree.extent(share)
-                self.sizes.append(rows)
-                self.pairs.append(pairs)
-                self.rows_of_answers.append(example.tree.num_answer_rows)
-                self.unshared_tokens += example.tree.unshared_tokens
-                self.dropped_history += example.views[0].dropped_history
-                if share == "batch":
-                    common.add(example.tree.contexts)
-        self.common, self.answer_rows = common.num_rows, sum(self.rows_of_answers)
-
-    def __len__(self) -> int:
-        return len(self.lists)
-
-    def example(self, tokenizer: Any) -> tuple[str, str]:
-        """The first prompt of the first list and its answer, decoded."""
-        tree = self.objective.examples([self.lists[0]], [0], epoch=0)[0].tree
-        ids, start = tree.ids[0].tolist(), tree.answer_starts[0]
-        return tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])
-
-    def check(self, token_budget: int, option: str = "--tokens_per_batch") -> None:
-        """AlroFastError, naming the list, when one list alone exceeds the budget that `option` sets."""
-        longest = max(range(len(self.sizes)), key=self.sizes.__getitem__, default=None)
-        if longest is not None and self.sizes[longest] > token_budget:
-            raise AlroFastError(
-                f"list {self.lists[longest].list_id} has {self.sizes[longest]} distinct tokens, more than "
-                f"{option} {token_budget}; raise it, or shorten histories with --max_length"
-            )
-
-    def __getitem__(self, index: tuple[int, list[int]]) -> Batch:
-        epoch, indices = index
-        if not indices:  # a process that has nothing to train in a step goes along with a list that counts nothing
-            batch = self[epoch, [0]]
-            return replace(batch, counts=dict.fromkeys(batch.counts, 0), lists=0, sources=[])
-        examples = self.objective.examples([self.lists[i] for i in indices], indices, epoch)
-        return build_batch(examples, self.objective, self.share)
-
-
-def build_batch(examples: Sequence[Example], objective: Objective, share: str = "batch") -> Batch:
-    """Pack the examples' trees into one stream and read the objective's targets off it."""
-    packed = collate([example.tree for example in examples], range(len(examples)), share)
-    targets, counts = objective.targets(packed, examples)
-    return Batch(packed, targets, counts, len(examples), [example.source for example in examples])
-
-
-class PlannedLoader(DataLoader[Batch]):
-    """A DataLoader whose dataset returns whole batches; tells its sampler the epoch, as the Trainer expects."""
-
-    batch_sampler: PlannedBatches
-
-    def __init__(self, dataset: TreeDataset, batches: PlannedBatches, **options: Any) -> None:
-        # a generator of its own: else every iteration would draw from the one that dropout draws from
-        generator = torch.Generator().manual_seed(0)
-        super().__init__(dataset, batch_sampler=batches, collate_fn=_only, generator=generator, **options)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
 
 
 class RankerTrainer(Trainer):
@@ -156,7 +73,7 @@ class RankerTrainer(Trainer):
         self.start = self.cursor = Cursor()
         try:
             super().__init__(
-                model, args, data_collator=cast(Any, _only), train_dataset=train_dataset, eval_dataset=eval_dataset,
+                model, args, data_collator=cast(Any, only), train_dataset=train_dataset, eval_dataset=eval_dataset,
                 callbacks=callbacks, **options,
             )  # fmt: skip
         except AlroFastError:
@@ -228,22 +145,19 @@ class RankerTrainer(Trainer):
             self.cursor = self.cursor.next_epoch()
         left = batches.rounds_left(epoch)
         steps = -(-left // self.args.gradient_accumulation_steps)
-        self._fingerprint, self._done = batches.fingerprint, batches.done if epoch == self.start.epoch else 0
-        self._in_epoch = self._done + left * self.args.world_size
+        self._batches, self._here = batches, 0  # trained of what is left of the epoch
+        self._before = batches.done if epoch == self.start.epoch else 0
         cast(Any, super())._run_epoch(**given | {"steps_in_epoch": left, "num_update_steps_per_epoch": steps})
 
     def get_train_dataloader(self) -> PlannedLoader:
         args, data = self.args, self.train_dataset
         seed = args.seed if args.data_seed is None else args.data_seed
-        costs = Costs.of(self.model, args.device.type).of_lists(
-            data.sizes, data.pairs, data.rows_of_answers, data.common
-        )
-        return self._loader(data, args.tokens_per_batch, seed, self.start, args.lists_per_batch, costs)
+        return self._loader(data, data.plans(args.tokens_per_batch, seed, args.lists_per_batch), self.start)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> PlannedLoader:
         dataset = cast(TreeDataset, eval_dataset if eval_dataset is not None else self.eval_dataset)
         dataset.check(self._eval_budget, self._eval_option)
-        return self._loader(dataset, self._eval_budget, seed=None)
+        return self._loader(dataset, dataset.plans(self._eval_budget, seed=None))
 
     @property
     def _eval_budget(self) -> int:
@@ -256,30 +170,12 @@ class RankerTrainer(Trainer):
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         return len(cast(TreeDataset, dataloader.dataset))
 
-    def _loader(
-        self,
-        dataset: TreeDataset,
-        token_budget: int,
-        seed: int | None,
-        start: Cursor | None = None,
-        most: int | None = None,
-        costs: Sequence[int] | None = None,
-    ) -> PlannedLoader:
+    def _loader(self, dataset: TreeDataset, plans: EpochPlans, start: Cursor | None = None) -> PlannedLoader:
         args = self.args
         workers = args.dataloader_num_workers
         return PlannedLoader(
             dataset,
-            PlannedBatches(
-                dataset.sizes,
-                token_budget,
-                seed,
-                args.process_index,
-                args.world_size,
-                start,
-                most,
-                dataset.common,
-                costs,
-            ),
+            PlannedBatches(plans, args.process_index, args.world_size, start),
             num_workers=workers,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
             pin_memory=args.device.type == "cuda",  # `_prepare_inputs` copies without waiting
@@ -399,7 +295,7 @@ class RankerTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Loss terms over the validation lists, and whatever `evaluate_ranking` measures (NDCG)."""
-        with self.meter.outside():
+        with self.meter.outside(), part(VALIDATION):
             return self._evaluated(eval_dataset, metric_key_prefix)
 
     def _evaluated(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
@@ -486,13 +382,11 @@ class _Progress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
         batches = trainer.current_gradient_accumulation_steps * args.world_size
+        trainer._here += batches
         trainer.cursor = trainer.cursor.advanced(
-            args.world_size, batches, args.gradient_accumulation_steps, trainer._fingerprint
-        )
-        trainer._done += batches
-        state.epoch = trainer.cursor.epoch + trainer._done / trainer._in_epoch
+            args.world_size, batches, args.gradient_accumulation_steps, trainer._batches.plans.fingerprint,
+            trainer._batches.rest(trainer.cursor.epoch, trainer._here),
+        )  # fmt: skip
+        left, before = len(trainer._batches.left(trainer.cursor.epoch)), trainer._before
+        state.epoch = trainer.cursor.epoch + (before + trainer._here) / (before + left)
         state.stateful_callbacks[CURSOR] = trainer.cursor.to_dict()
-
-
-def _only(batches: list[Batch]) -> Batch:
-    return batches[0]

@@ -38,7 +38,7 @@ from alro_fast.modeling.packing import collate
 from alro_fast.objectives.base import Example, Objective, build_objective
 from alro_fast.options import ModelArguments, ObjectiveArguments
 from alro_fast.prompts import PromptBuilder
-from alro_fast.training.trainer import build_batch
+from alro_fast.training.plans.dataset import build_batch
 
 DATA = Path(os.environ.get("ALRO_FAST_SHARED_DATA", Path(__file__).parents[2] / "../shared/data")) / "ml-latest-small"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

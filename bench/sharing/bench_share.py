@@ -39,8 +39,7 @@ from alro_fast.prompts import PromptBuilder
 from alro_fast.prompts.preference import PreferencePrompts
 from alro_fast.prompts.recranker import RecRankerPrompts
 from alro_fast.ranking.ranker import Ranker
-from alro_fast.training.batches import PlannedBatches
-from alro_fast.training.trainer import TreeDataset
+from alro_fast.training.plans.dataset import TreeDataset
 from bench.bench_step import Shape, make_model
 from bench.common import CUDA, DEVICE, DRY, machine
 
@@ -104,8 +103,8 @@ class Training:
     def __init__(self, model: torch.nn.Module, lists: Sequence[Any], objective: Objective, share: str) -> None:
         self.model, self.objective = model, objective
         data = TreeDataset(lists, objective, share=share)
-        plan = PlannedBatches(data.sizes, BUDGET, None, common=data.common)
-        self.batches = [data[index].to(torch.device(DEVICE)) for [index] in plan]
+        plan = data.plans(BUDGET, None)(0)
+        self.batches = [data[0, batch].to(torch.device(DEVICE)) for batch in plan]
         self.rows = sum(batch.packed.unique_tokens for batch in self.batches)
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
 

@@ -20,7 +20,7 @@ from alro_fast.errors import AlroFastError
 from alro_fast.objectives.base import build_objective
 from alro_fast.options import ObjectiveArguments
 from alro_fast.prompts.preference import PreferencePrompts
-from alro_fast.training.trainer import build_batch
+from alro_fast.training.plans.dataset import build_batch
 
 
 def write(path, rows):

@@ -7,6 +7,7 @@ import functools
 import inspect
 import itertools
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -290,7 +291,7 @@ def test_cuda_takes_what_should_be_faster_and_says_so_once(answers, expected, mo
     monkeypatch.setattr(flash, "serves", lambda _: True)
     monkeypatch.setattr(flash, "varlen_backend", lambda *_: flash.Flash(run, "FlashAttention-3", True))
     monkeypatch.setattr(attention_bodies.trie_kernels, "expected_seconds", seconds)
-    monkeypatch.setattr(attention_bodies, "_costs_logged", set())
+    monkeypatch.setattr(attention_bodies, "_costs_logged", [])
     with caplog.at_level("INFO", logger="alro_fast.modeling.attention"):
         for _ in range(2):
             torch.testing.assert_close(attention_bodies.cuda_attention(query, key, value, *layout), wanted)
@@ -298,9 +299,13 @@ def test_cuda_takes_what_should_be_faster_and_says_so_once(answers, expected, mo
     gathered = len(sequences.kv_index)
     assert asked == [(query.shape[2], batch.segments.num_rows, query.shape[2], gathered, gathered, True)]
     assert ran == ([] if expected[0] < expected[1] else ["varlen"] * 2)
+    with caplog.at_level("INFO", logger="alro_fast.modeling.attention"):  # another batch, where the other is faster
+        first, expected = expected, expected[::-1]
+        attention_bodies.cuda_attention(query, key, value, replace(batch.segments, cache={}), *layout[1:])
+    assert len(asked) == 2
     said = [line for line in caplog.messages if "should take" in line]
     assert len(said) == (not answers)
-    assert answers or said[0].endswith("Triton" if expected[0] < expected[1] else "varlen")
+    assert answers or said[0].endswith("Triton" if first[0] < first[1] else "varlen")
 
 
 def test_the_kernel_is_chosen_by_what_is_installed(monkeypatch):

@@ -1,5 +1,6 @@
 """Plans hold every tree once within the budget; seeds change which trees meet."""
 
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -107,3 +108,24 @@ def test_epochs_of_training_are_level_and_change_neighbours():
         assert spread(epochs[0], costs) <= SPREAD
         neighbours = [{frozenset(batch) for batch in plan} for plan in epochs]
         assert all(len(a & b) < 0.05 * len(a) for a, b in pairwise(neighbours))
+
+
+def test_planning_takes_time_by_the_number_of_trees():
+    """Four times the trees, about four times the seconds; the quadratic part would make it sixteen times."""
+    draw, seconds = np.random.default_rng(0), []
+    for count in (5000, 20_000):
+        sizes = draw.integers(700, 1200, count)
+        started = time.process_time()
+        plans = EpochPlans(sizes.tolist(), 4096, 3, costs=(sizes * 1000 + sizes**2).tolist())
+        plan = plans(1)
+        seconds.append(time.process_time() - started)
+        assert spread(plan, sizes * 1000 + sizes**2) <= SPREAD
+    assert seconds[1] < 8 * seconds[0]
+
+
+def test_of_lists_of_half_a_budget_and_more_no_batch_is_empty():
+    """Where every tree has a batch of its own there are no more of them, however loose a plan may be."""
+    sizes = np.random.default_rng(0).integers(60, 100, 30)
+    plans = EpochPlans(sizes.tolist(), 100, 3, costs=sizes.tolist())
+    assert plans.num_batches == 30
+    assert all(len(batch) == 1 for batch in plans(0) + plans(5))

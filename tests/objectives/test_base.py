@@ -32,7 +32,7 @@ from alro_fast.ranking.ranker import Ranker, expected_slots
 from alro_fast.ranking.served import RankingClient
 from alro_fast.training.help import groups, help_text
 from alro_fast.training.kinds import KINDS
-from alro_fast.training.trainer import build_batch
+from alro_fast.training.plans.dataset import build_batch
 
 
 def test_every_file_of_objectives_is_found_by_itself():

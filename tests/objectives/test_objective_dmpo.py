@@ -25,8 +25,9 @@ from alro_fast.objectives.base import build_objective
 from alro_fast.options import ObjectiveArguments, RankerTrainingArguments
 from alro_fast.prompts import PromptBuilder
 from alro_fast.prompts.preference import FORMS, PreferencePrompts
+from alro_fast.training.plans.dataset import TreeDataset, build_batch
 from alro_fast.training.reference_logprobs import data_fingerprint, model_fingerprint, reference_table
-from alro_fast.training.trainer import RankerTrainer, TreeDataset, build_batch
+from alro_fast.training.trainer import RankerTrainer
 
 TOKENIZER = byte_tokenizer()
 BUILDER = PromptBuilder(TOKENIZER, "movies")

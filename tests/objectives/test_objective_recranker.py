@@ -19,7 +19,7 @@ from alro_fast.objectives.base import build_objective
 from alro_fast.objectives.recranker import TASKS
 from alro_fast.options import ObjectiveArguments
 from alro_fast.prompts.recranker.prompts import Ask, RecRankerPrompts
-from alro_fast.training.trainer import build_batch
+from alro_fast.training.plans.dataset import build_batch
 
 TOKENIZER = byte_tokenizer()
 PROMPTS = RecRankerPrompts(TOKENIZER, "movies")

@@ -174,6 +174,17 @@ def test_every_presentation_of_a_long_list_slides_by_itself():
     np.testing.assert_array_equal(found.presentation_scores[1][found.presented[1]], scores)
 
 
+def test_windows_of_all_long_lists_are_read_together(monkeypatch):
+    """As many reads for three lists as for one, and the same places."""
+    lists, reads, read = hinted(3, sizes=60, seed=2), [], RANKER.reader.read
+    monkeypatch.setattr(RANKER.reader, "read", lambda trees, tokens: reads.append(len(trees)) or read(trees, tokens))
+    alone = [RANKER.rank([one], method="listwise")[0].order for one in lists]
+    each, reads[:] = list(reads), []
+    assert [one.order for one in RANKER.rank(lists, method="listwise")] == alone
+    assert each == [0, 1, 1] * 3  # two turns of windows
+    assert reads == [0, 3, 3]
+
+
 def test_what_cannot_be_read_is_said():
     (entry,) = hinted(1)
     plain = Ranker(MODEL, TOKENIZER, PromptBuilder(TOKENIZER, "movies"))

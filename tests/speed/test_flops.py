@@ -114,14 +114,20 @@ def test_passes_without_gradients_are_a_third_of_attention_and_half_of_the_head(
     assert 0.3 * with_gradients.trunk < extra.trunk < 0.5 * with_gradients.trunk
 
 
-def test_checkpointed_layers_count_once():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_count_once(reentrant):
+    """With reentry layers run without gradients first, and are seen when they run again, in the backward pass."""
     model = adapted()
     model.enable_input_require_grads()  # as checkpointing does
     expected = measured(model).flops()
     model.train()
-    model.base_model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.base_model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.zero_grad()
-    assert measured(model).flops() == pytest.approx(expected)
+    meter = measured(model)
+    assert meter.flops() == pytest.approx(expected)
+    with meter.forward(BATCH):  # the next step is counted by the first
+        tree_hidden_states(model, BATCH).sum().backward()
+    assert meter.flops() == pytest.approx(Flops(*(2 * part for part in expected)))
 
 
 def test_a_trained_head_has_a_product_more():

@@ -17,10 +17,11 @@ from alro_fast.objectives.base import build_objective
 from alro_fast.options import ObjectiveArguments, RankerTrainingArguments
 from alro_fast.prompts import PromptBuilder
 from alro_fast.training.console import described
+from alro_fast.training.plans.dataset import TreeDataset, build_batch
 from alro_fast.training.speed.gemm_peak import gemm_peak
 from alro_fast.training.speed.meter import Meter
-from alro_fast.training.speed.profile import IDLE, OTHER, PARTS, Table, _attention_marked, _Parts, part
-from alro_fast.training.trainer import RankerTrainer, TreeDataset, build_batch
+from alro_fast.training.speed.profile import IDLE, OTHER, PARTS, VALIDATION, Table, _attention_marked, _Parts, part
+from alro_fast.training.trainer import RankerTrainer
 
 TOKENIZER = byte_tokenizer()
 LISTS = random_lists(8, range(3, 6), seed=3, history=3)
@@ -113,6 +114,30 @@ def test_profile(tmp_path):
     trace = json.loads((tmp_path / "profile" / "trace.json").read_text())
     names = {event.get("name") for event in trace["traceEvents"]}
     assert {f"alro_fast part: {name}" for name in ("trunk", "attention", "loss", "collation")} <= names
+
+
+def test_validation_is_not_profiled(tmp_path, monkeypatch):
+    """A validation of a second between the profiled steps is no time of theirs."""
+    run, given = trainer(tmp_path, max_steps=5, profile=2), []
+    run.args.eval_strategy, run.args.eval_steps, run.eval_dataset = "steps", 3, run.train_dataset
+    plain, table_of = run.get_eval_dataloader, Table.of
+    monkeypatch.setattr(run, "get_eval_dataloader", lambda *args: time.sleep(1.0) or plain(*args))
+
+    def noted(events, wall, *rest):
+        given.append((events, wall, table_of(events, wall, *rest)))
+        return given[-1][2]
+
+    monkeypatch.setattr(Table, "of", noted)
+    run.train()
+    ((events, wall, table),) = given
+    (validation,) = (event for event in events if event.name.endswith(f": {VALIDATION}"))
+    assert table.wall == pytest.approx(wall - validation.time_range.elapsed_us() / 1e6)
+    assert table.wall < wall - 1.0
+    assert sum(table.seconds.values()) == pytest.approx(table.wall)
+    within = sum(one.name == "alro_fast part: trunk" for one in events)
+    assert within > 2  # validation had passes of its own
+    sums = sum(event.self_cpu_time_total for event in events if event.thread == validation.thread) / 1e6
+    assert sum(table.seconds.values()) - table.seconds[IDLE] < sums
 
 
 def test_a_run_too_short_to_profile_is_refused(tmp_path):

@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 from alro_fast.objectives.base import build_objective
 from alro_fast.options import ObjectiveArguments, RankerTrainingArguments
 from alro_fast.prompts import PromptBuilder
-from alro_fast.training.trainer import RankerTrainer, TreeDataset
+from alro_fast.training.plans.dataset import TreeDataset
+from alro_fast.training.trainer import RankerTrainer
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 

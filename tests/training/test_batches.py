@@ -17,8 +17,13 @@ from alro_fast.training.batches import CURSOR, Cursor, PlannedBatches, share_out
 BUDGET = 50
 
 
-def shards(sizes, world_size, seed=5, start=None, budget=BUDGET, most=None):
-    return [PlannedBatches(sizes, budget, seed, rank, world_size, start, most) for rank in range(world_size)]
+def batches_of(sizes, budget=BUDGET, seed=5, start=None, **more):
+    return PlannedBatches(EpochPlans(sizes, budget, seed, **more), start=start)
+
+
+def shards(sizes, world_size, seed=5, start=None, most=None, costs=None):
+    plans = EpochPlans(sizes, BUDGET, seed, most, costs=costs)
+    return [PlannedBatches(plans, rank, world_size, start) for rank in range(world_size)]
 
 
 def trained(shard, epoch):
@@ -45,8 +50,10 @@ def test_every_epoch_trains_every_list_once_in_as_many_batches(sizes, world_size
     assert sorted(lists_of(lists_of(batches))) == list(range(len(sizes)))
     assert all(sum(sizes[i] for i in batch) <= BUDGET for each in batches for batch in each)
     assert all(len(batch) <= (most or BUDGET * 2) for each in batches for batch in each)
-    assert all(batch for each in batches for batch in each[:-1])  # a process has nothing in the last round at most
-    assert all(each[-1] for each in batches) or max(map(len, lists_of([each[-1:] for each in batches]))) == 1
+    assert all(batch for each in batches for batch in each[:-1])  # a process has nothing in the last round at most,
+    assert all(each[-1] for each in batches) or len(sizes) < len(batches) * len(
+        batches[0]
+    )  # of fewer lists than places
 
 
 @given(
@@ -61,16 +68,20 @@ def test_a_run_goes_on_anywhere_with_any_number_of_processes(sizes, epoch, runs)
         processes = shards(sizes, world_size, start=cursor)
         if processes[0].start.epoch > epoch:
             break
-        batches = [trained(shard, epoch) for shard in processes]
+        batches, done = [trained(shard, epoch) for shard in processes], 0
         assert len({len(each) for each in batches}) == 1
         for _ in range(steps):
             now = [batch for each in batches for batch in each[:accumulation]]
             batches = [each[accumulation:] for each in batches]
             seen += lists_of(now)
             if now:
-                cursor = cursor.advanced(world_size, len(now), accumulation, processes[0].fingerprint)
+                done += len(now)
+                plan, rest = processes[0].plans.fingerprint, processes[0].rest(epoch, done)
+                cursor = Cursor(
+                    **json.loads(json.dumps(cursor.advanced(world_size, len(now), accumulation, plan, rest).to_dict()))
+                )
     assert sorted(seen) == list(range(len(sizes)))
-    assert PlannedBatches(sizes, BUDGET, 5, start=cursor).start == cursor.next_epoch()
+    assert batches_of(sizes, start=cursor).start == cursor.next_epoch()
 
 
 @pytest.mark.parametrize("count", [100, 900, 3000])
@@ -107,29 +118,47 @@ def test_a_step_is_the_same_with_any_number_of_processes():
     assert steps[0] == steps[1] == steps[2] == steps[3]
 
 
-def test_the_last_round_is_halved_and_then_left_empty():
+def test_the_last_rounds_are_halved_until_every_process_has_a_list():
     assert share_out([[0, 1], [2, 3, 4, 5], [6, 7]], 2) == [[0, 1], [2, 3, 4, 5], [6], [7]]
-    assert share_out([[0, 1, 2]], 4) == [[0], [1], [2], []]
+    assert share_out([[0, 1], [2, 3, 4], [5]], 2) == [[0, 1], [2], [3, 4], [5]]  # of the round before
+    assert share_out([[0, 1], [2, 3], [4], [5], [6]], 2) == [[0], [1], [2, 3], [4], [5], [6]]  # and the one before that
+    assert share_out([[0, 1, 2]], 4) == [[0], [1], [2], []]  # fewer lists than places
+    assert share_out([[0], [1], [2, 3], [4], [5]], 4) == [[0], [1], [2, 3], [4], [5], [], [], []]
     costs = np.array([1, 1, 1, 9])  # one list as dear as nine
     plans = EpochPlans([1] * 4, 4, 0, costs=costs.tolist())
     assert sorted(share_out([[0, 1, 2, 3]], 2, plans.level)) == [[0, 1, 2], [3]]
     assert sorted(share_out([[0, 1, 2]], 4, plans.level)) == [[], [0], [1], [2]]
 
 
+def test_within_the_last_rounds_a_run_goes_on_with_what_is_left():
+    """Three processes take lists of the round before the last for the last; one process trains what they left."""
+    sizes = [25] * 7  # batches of two, and one of one
+    ranks = shards(sizes, 3)
+    assert [len(batch) for batch in ranks[0].plans(0)] != [1] * 7
+    batches = [trained(shard, 0) for shard in ranks]
+    assert all(batch for each in batches for batch in each)
+    assert len(batches[0]) == 2
+    rest = ranks[0].rest(0, 3)
+    cursor = Cursor().advanced(3, 3, 1, ranks[0].plans.fingerprint, rest)
+    alone = batches_of(sizes, start=cursor)
+    assert sorted(lists_of([each[0] for each in batches]) + lists_of(trained(alone, 0))) == list(range(7))
+    assert ranks[0].rest(0, 0) is None
+
+
 def test_batches_of_another_plan_are_refused():
-    cursor = Cursor().advanced(1, 3, 1, PlannedBatches([20, 30, 40, 50], BUDGET, 5).fingerprint)
+    cursor = Cursor().advanced(1, 3, 1, EpochPlans([20, 30, 40, 50], BUDGET, 5).fingerprint)
     for sizes, budget, seed in (
         ([20, 30, 40, 49], BUDGET, 5),
         ([20, 30, 40, 50], 60, 5),
         ([20, 30, 40, 50], BUDGET, 6),
     ):
         with pytest.raises(AlroFastError, match="counts batches of other prompts or of another packing"):
-            PlannedBatches(sizes, budget, seed, start=cursor)
-        assert PlannedBatches(sizes, budget, seed, start=cursor.next_epoch()).start.epoch == 1
+            batches_of(sizes, budget, seed, start=cursor)
+        assert batches_of(sizes, budget, seed, start=cursor.next_epoch()).start.epoch == 1
     with pytest.raises(AlroFastError, match="counts batches of other prompts or of another packing"):
-        PlannedBatches([20, 30, 40, 50], BUDGET, 5, start=cursor, most=2)
+        batches_of([20, 30, 40, 50], start=cursor, most=2)
     with pytest.raises(AlroFastError, match="--share"):
-        PlannedBatches([20, 30, 40, 50], BUDGET, 5, start=cursor, common=10)
+        batches_of([20, 30, 40, 50], start=cursor, common=10)
 
 
 def state_of(folder, epoch, processes, **more):
@@ -153,18 +182,18 @@ def test_checkpoints_without_a_cursor_go_on_at_an_epochs_end_alone(tmp_path, pro
     assert state_of(tmp_path / "boundary", 4.0, processes) == Cursor(4, 0, 9, processes)
     within = state_of(tmp_path / "within", 4.5, processes)
     with pytest.raises(AlroFastError, match="go on with the version that wrote it"):
-        PlannedBatches([20, 30, 40, 50], BUDGET, 5, start=within)
+        batches_of([20, 30, 40, 50], start=within)
 
 
 def test_costs_are_part_of_a_plan():
     """All processes deal by the same; a run that goes on with others is refused."""
     sizes = np.random.default_rng(2).integers(5, 20, size=100).tolist()
     costs = [size**2 for size in sizes]
-    ranks = [PlannedBatches(sizes, BUDGET, 5, rank, 3, costs=costs) for rank in range(3)]
+    ranks = shards(sizes, 3, costs=costs)
     batches = [trained(shard, 1) for shard in ranks]
     assert sorted(lists_of(lists_of(batches))) == list(range(100))
     assert all(batch for each in batches for batch in each)
-    cursor = Cursor().advanced(1, 3, 1, ranks[0].fingerprint)
-    assert PlannedBatches(sizes, BUDGET, 5, start=cursor, costs=costs).done == 3
+    cursor = Cursor().advanced(1, 3, 1, ranks[0].plans.fingerprint)
+    assert batches_of(sizes, start=cursor, costs=costs).done == 3
     with pytest.raises(AlroFastError, match="another packing"):
-        PlannedBatches(sizes, BUDGET, 5, start=cursor)
+        batches_of(sizes, start=cursor)

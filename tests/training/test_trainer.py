@@ -16,7 +16,9 @@ from alro_fast.objectives.base import LossTerm, build_objective
 from alro_fast.options import ObjectiveArguments, RankerTrainingArguments
 from alro_fast.prompts import PromptBuilder
 from alro_fast.training.console import NonFiniteLoss
-from alro_fast.training.trainer import RankerTrainer, TreeDataset, build_batch
+from alro_fast.training.plans import dataset
+from alro_fast.training.plans.dataset import TreeDataset, build_batch
+from alro_fast.training.trainer import RankerTrainer
 
 TOKENIZER = byte_tokenizer()
 PROMPTS = PromptBuilder(TOKENIZER, "movies")
@@ -58,6 +60,16 @@ def test_every_list_is_trained_once_an_epoch(tmp_path):
     assert len(ids) == 16
     assert {i: ids.count(i) for i in ids} == {source.list_id: 2 for source in LISTS}
     assert trainer.state.global_step == planned > 2
+
+
+def test_plans_are_made_once_in_a_run(tmp_path, monkeypatch):
+    """One of the training lists, one of the validation lists, whoever asks for loaders and however often."""
+    made, plan = [], dataset.EpochPlans
+    monkeypatch.setattr(dataset, "EpochPlans", lambda *given: made.append(given) or plan(*given))
+    trainer = make_trainer(tmp_path, num_train_epochs=2, tokens_per_batch=900, eval_strategy="epoch")
+    assert trainer.planned_steps() == trainer.planned_steps()
+    trainer.train()
+    assert [len(sizes) for sizes, *_ in made] == [8, 3]
 
 
 def test_so_many_lists_a_batch(tmp_path):

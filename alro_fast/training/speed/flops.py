@@ -20,12 +20,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...modeling.attention import trunk_of
-from ...modeling.packing import PackedBatch
+from ...modeling.packing import PackedBatch, visible_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +41,9 @@ class Work(NamedTuple):
     @classmethod
     def of(cls, packed: PackedBatch, config: Any) -> Work:
         """Of one packed batch on the CPU, for the trunk of a model with this configuration."""
-        seen = packed.position_ids + 1  # a row sees its branch up to itself
-        answering = packed.segments.distinct_rows
-        windows = _windows(config)
-        pairs = sum(int(_within(seen, window).sum()) for window in windows[:-1])
-        pairs += int(_within(seen[answering], windows[-1]).sum())
-        return cls(len(seen), len(answering), pairs)
+        positions, answering = packed.position_ids.numpy(), packed.segments.distinct_rows.numpy()
+        pairs = visible_pairs(positions, positions[answering], windows_of(config))
+        return cls(len(positions), len(answering), pairs)
 
     def __add__(self, other: Work) -> Work:  # type: ignore[override]
         return Work(*(mine + others for mine, others in zip(self, other)))
@@ -104,20 +102,35 @@ class Observer:
             if weight.dim() > 1 and id(weight) not in of_linears
         ]  # fmt: skip
         self.unknown = f"{others[0]} is no weight of a linear layer" if others else None
+        self._handles: list[Any] = []
+        self._again = False
 
     @contextmanager
     def watching(self, packed: PackedBatch) -> Iterator[None]:
-        """While this lasts the trunk runs once, with gradients; the backward pass may follow later."""
+        """While this lasts the trunk runs once, with gradients; the backward pass may follow later.
+
+        A layer that runs without gradients is checkpointed with reentry: it runs again, with them, in the backward
+        pass, and is seen there, up to `end`.
+        """
         stream, answers = len(packed.input_ids), len(packed.segments.distinct_rows)
-        handles = [linear.register_forward_hook(self._seen(stream, answers)) for linear in self.linears]
+        self._handles = [linear.register_forward_hook(self._seen(stream, answers)) for linear in self.linears]
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            if not self._again:
+                self.end()
+
+    def end(self) -> None:
+        """The backward pass is over, or will not come."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def _seen(self, stream: int, answers: int) -> Any:
         def hook(linear: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if not torch.is_grad_enabled():
+                self._again = True
+                return
             rows = output.numel() // output.shape[-1]
             if rows not in (stream, answers):
                 self.unknown = f"a {type(linear).__name__} takes {rows} of {stream} rows"
@@ -200,18 +213,14 @@ def linear_flops(linear: Any, input_needs: bool, gradients: bool) -> float:
     return sum(2.0 * size * (1 + (trains + needs if gradients else 0)) for size, trains, needs in products)
 
 
-def _windows(config: Any) -> list[int | None]:
-    """Per layer, how many keys back its queries see; None: all."""
+def windows_of(config: Any) -> list[int | None]:
+    """Per layer, how many keys back its queries see, themselves included; None: all."""
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     if kinds is None:
         uses = getattr(config, "use_sliding_window", True)
         return [window if uses else None] * config.num_hidden_layers
     return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
-def _within(seen: Tensor, window: int | None) -> Tensor:
-    return seen if window is None else seen.clamp(max=window)
 
 
 def trunk_config(model: nn.Module) -> Any:

@@ -46,6 +46,8 @@ class Meter:
     def forward(self, packed: PackedBatch) -> Iterator[None]:
         """Around a forward pass."""
         gradients = torch.is_grad_enabled()
+        if self._observer is not None:
+            self._observer.end()
         if gradients:
             self.trained += self._batch
         elif self._counts:

@@ -3,7 +3,7 @@
 The trainer marks the parts of a step (`part`), forward; an operation backward belongs to the part whose forward
 operation it differentiates (autograd gives both one number). On the CPU a part's time is that of its operations, those
 inside others counted once; on CUDA that of its kernels. Idle: no operation (on CUDA no kernel) runs; the host is in
-Python, or waits.
+Python, or waits. A validation between the steps is left out.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ WARMUP = 2  # steps before the first profiled one: allocation, and compilation o
 FOLDER, TRACE, TABLE = "profile", "trace.json", "table.md"
 PARTS = ("trunk", "attention", "head", "loss", "optimiser", "collation")
 OTHER, IDLE = "other", "idle"
+VALIDATION = "validation"  # no part of a step: neither its operations nor its seconds are in the table
 OPERATIONS = 12  # lines of the second table
 _MARK = "alro_fast part: "
 _NAMED = {"alro_fast::head": "head", "alro_fast_head": "head", "Optimizer.": "optimiser"}  # found in operations' names
@@ -39,7 +40,7 @@ _BACKWARD = "autograd::engine::evaluate_function: "
 
 
 def part(name: str) -> contextlib.AbstractContextManager[Any]:
-    """Around what belongs to one of PARTS; costs a microsecond where nobody profiles."""
+    """Around what belongs to one of PARTS, or to VALIDATION; costs a microsecond where nobody profiles."""
     return record_function(_MARK + name)
 
 
@@ -118,11 +119,15 @@ class Table(NamedTuple):
     def of(cls, events: Sequence[Any], wall: float, steps: int, flops: Flops | None, meter: Meter) -> Table:
         """events: of `torch.profiler.profile`."""
         cuda, parts = next(meter.model.parameters()).is_cuda, _Parts(events)
+        outside = [event.time_range for event in events if event.name == _MARK + VALIDATION]
+        wall -= sum(spent.elapsed_us() for spent in outside) / 1e6
         thread = next((event.thread for event in events if event.name.startswith(_MARK)), 0)
         seconds = dict.fromkeys((*PARTS, OTHER), 0.0)
         kinds: dict[tuple[str, str], list[float]] = defaultdict(list)
         for event in events:
             if event.name.startswith(_MARK) or not (cuda or event.thread == thread):
+                continue
+            if any(spent.start <= event.time_range.start <= spent.end for spent in outside):
                 continue
             spent = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
             if cuda and event.device_type != torch.autograd.DeviceType.CPU:

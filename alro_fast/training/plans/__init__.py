@@ -1,0 +1,1 @@
+"""What is trained together: lists measured, dealt into batches, and packed when asked for."""
