@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from .cli import OneLineParser, Reader, refuse_unread
+from .data.partitions.build import prepare_partitions
 from .data.prepared import FileOptions, add_file_options, prepare_lists
 from .data.signal_table import PREPARED
 from .data.signals import FOLDS, SignalOptions
@@ -23,6 +24,7 @@ READERS = {
     "negatives_by": _DRAWN,
     "ungraded": _DRAWN,
     "signal_folds": Reader("with --signals", "lists without signals", lambda options: options.signals is not None),
+    "signals": Reader("without --partitions", "partitioned lists", lambda options: options.partitions is None),
 }
 
 
@@ -32,7 +34,11 @@ def main(argv: Sequence[str]) -> None:
     options = ListOptions(**{f.name: getattr(arguments, f.name) for f in fields(ListOptions)})
     refuse_unread(arguments.given, READERS, arguments)
     signals = SignalOptions.of(arguments.signals, arguments.signal_folds)
-    prepare_lists(FileOptions.of(arguments), options, signals)
+    files = FileOptions.of(arguments)
+    if arguments.partitions is not None:
+        prepare_partitions(files, options, arguments.partitions)
+    else:
+        prepare_lists(files, options, signals)
 
 
 def parser() -> OneLineParser:
@@ -65,6 +71,12 @@ def parser() -> OneLineParser:
         default=defaults.ungraded,
         metavar="HOW",
         help="--negatives 1 or more: unrated, or as_zero, for clicks and purchases, whose ratings are all one",
+    )
+    cut.add_argument(
+        "--partitions",
+        type=int,
+        metavar="N",
+        help="of the users, prepared one after the other in less memory; a run that ended goes on (default: at once)",
     )
     beside = parser.add_argument_group("signals")
     beside.add_argument(

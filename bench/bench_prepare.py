@@ -49,8 +49,13 @@ def make_ratings(path: Path, rows: int, seed: int = 0) -> None:
 
 def measure(folder: Path, threads: int) -> dict[str, float]:
     """Seconds passed, seconds of processor time and peak GiB of `alro_fast.prepare` on the files of `folder`."""
-    command = [sys.executable, "-m", "alro_fast.prepare", "--dataset", "ml-32m", "--allow_altered"]
-    command += ["--raw_dir", str(folder), "--output_dir", str(folder / "lists"), "--overwrite_output_dir"]
+    words = ["--dataset", "ml-32m", "--allow_altered", "--raw_dir", str(folder)]
+    return measured([*words, "--output_dir", str(folder / "lists"), "--overwrite_output_dir"], threads)
+
+
+def measured(words: list[str], threads: int) -> dict[str, float]:
+    """Seconds passed, seconds of processor time and peak GiB of `alro_fast.prepare` with these words."""
+    command = [sys.executable, "-m", "alro_fast.prepare", *words]
     started = time.perf_counter()
     process = subprocess.Popen(
         command, env=os.environ | {"POLARS_MAX_THREADS": str(threads)}, stdout=subprocess.DEVNULL

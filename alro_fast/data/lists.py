@@ -7,12 +7,14 @@
     sampling.png             of a first stage: a plot of the users it sampled (optional)
     manifest.json            where the lists come from, how they were made, SHA-256 of the files beside it
 
+`prepare --partitions` writes folders lists-<split>/ and seen/ of 00000.parquet, 00001.parquet, ... in place of files: a
+table is its parts one after the other.
+
 train_count and train_mean are taken over the ratings that are in no validation or test candidate set.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -20,7 +22,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import numpy as np
 import polars as pl
@@ -29,42 +31,27 @@ from .. import __version__
 from ..errors import AlroFastError
 from ..run_folder import check_writable
 from ..texts import read_json
-from .records import LARGEST_RATING, Item, RankingList, Signal
+from .records import Item, RankingList, Signal
 from .signal_table import SIGNALS
-
-SPLITS = ("train", "valid", "test")
-FORMAT, FORMAT_VERSION = "alro_fast ranking lists", 1
-ITEM_SCHEMA = {
-    "item_id": pl.String,
-    "title": pl.String,
-    "category": pl.String,
-    "train_count": pl.Int64,
-    "train_mean": pl.Float64,
-}
-LIST_SCHEMA: dict[str, Any] = {
-    "list_id": pl.String,
-    "user_id": pl.String,
-    "history": pl.List(pl.UInt32),  # item indices, oldest first
-    "history_ratings": pl.List(pl.Float32),
-    "candidates": pl.List(pl.UInt32),  # item indices in presented order
-    "ratings": pl.List(pl.Float32),  # null: an unrated candidate
-    "all_equal": pl.Boolean,
-    "first_time": pl.Int64,  # of the earliest and the latest rated candidate, in the manifest's time_unit
-    "last_time": pl.Int64,
-}
-SIGNAL_COLUMNS = dict.fromkeys(  # optional, aligned with history or candidates; null: a list without; within: unknown
-    ("hints", *(f"{part}_{name}" for name in SIGNALS if name != "hint" for part in ("history", "candidate"))),
-    pl.List(pl.Float32),
+from .sources.files import sha256_of
+from .tables.checks import check_items, check_known, check_list_values, check_scale
+from .tables.schemas import (
+    FILES,
+    FORMAT,
+    FORMAT_VERSION,
+    IN_PARTS,
+    ITEM_SCHEMA,
+    LIST_SCHEMA,
+    OPTIONAL_FILES,
+    SEEN_SCHEMA,
+    SIGNAL_COLUMNS,
+    SPLITS,
+    TARGET_SCHEMA,
+    UNFINISHED,
+    fits,
+    stored_as,
 )
-TARGET_SCHEMA: dict[str, Any] = {
-    "split": pl.String,
-    "user_id": pl.String,
-    "item": pl.UInt32,
-    "place": pl.UInt32,  # among all items new to the user, in the retriever's order, 1 = first; null: not retrievable
-}
-SEEN_SCHEMA = {"user_id": pl.String, "items": pl.List(pl.UInt32)}  # one row per user
-FILES = ("items.parquet", *(f"lists-{split}.parquet" for split in SPLITS), "manifest.json")
-OPTIONAL_FILES = ("targets.parquet", "seen.parquet", "sampling.png")
+
 ROW_GROUP = 1 << 16
 
 
@@ -165,7 +152,7 @@ class PreparedData:
         if not isinstance(files, dict):
             raise AlroFastError(f"{path / 'manifest.json'} is damaged: it names no files; prepare the data again")
         frame = self._read("items.parquet", ITEM_SCHEMA)
-        _check_items(frame, str(path / "items.parquet"))
+        check_items(frame, str(path / "items.parquet"))
         columns = (frame[name].to_list() for name in ("item_id", "title", "category"))
         self.items: list[Item] = [Item(index, *cells) for index, cells in enumerate(zip(*columns))]
         self.train_count: np.ndarray = frame["train_count"].to_numpy()
@@ -173,16 +160,14 @@ class PreparedData:
         has_targets = "targets.parquet" in manifest["files"]
         self.targets: pl.DataFrame | None = self._read("targets.parquet", TARGET_SCHEMA) if has_targets else None
         for split in SPLITS:  # now, not when work is done; the lists are read again when they are asked for
-            file = self._checked(f"lists-{split}.parquet", LIST_SCHEMA, SIGNAL_COLUMNS)
-            check_list_values(pl.scan_parquet(file, glob=False), len(self.items), str(file))
+            for file in self._checked(f"lists-{split}.parquet", LIST_SCHEMA, SIGNAL_COLUMNS):
+                check_list_values(pl.scan_parquet(file, glob=False), len(self.items), str(file))
         for name, schema, column in (
             ("targets.parquet", TARGET_SCHEMA, "item"),
             ("seen.parquet", SEEN_SCHEMA, "items"),
         ):
-            if name in files:
-                _check_known(
-                    pl.scan_parquet(self._checked(name, schema), glob=False), column, len(self.items), str(path / name)
-                )
+            for file in self._checked(name, schema) if stored_as(files, name) else ():
+                check_known(pl.scan_parquet(file, glob=False), column, len(self.items), str(file))
         self._lists: dict[str, Lists] = {}
 
     def lists(self, split: str) -> Lists:
@@ -210,30 +195,36 @@ class PreparedData:
 
     def seen(self) -> dict[str, np.ndarray] | None:
         """User -> uint32 indices of every item the user has rated; None: the folder does not say."""
-        if "seen.parquet" not in self.manifest["files"]:
+        if not stored_as(self.manifest["files"], "seen.parquet"):
             return None
         frame = self._read("seen.parquet", SEEN_SCHEMA)
         items, offsets = _flat(frame["items"], np.uint32)
         return dict(zip(frame["user_id"].to_list(), np.split(items, offsets[1:-1])))
 
     def _read(self, name: str, schema: Mapping, optional: Mapping = MappingProxyType({})) -> pl.DataFrame:
-        return pl.read_parquet(self._checked(name, schema, optional), glob=False)
+        return pl.concat([pl.read_parquet(file, glob=False) for file in self._checked(name, schema, optional)])
 
-    def _checked(self, name: str, schema: Mapping, optional: Mapping = MappingProxyType({})) -> Path:
-        """The path of a file that is the one its manifest speaks of, with the columns it should have."""
+    def _checked(self, name: str, schema: Mapping, optional: Mapping = MappingProxyType({})) -> list[Path]:
+        """The paths of a table's files, which are those its manifest speaks of, with the columns it should have."""
+        parts = stored_as(self.manifest["files"], name) or [name]
+        files = [self._intact(part, schema, optional) for part in parts]
+        for file in files[1:]:
+            if pl.read_parquet_schema(file) != pl.read_parquet_schema(files[0]):
+                raise AlroFastError(f"{file} has other columns than {files[0].name}; prepare the data again")
+        return files
+
+    def _intact(self, name: str, schema: Mapping, optional: Mapping) -> Path:
         file = self.path / name
         if not file.is_file():
             raise AlroFastError(f"{self.path} lacks {name}; prepare the data again")
-        with file.open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
         known = self.manifest["files"].get(name)
-        if not isinstance(known, dict) or found != known.get("sha256"):
+        if not isinstance(known, dict) or sha256_of(file) != known.get("sha256"):
             raise AlroFastError(f"{file} is not the file its manifest.json speaks of; prepare the data again")
         try:
             columns = pl.read_parquet_schema(file)
         except (pl.exceptions.PolarsError, OSError):
             raise AlroFastError(f"{file} is no Parquet file; prepare the data again") from None
-        if not _fits(columns, schema, optional):
+        if not fits(columns, schema, optional):
             raise AlroFastError(f"{file} has columns {list(columns)}; expected {list(schema)}: prepare the data again")
         return file
 
@@ -283,12 +274,8 @@ def write_prepared(
     if unknown:
         raise AlroFastError(f"unknown splits {unknown}; expected {', '.join(SPLITS)}")
     frames = {split: _list_frame(lists_by_split.get(split, ())) for split in SPLITS}
-    highest = max((cast(float, frame["ratings"].explode().max() or 0.0) for frame in frames.values()), default=0.0)
-    if highest > LARGEST_RATING:
-        raise AlroFastError(
-            f"ratings reach {highest:g}, and gains are 2^rating - 1: bring them to a scale that ends at "
-            f"{LARGEST_RATING:g} or below, such as 1 to 5"
-        )
+    for frame in frames.values():
+        check_scale(frame)
     for index, item in enumerate(() if isinstance(items, pl.DataFrame) else items):
         if item.index != index:
             raise AlroFastError(f"item {item.item_id!r} has index {item.index} at position {index}; they must agree")
@@ -303,25 +290,33 @@ def write_prepared(
         tables = dict(zip(FILES, [items, *frames.values()]))
         tables |= {name: frame for name, frame in optional.items() if frame is not None}
         for name, frame in tables.items():
-            file = Path(work) / name
-            frame.write_parquet(file, compression="zstd", row_group_size=ROW_GROUP)
-            with file.open("rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
-            written[name] = {"rows": frame.height, "sha256": digest}
-        manifest = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "package_version": __version__,
-            **(manifest_extra or {}),
-            "files": written,
-        }
-        text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        (Path(work) / "manifest.json").write_text(text, encoding="utf-8")
+            written[name] = write_table(Path(work) / name, frame)
+        (Path(work) / "manifest.json").write_text(manifest_text(written, manifest_extra or {}), encoding="utf-8")
         path.mkdir(exist_ok=True)
-        for name in ("manifest.json", *OPTIONAL_FILES):
-            (path / name).unlink(missing_ok=True)
+        clear(path)
+        shutil.rmtree(path / UNFINISHED, ignore_errors=True)
         for name in (*tables, "manifest.json"):
             shutil.move(Path(work) / name, path / name)
+
+
+def write_table(file: Path, frame: pl.DataFrame) -> dict[str, Any]:
+    """Write a table of a prepared folder; what its manifest says of it: rows and sha256."""
+    frame.write_parquet(file, compression="zstd", row_group_size=ROW_GROUP)
+    return {"rows": frame.height, "sha256": sha256_of(file)}
+
+
+def manifest_text(files: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
+    """manifest.json of a folder with these files, which are told by name as `write_table` tells them."""
+    head = {"format": FORMAT, "format_version": FORMAT_VERSION, "package_version": __version__}
+    return json.dumps({**head, **extra, "files": dict(files)}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def clear(path: Path) -> None:
+    """Remove the files of a prepared folder, manifest.json first: what is left of it is none."""
+    for name in ("manifest.json", *FILES, *OPTIONAL_FILES):
+        (path / name).unlink(missing_ok=True)
+    for name in IN_PARTS:
+        shutil.rmtree(path / name.removesuffix(".parquet"), ignore_errors=True)
 
 
 def seen_frame(user: np.ndarray, item: np.ndarray, user_ids: pl.Series) -> pl.DataFrame:
@@ -338,8 +333,9 @@ def check_output_folder(path: Path) -> None:
     for folder in (path, path.absolute().parent):  # new lists are written beside the old, then take their place
         check_writable(folder)
     found = {p.name for p in path.iterdir()} if path.exists() else set()
-    foreign = sorted(found - {*FILES, *OPTIONAL_FILES})
-    if not foreign and found and read_manifest(path) is None:
+    parts = {name.removesuffix(".parquet") for name in IN_PARTS if (path / name.removesuffix(".parquet")).is_dir()}
+    foreign = sorted(found - {*FILES, *OPTIONAL_FILES, *parts, UNFINISHED})
+    if not foreign and found and UNFINISHED not in found and read_manifest(path) is None:
         foreign = sorted(found)
     if foreign:
         names = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
@@ -357,7 +353,7 @@ def _flat(column: pl.Series, dtype: type) -> tuple[np.ndarray, np.ndarray]:
 
 def _list_frame(lists: Sequence[RankingList] | pl.DataFrame) -> pl.DataFrame:
     if isinstance(lists, pl.DataFrame):
-        if not _fits(lists.schema, LIST_SCHEMA, SIGNAL_COLUMNS):
+        if not fits(lists.schema, LIST_SCHEMA, SIGNAL_COLUMNS):
             raise AlroFastError(f"list frame has columns {dict(lists.schema)}; expected {LIST_SCHEMA}")
         return lists
     rows = [
@@ -388,69 +384,6 @@ def _list_frame(lists: Sequence[RankingList] | pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=LIST_SCHEMA, orient="row").with_columns(**beside)
 
 
-def _fits(columns: Mapping, schema: Mapping, optional: Mapping) -> bool:
-    """Whether the columns are those of `schema` and, beyond them, some of `optional`."""
-    beyond = {name: kind for name, kind in columns.items() if name not in schema}
-    return all(optional.get(name) == kind for name, kind in beyond.items()) and all(
-        columns.get(name) == kind for name, kind in schema.items()
-    )
-
-
-def check_list_values(lists: pl.LazyFrame, items: int, place: str) -> None:
-    """AlroFastError, naming the first list, for values that no list of a catalogue of so many items can have."""
-    column = pl.col
-    beside = [name for name in lists.collect_schema().names() if name in SIGNAL_COLUMNS]
-    aligned = ("history_ratings", "ratings", *beside)
-    of = {name: "history" if name.startswith("history_") else "candidates" for name in aligned}
-    size = {name: column(name).list.len() for name in ("history", "candidates", *of)}
-    faults = {
-        "has no name, no user or no all_equal": pl.any_horizontal(column("list_id", "user_id", "all_equal").is_null()),
-        "has no history (an empty one is a list)": size["history"].is_null(),
-        "has no candidates": size["candidates"].fill_null(0) == 0,
-        "names a candidate twice": column("candidates").list.n_unique() != size["candidates"],
-    }
-    for name, part in of.items():  # a list may do without a signal
-        missing = pl.lit(False) if name in beside else size[name].is_null()
-        faults[f"has {name} of another length than its {part}"] = missing | (size[name] != size[part])
-    for name in ("history", "candidates"):
-        unknown = (column(name).list.max() >= items) | (column(name).list.drop_nulls().list.len() != size[name])
-        faults[f"has an item in its {name} that is none of the {items:,} of items.parquet"] = unknown
-    for name in ("history_ratings", "ratings"):
-        faults[f"has a negative rating among its {name}"] = column(name).list.min() < 0
-        beyond = column(name).list.max() > LARGEST_RATING
-        faults[f"has a rating among its {name} that is infinite or above {LARGEST_RATING:g}"] = beyond
-    found = lists.select(expression.fill_null(False).any().alias(name) for name, expression in faults.items()).collect()
-    for fault, expression in faults.items():
-        if found[fault].item():
-            first = lists.filter(expression.fill_null(False)).select("list_id").head(1).collect().item()
-            raise AlroFastError(f"{place}: list {first!r} {fault}; prepare the data again")
-
-
-def _check_items(frame: pl.DataFrame, place: str) -> None:
-    """AlroFastError for items without an id, a title or a category (empty ones are texts), or impossible counts."""
-    texts, count = frame.select("item_id", "title", "category"), frame["train_count"]
-    mean = frame["train_mean"].drop_nulls()
-    faults = {
-        "an item without an id, a title or a category": any(texts.null_count().row(0)),
-        "an item_id twice": frame["item_id"].n_unique() < frame.height,
-        "a train_count that is missing or negative": count.null_count() or (count < 0).any(),
-        "a train_mean that is negative or no number": (mean < 0).any() or not mean.is_finite().all(),
-    }
-    for fault, found in faults.items():
-        if found:
-            raise AlroFastError(f"{place} has {fault}; prepare the data again")
-
-
-def _check_known(frame: pl.LazyFrame, column: str, items: int, place: str) -> None:
-    highest = (
-        frame.select(pl.col(column).explode().max() if column == "items" else pl.col(column).max()).collect().item()
-    )
-    if highest is not None and highest >= items:
-        raise AlroFastError(
-            f"{place} names item {highest}, none of the {items:,} of items.parquet; prepare the data again"
-        )
-
-
 def _nan_to_none(values: Sequence[float]) -> list[float | None]:
     return [None if math.isnan(value) else value for value in values]
 
@@ -479,7 +412,10 @@ def _distinct_ratings(
 
 def train_statistics(item: np.ndarray, rating: np.ndarray, items: int) -> tuple[pl.Series, pl.Series]:
     """Number and mean of the ratings of each item; mean null where there is none."""
-    count = np.bincount(item, minlength=items)
-    total = np.bincount(item, weights=rating, minlength=items)
-    mean = np.divide(total, count, out=np.full(items, np.nan), where=count > 0)
+    return mean_of(np.bincount(item, minlength=items), np.bincount(item, weights=rating, minlength=items))
+
+
+def mean_of(count: np.ndarray, total: np.ndarray) -> tuple[pl.Series, pl.Series]:
+    """Columns train_count and train_mean of items with so many ratings of this sum."""
+    mean = np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
     return pl.Series(count.astype(np.int64)), pl.Series(mean).fill_nan(None)

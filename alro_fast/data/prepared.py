@@ -174,18 +174,9 @@ def add_file_options(parser: argparse.ArgumentParser) -> None:
 
 def read_files(files: FileOptions, stage: Stages) -> Interactions:
     """Download if need be, read and check; the k-core where asked for."""
-    raw_dir = files.raw_dir
-    if downloads(files):
-        folder = cache_folder(files.dataset)
-        raw_dir = download(files.dataset, folder, accept_licence=files.accept_licence)
-        stage.done(f"files of {files.dataset} at {raw_dir}")
     interactions = read_interactions(
         files.dataset,
-        raw_dir,
-        ratings_file=files.ratings_file,
-        items_file=files.items_file,
-        columns=files.columns,
-        separator=files.separator,
+        **raw_files(files, stage),
         duplicates=files.duplicates,
         untitled=files.untitled,
         allow_altered=files.allow_altered,
@@ -199,6 +190,17 @@ def read_files(files: FileOptions, stage: Stages) -> Interactions:
     left = [f"{count:,} {name}" for name, count in core.counts["k_core"]["after"].items()]
     stage.done(f"took the {files.k_core}-core: {', '.join(left)}")
     return core
+
+
+def raw_files(files: FileOptions, stage: Stages) -> dict[str, Any]:
+    """What says where the ratings are, to `read_interactions` and to `opened`; downloaded if need be."""
+    raw_dir = files.raw_dir
+    if downloads(files):
+        folder = cache_folder(files.dataset)
+        raw_dir = download(files.dataset, folder, accept_licence=files.accept_licence)
+        stage.done(f"files of {files.dataset} at {raw_dir}")
+    named = {name: getattr(files, name) for name in ("ratings_file", "items_file", "columns", "separator")}
+    return {"raw_dir": raw_dir, **named}
 
 
 def check_output(files: FileOptions, recorded: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ than a candidate. Equal timestamps are ordered by TIE_RULE.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -81,6 +81,11 @@ class ListOptions:
             raise AlroFastError(f"--negatives_by {self.negatives_by!r}; expected 'uniform' or 'popularity'")
 
     @property
+    def least_ratings(self) -> int:
+        """Of a user who has a list."""
+        return self.min_history + self.list_size
+
+    @property
     def split_rule(self) -> str:
         """What the manifest says of how ratings are split."""
         return SPLIT_RULE if self.test_lists == 1 else SPLIT_RULE_OF_MORE.format(test_lists=self.test_lists)
@@ -123,28 +128,47 @@ def build_lists(interactions: Interactions, options: ListOptions, notice: Callab
         notice(f"ratings of {unsorted_users:,} users were not in time order: sorted")
     ratings_of = np.diff(timeline.offsets)
     windows = plan_windows(ratings_of, options)
-    skipped = int((ratings_of < options.min_history + options.list_size).sum())
-    if skipped == len(ratings_of):
-        raise AlroFastError(
-            f"no user has {options.min_history + options.list_size} ratings (min_history {options.min_history} + "
-            f"list_size {options.list_size}; the most is {ratings_of.max()}); lower --list_size or --min_history"
-        )
-    if skipped:
-        least = options.min_history + options.list_size
-        notice(f"{skipped:,} of {len(ratings_of):,} users skipped: fewer than {least} ratings")
+    skipped = int((ratings_of < options.least_ratings).sum())
+    say_skipped(skipped, len(ratings_of), int(ratings_of.max()), options, notice)
     items = _with_statistics(interactions.items, timeline, windows, options)
-    negatives = _Negatives(timeline, items["train_count"].to_numpy(), item_hash, options) if options.negatives else None
-    cutter = _Cutter(timeline, interactions.user_ids, user_hash, item_hash, options, negatives)
+    negatives = Negatives(timeline, items["train_count"].to_numpy(), item_hash, options) if options.negatives else None
+    cutter = Cutter(timeline, interactions.user_ids, user_hash, item_hash, options, negatives)
     lists = {split: cutter.frame(*windows[split]) for split in SPLITS}
-    empty = [split for split in SPLITS if not lists[split].height]
-    if empty:
-        sizes = f"--list_size {options.list_size}, --test_lists {options.test_lists}"
-        notice(f"no {' and no '.join(empty)} lists: users have too few ratings for {sizes}; lower them")
-    same_time = np.diff(timeline.time) == 0
-    same_time[timeline.offsets[1:-1] - 1] = False  # the last rating of a user and the first of the next
     counts = {
         "users_skipped": skipped,
         "users_not_in_time_order": unsorted_users,
+        **count_lists(timeline, windows, lists),
+    }
+    say_empty(counts["lists"], options, notice)
+    return Built(items, lists, counts, timeline, windows)
+
+
+def say_skipped(skipped: int, users: int, most: int, options: ListOptions, notice: Callable[[str], None]) -> None:
+    """Notice how many users have too few ratings for a list; AlroFastError where all have. most: ratings of a user."""
+    if skipped == users:
+        raise AlroFastError(
+            f"no user has {options.least_ratings} ratings (min_history {options.min_history} + "
+            f"list_size {options.list_size}; the most is {most}); lower --list_size or --min_history"
+        )
+    if skipped:
+        notice(f"{skipped:,} of {users:,} users skipped: fewer than {options.least_ratings} ratings")
+
+
+def say_empty(lists: Mapping[str, int], options: ListOptions, notice: Callable[[str], None]) -> None:
+    """Notice splits without a list."""
+    empty = [split for split in SPLITS if not lists[split]]
+    if empty:
+        sizes = f"--list_size {options.list_size}, --test_lists {options.test_lists}"
+        notice(f"no {' and no '.join(empty)} lists: users have too few ratings for {sizes}; lower them")
+
+
+def count_lists(
+    timeline: Timeline, windows: Mapping[str, tuple[np.ndarray, np.ndarray]], lists: Mapping[str, pl.DataFrame]
+) -> dict[str, Any]:
+    """What the manifest counts of lists that were cut at these windows: ints, or ints by split."""
+    same_time = np.diff(timeline.time) == 0
+    same_time[timeline.offsets[1:-1] - 1] = False  # the last rating of a user and the first of the next
+    return {
         "ratings_sharing_a_timestamp": int((np.append(same_time, False) | np.append(False, same_time)).sum()),
         "lists": {split: frame.height for split, frame in lists.items()},
         "lists_all_equal": {split: int(frame["all_equal"].sum()) for split, frame in lists.items()},
@@ -153,7 +177,6 @@ def build_lists(interactions: Interactions, options: ListOptions, notice: Callab
             for split, (users, starts) in windows.items()
         },
     }
-    return Built(items, lists, counts, timeline, windows)
 
 
 def chronological(
@@ -228,8 +251,8 @@ def _with_statistics(
     return items.with_columns(train_count=count, train_mean=mean)
 
 
-class _Cutter:
-    """Windows -> rows of LIST_SCHEMA."""
+class Cutter:
+    """Windows -> rows of LIST_SCHEMA. user_hash, item_hash: `hash_ids` of user_ids, and of the catalogue's ids."""
 
     def __init__(
         self,
@@ -238,7 +261,7 @@ class _Cutter:
         user_hash: np.ndarray,
         item_hash: np.ndarray,
         options: ListOptions,
-        negatives: _Negatives | None,
+        negatives: Negatives | None,
     ):
         self.timeline, self.user_ids, self.item_hash = timeline, user_ids, item_hash
         self.user_hash, self.options, self.negatives = user_hash, options, negatives
@@ -287,7 +310,7 @@ class _Cutter:
         )
 
 
-class _Negatives:
+class Negatives:
     """Items a user never rated, drawn by hash: the same for the same list whatever else is prepared beside it."""
 
     def __init__(self, timeline: Timeline, train_count: np.ndarray, item_hash: np.ndarray, options: ListOptions):

@@ -374,7 +374,10 @@ lists.json --adapter tasks --hybrid nonsense | nonsense
 """, before="--adapter run --model tuned lists.json"),
     *cases("prepare", """
 nowhere.csv | is not a file
-data | is not a file
+data | has no file that ends in .csv
+'nowhere/*.csv' | has no file that ends in .csv
+bad/fine.csv --partitions 0 | expected 1 to 10,000
+bad/fine.csv --partitions 2 --signals average | is no option of partitioned lists
 bad/bomb.csv.gz | unfolds to more than
 bad/line.csv.gz | has a line of more than
 bad/no.csv.gz | is not an intact gzip file

@@ -57,6 +57,7 @@ PREPARE_READ = [
     Read("negatives_by", f"{CSV} --negatives 2", "--negatives_by popularity"),
     Read("ungraded", f"{CSV} --negatives 2", "--ungraded as_zero"),
     Read("test_lists", CSV, "--test_lists 2"),
+    Read("partitions", CSV, "--partitions 2"),
     Read("signals", CSV, "--signals average"),
     Read("signal_folds", f"{CSV} --signals average", "--signal_folds 2"),
     Read("seed", CSV, "--seed 1"),
@@ -86,6 +87,7 @@ PREPARE_REFUSED = [
     Refused("negatives_by", CSV, "--negatives_by popularity", "with --negatives 1 or more"),
     Refused("ungraded", CSV, "--ungraded as_zero", "with --negatives 1 or more"),
     Refused("signal_folds", CSV, "--signal_folds 5", "with --signals"),
+    Refused("signals", f"{CSV} --partitions 2", "--signals average", "without --partitions"),
     Refused("negatives_by", f"{CSV} --negatives 0", "--negatives_by uniform", "with --negatives 1 or more"),
 ]
 
@@ -144,7 +146,7 @@ def test_every_option_of_prepare_is_read(ratings, capsys):
         out = () if "--output_dir" in words else ("--output_dir", "out")
         try:
             prepare.main([*words.split(), *out])
-            places = (path for name in ("out", "elsewhere", "full") for path in ratings.glob(f"{name}/*"))
+            places = (path for name in ("out", "elsewhere", "full") for path in ratings.glob(f"{name}/**/*.*"))
             found = "", {str(path): without_record(path) for path in places}
         except AlroFastError as error:
             found = str(error), {}

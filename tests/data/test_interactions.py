@@ -102,7 +102,7 @@ def test_a_pipe_is_read_as_a_file_is(tmp_path):
     assert found.rating.tolist() == [4.0, 3.0]
     assert found.sources[0]["sha256"] == hashlib.sha256(text).hexdigest()
     with pytest.raises(AlroFastError, match="is not a file"):
-        read_interactions("csv", ratings_file=tmp_path)
+        read_interactions("csv", ratings_file=tmp_path / "none.csv")
 
 
 def test_column_of_truth_values_is_no_rating(tmp_path):

@@ -43,7 +43,10 @@ class LeftOut(NamedTuple):
 
 
 class RawData(NamedTuple):
-    """What a reader gives: lazy `ratings` (user, item, rating, time), `items` (item_id, title, category), files."""
+    """What a reader gives: lazy `ratings` (user, item, rating, time), `items` (item_id, title, category), files.
+
+    parts: of ratings that stand in several files, each file with its own; `ratings` are these one after the other.
+    """
 
     ratings: pl.LazyFrame
     items: pl.DataFrame
@@ -51,6 +54,7 @@ class RawData(NamedTuple):
     time_unit: str = "s"
     rated_items_only: bool = False  # the item file describes far more items than the ratings speak of
     left_out: tuple[LeftOut, ...] = ()
+    parts: tuple[tuple[Path, pl.LazyFrame], ...] = ()
 
 
 def rating_columns(names: Columns) -> Wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import math
 import shutil
@@ -96,6 +97,12 @@ def regular(path: Path, workdir: Path) -> Path:
     return copy
 
 
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def text_lines(path: Path) -> Iterator[str]:
     """Lines of a latin-1 file, where a title may hold characters that str.splitlines takes for line ends."""
     with path.open(encoding="latin-1") as file:
@@ -149,7 +156,7 @@ def scan_table(path: Path, separator: str | None, workdir: Path, names: list[str
     separator = separator or ("\t" if ".tsv" in suffixes else ",")
     if suffixes[-1:] != [".gz"]:
         return scan_csv(path, separator, names)
-    plain = workdir / path.stem
+    plain = workdir / f"{len(list(workdir.iterdir()))}-{path.stem}"  # parts of a table may be called the same
     with plain.open("wb") as out:
         out.writelines(blocks(path))
     return scan_csv(plain, separator, names)

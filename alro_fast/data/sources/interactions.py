@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,8 @@ from ...errors import AlroFastError
 from ...texts import is_file
 from .amazon import AMAZON_COLUMNS, read_amazon
 from .columns import Columns, RawData
-from .files import polars_errors, regular
+from .files import polars_errors, regular, sha256_of
+from .parts import is_several, parts_of
 from .readers import FOLDERS, read_table
 
 MOVIELENS = {  # official counts of ratings, users and movies
@@ -75,48 +76,70 @@ def read_interactions(
     allow_altered: accept a MovieLens folder whose counts differ from the published ones.
     Raises AlroFastError with one line for whatever is missing, malformed or not of this data set.
     """
-    _need(dataset in DATASETS, f"unknown dataset {dataset!r}; expected one of {', '.join(DATASETS)}")
     _need(duplicates in {"error", "drop"}, f"duplicates={duplicates!r}; expected 'error' or 'drop'")
     _need(untitled in {"keep", "drop"}, f"untitled={untitled!r}; expected 'keep' or 'drop'")
-    _need(separator is None or len(separator.encode()) == 1, f"separator {separator!r} is not one ASCII character")
-    columns = columns or Columns()
-    ratings, items = locate(dataset, raw_dir, ratings_file, items_file)
-    with tempfile.TemporaryDirectory(prefix="alro_fast-") as work:
-        (into := Path(work) / "pipes").mkdir()
-        ratings, items = regular(ratings, into), items and regular(items, into)
-        raw = _read(dataset, ratings, items, columns, separator, Path(work))
-        table, user_ids, item_ids, counts = _encode(raw, ratings)
-        sources = tuple({"name": f.name, "bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in raw.files)
-    counts["items"] = raw.items.height
-    for name, number, why in raw.left_out:
-        counts[name] = number
-        if number:
-            notice(f"{number:,} {why}")
-    if dataset in MOVIELENS:
-        _check_counts(dataset, (counts["ratings"], counts["users"], counts["items"]), allow_altered, notice)
-    table = _one_rating_per_item(table, ratings, user_ids, item_ids, duplicates, counts, notice)
-    catalogue, recode = _catalogue(raw, item_ids, untitled)
+    files = {"ratings_file": ratings_file, "items_file": items_file}
+    with opened(dataset, raw_dir, **files, columns=columns, separator=separator) as (raw, ratings):
+        user_ids, item_ids, counts = checked_ids(raw, ratings)
+        with polars_errors(ratings):
+            table = encoded(raw.ratings, user_ids, item_ids).collect(engine="streaming")
+        sources = sources_of(raw)
+    check_counts(dataset, raw, counts, allow_altered, notice)
+    table = one_rating_per_item(table, ratings.name, user_ids, item_ids, duplicates, counts)
+    for line in dropped_lines(counts):
+        notice(line)
+    catalogue, recode = catalogue_of(raw, item_ids, untitled)
     table = table.with_columns(item=recode[table["item"].to_numpy()])
     if untitled == "drop":
         table, user_ids = _drop_untitled(table, user_ids, counts)
         _need(table.height, f"no item of {ratings.name} has a title; pass --untitled keep, or a file that has titles")
-    counts["items"] = catalogue.height
-    counts["untitled_items"] = int(catalogue["title"].is_null().sum())
-    if counts["untitled_items"]:
-        notice(f"{counts['untitled_items']:,} items have no title: shown by their id (--untitled drop leaves them out)")
+    count_items(catalogue, counts, notice)
     return Interactions(
         user=table["user"].to_numpy(),
         item=table["item"].cast(pl.UInt32).to_numpy(),
         rating=table["rating"].to_numpy(),
         time=table["time"].to_numpy(),
         user_ids=user_ids,
-        items=catalogue.with_columns(
-            pl.col("title").fill_null(pl.col("item_id")), pl.col("category").str.strip_chars().fill_null("")
-        ),
+        items=shown(catalogue),
         sources=sources,
         time_unit=raw.time_unit,
         counts=counts,
     )
+
+
+@contextmanager
+def opened(
+    dataset: str,
+    raw_dir: str | Path | None = None,
+    *,
+    ratings_file: str | Path | None = None,
+    items_file: str | Path | None = None,
+    columns: Columns | None = None,
+    separator: str | None = None,
+) -> Iterator[tuple[RawData, Path]]:
+    """What a data set's reader gives, and where its ratings were found, with the arguments of `read_interactions`.
+
+    Temporary copies are there until the context ends.
+    """
+    _need(dataset in DATASETS, f"unknown dataset {dataset!r}; expected one of {', '.join(DATASETS)}")
+    _need(separator is None or len(separator.encode()) == 1, f"separator {separator!r} is not one ASCII character")
+    ratings, items = locate(dataset, raw_dir, ratings_file, items_file)
+    with tempfile.TemporaryDirectory(prefix="alro_fast-") as work:
+        (into := Path(work) / "pipes").mkdir()
+        parts = parts_of(ratings, dataset) if dataset in TABLES else (ratings,)
+        parts, items = tuple(regular(part, into) for part in parts), items and regular(items, into)
+        yield _read(dataset, parts, items, columns or Columns(), separator, Path(work)), ratings
+
+
+def sources_of(raw: RawData) -> tuple[dict, ...]:
+    """Name, bytes and SHA-256 of every file that was read."""
+    return tuple({"name": f.name, "bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in raw.files)
+
+
+def shown(catalogue: pl.DataFrame) -> pl.DataFrame:
+    """Items as lists show them: by their id where they have no title; no item is without a category."""
+    title, category = pl.col("title").fill_null(pl.col("item_id")), pl.col("category").str.strip_chars().fill_null("")
+    return catalogue.with_columns(title, category)
 
 
 def locate(
@@ -125,15 +148,19 @@ def locate(
     ratings_file: str | Path | None = None,
     items_file: str | Path | None = None,
 ) -> tuple[Path, Path | None]:
-    """Paths of the ratings and the item file; AlroFastError if one is missing or several could be meant."""
+    """Paths of the ratings and the item file; AlroFastError if one is missing or several could be meant.
+
+    The ratings of TABLES may be a folder or a pattern, of which `parts_of` has the files.
+    """
     ratings, items = given = [Path(f) if f else None for f in (ratings_file, items_file)]
+    several = dataset in TABLES and ratings is not None and is_several(ratings)
     for flag, path in zip(("--ratings_file", "--items_file"), given):
-        _need(path is None or is_file(path), f"{flag} {path} is not a file")
+        _need(path is None or is_file(path) or (several and path is ratings), f"{flag} {path} is not a file")
     if dataset in TABLES:
         if ratings is None:
             raise AlroFastError(f"dataset {dataset!r} needs --ratings_file PATH")
         _need(
-            (dataset == "parquet") == (ratings.suffix == ".parquet"),
+            several or (dataset == "parquet") == (ratings.suffix == ".parquet"),
             f"--ratings_file {ratings.name} does not look like {dataset}; pass --dataset csv or parquet to match it",
         )
         return ratings, items
@@ -167,33 +194,25 @@ def locate(
     return ratings or folder / wanted[0], items or folder / wanted[1]
 
 
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _need(condition: object, message: str) -> None:
     if not condition:
         raise AlroFastError(message)
 
 
 def _read(
-    dataset: str, ratings: Path, items: Path | None, columns: Columns, separator: str | None, workdir: Path
+    dataset: str, parts: Sequence[Path], items: Path | None, columns: Columns, separator: str | None, workdir: Path
 ) -> RawData:
     if dataset in TABLES:
-        return read_table(ratings, items, columns, separator, workdir)
-    described = cast(Path, items)  # `locate` finds both
+        return read_table(parts, items, columns, separator, workdir)
+    (ratings,), described = parts, cast(Path, items)  # `locate` finds both
     if dataset in AMAZON_COLUMNS:
         return read_amazon(dataset, ratings, described, columns, workdir)
     return FOLDERS[dataset].read(ratings, described, columns)
 
 
-def _encode(raw: RawData, path: Path) -> tuple[pl.DataFrame, pl.Series, pl.Series, dict[str, int]]:
-    """Check every cell, then turn ids into codes in the order of the sorted ids; two streaming passes over the file."""
-    schema = raw.ratings.collect_schema()
-    user, item = (pl.col(name).cast(pl.String) for name in ("user", "item"))
-    rating, time = _as_number(pl.col("rating"), schema["rating"]), _as_time(pl.col("time"), schema["time"])
+def checked_ids(raw: RawData, path: Path) -> tuple[pl.Series, pl.Series, dict[str, int]]:
+    """Check every cell: the sorted ids of users and of rated items, and how many ratings and of them there are."""
+    user, item, rating, time = _cells(raw.ratings)
     faults = {
         "has no user": _blank(user),
         "has no item": _blank(item),
@@ -216,23 +235,38 @@ def _encode(raw: RawData, path: Path) -> tuple[pl.DataFrame, pl.Series, pl.Serie
         _need(count, f"{path.name} holds no ratings")
         for fault, expression in faults.items():
             if bad := summary[fault].item():
-                _raise_fault(raw.ratings, path, fault, expression, bad)
-        user_ids, item_ids = sorted_ids(users.to_series()), sorted_ids(items.to_series())
-        table = raw.ratings.select(
-            user.cast(pl.Enum(user_ids)).to_physical().cast(pl.UInt32),
-            item.cast(pl.Enum(item_ids)).to_physical().cast(pl.UInt32),
-            rating.cast(pl.Float32),
-            time,
-        ).collect(engine="streaming")
-    counts = {"ratings": count, "users": len(user_ids), "rated_items": len(item_ids)}
-    return table, user_ids.alias("user_id"), item_ids.alias("item_id"), counts
+                _raise_fault(raw, path, fault, expression, bad)
+        user_ids, item_ids = (sorted_ids(found.to_series()).alias(f"{found.columns[0]}_id") for found in (users, items))
+    return user_ids, item_ids, {"ratings": count, "users": len(user_ids), "rated_items": len(item_ids)}
 
 
-def _raise_fault(ratings: pl.LazyFrame, path: Path, fault: str, expression: pl.Expr, bad: int) -> None:
-    first = ratings.with_row_index("row").filter(expression.fill_null(False)).head(1).collect().row(0, named=True)
+def encoded(ratings: pl.LazyFrame, user_ids: pl.Series, item_ids: pl.Series) -> pl.LazyFrame:
+    """Ratings whose cells are checked: user, item as uint32 codes (rows of the ids), rating float32, time int64."""
+    user, item, rating, time = _cells(ratings)
+    return ratings.select(
+        user.cast(pl.Enum(user_ids)).to_physical().cast(pl.UInt32),
+        item.cast(pl.Enum(item_ids)).to_physical().cast(pl.UInt32),
+        rating.cast(pl.Float32),
+        time,
+    )
+
+
+def _cells(ratings: pl.LazyFrame) -> tuple[pl.Expr, pl.Expr, pl.Expr, pl.Expr]:
+    """User and item as text, rating and time as numbers (null: they are none), of whatever types the file has."""
+    schema = ratings.collect_schema()
+    user, item = (pl.col(name).cast(pl.String) for name in ("user", "item"))
+    return user, item, _as_number(pl.col("rating"), schema["rating"]), _as_time(pl.col("time"), schema["time"])
+
+
+def _raise_fault(raw: RawData, path: Path, fault: str, expression: pl.Expr, bad: int) -> None:
+    searched = (
+        (file, ratings.with_row_index("row").filter(expression.fill_null(False)).head(1).collect())
+        for file, ratings in raw.parts or ((path, raw.ratings),)
+    )
+    file, first = next((file, found.row(0, named=True)) for file, found in searched if found.height)
     cells = ", ".join(f"{name} {first[name]!r}" for name in ("user", "item", "rating", "time"))
     more = f" ({bad:,} such rows)" if bad > 1 else ""
-    raise AlroFastError(f"{path.name} row {first['row'] + 1} {fault}: {cells}{more}; mend or remove it")
+    raise AlroFastError(f"{file.name} row {first['row'] + 1} {fault}: {cells}{more}; mend or remove it")
 
 
 def _blank(column: pl.Expr) -> pl.Expr:
@@ -264,10 +298,17 @@ def sorted_ids(ids: pl.Series) -> pl.Series:
     return ids.gather(numbers.arg_sort()) if plain else ids.sort()
 
 
-def _check_counts(
-    dataset: str, found: tuple[int, int, int], allow_altered: bool, notice: Callable[[str], None]
+def check_counts(
+    dataset: str, raw: RawData, counts: dict[str, Any], allow_altered: bool, notice: Callable[[str], None]
 ) -> None:
-    official = MOVIELENS[dataset]
+    """Put what the reader left out into `counts`; AlroFastError where MovieLens has other counts than published."""
+    counts["items"] = raw.items.height
+    for name, number, why in raw.left_out:
+        counts[name] = number
+        if number:
+            notice(f"{number:,} {why}")
+    found = counts["ratings"], counts["users"], counts["items"]
+    official = MOVIELENS.get(dataset, found)
     if found == official:
         return
     words = "{:,} ratings, {:,} users, {:,} movies"
@@ -278,17 +319,31 @@ def _check_counts(
     notice(message)
 
 
-def _one_rating_per_item(
+def count_items(catalogue: pl.DataFrame, counts: dict[str, Any], notice: Callable[[str], None]) -> None:
+    """Put the numbers of items, and of those without a title, into `counts`."""
+    counts["items"] = catalogue.height
+    counts["untitled_items"] = int(catalogue["title"].is_null().sum())
+    if counts["untitled_items"]:
+        notice(f"{counts['untitled_items']:,} items have no title: shown by their id (--untitled drop leaves them out)")
+
+
+def one_rating_per_item(
     table: pl.DataFrame,
-    path: Path,
+    name: str,
     user_ids: pl.Series,
     item_ids: pl.Series,
     duplicates: str,
     counts: dict[str, int],
-    notice: Callable[[str], None],
 ) -> pl.DataFrame:
+    """The table without rows that repeat one, and without later ratings of an item; `counts` gains how many went.
+
+    table: user, item (codes: rows of the ids), time, in file order. duplicates: as in `read_interactions`.
+    name: of the file, for what is said of rows that repeat one.
+    """
     counts["duplicates_dropped"] = counts["later_ratings_dropped"] = 0
-    pairs = table["user"].to_numpy().astype(np.uint64) * np.uint64(len(item_ids)) + table["item"].to_numpy()
+    pairs = table["user"].to_numpy().astype(np.uint64)
+    pairs *= np.uint64(len(item_ids))
+    pairs += table["item"].to_numpy()
     pairs.sort()
     if not (pairs[1:] == pairs[:-1]).any():
         return table
@@ -299,23 +354,29 @@ def _one_rating_per_item(
         who = f"user {user_ids[first['user']]!r}, item {item_ids[first['item']]!r}, time {first['time']}"
         _need(
             duplicates == "drop",
-            f"{path.name}: {doubled.height:,} rows repeat (user, item, time), the first for {who}; remove "
+            f"{name}: {doubled.height:,} rows repeat (user, item, time), the first for {who}; remove "
             "them, or pass --duplicates drop to keep the last of each",
         )
         rows = table.height
         table = table.unique(subset=same, keep="last", maintain_order=True)
         counts["duplicates_dropped"] = rows - table.height
-        notice(f"{rows - table.height:,} duplicate rows dropped")
     rows = table.height
     table = table.with_row_index("row").sort("time", maintain_order=True)
     table = table.unique(subset=["user", "item"], keep="first", maintain_order=True).sort("row").drop("row")
     counts["later_ratings_dropped"] = rows - table.height
-    if rows - table.height:
-        notice(f"{rows - table.height:,} later ratings of an item already rated dropped (the first one counts)")
     return table
 
 
-def _catalogue(raw: RawData, item_ids: pl.Series, untitled: str) -> tuple[pl.DataFrame, np.ndarray]:
+def dropped_lines(counts: dict[str, int]) -> list[str]:
+    """What is said of the rows that `one_rating_per_item` left out."""
+    first, later = counts["duplicates_dropped"], counts["later_ratings_dropped"]
+    lines = [f"{first:,} duplicate rows dropped"] if first else []
+    return lines + (
+        [f"{later:,} later ratings of an item already rated dropped (the first one counts)"] if later else []
+    )
+
+
+def catalogue_of(raw: RawData, item_ids: pl.Series, untitled: str) -> tuple[pl.DataFrame, np.ndarray]:
     """Items in sorted order of their ids, and for each code of `item_ids` its row there (-1: left out)."""
     described = raw.items.with_columns(pl.when(pl.col("title").str.strip_chars() != "").then(pl.col("title")))
     described = described.unique(subset="item_id", keep="first", maintain_order=True)

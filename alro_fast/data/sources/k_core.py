@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -24,12 +25,7 @@ def k_core(interactions: Interactions, k: int) -> Interactions:
     user, item = interactions.user, interactions.item
     kept = core_rows(user, item, k)
     if not kept.any():
-        most = _last_core(user, item, k)
-        held = ", ".join(f"{n:,} {name}" for name, n in _sizes(user, item, core_rows(user, item, most)).items())
-        raise AlroFastError(
-            f"--k_core {k} leaves nothing of {len(user):,} ratings; "
-            + (f"--k_core {most} is the last that leaves anything: {held}" if most > 1 else "nor does any other")
-        )
+        raise nothing_left(k, len(user), lambda k: _sizes(user, item, core_rows(user, item, k)))
     known_users, user_codes = np.unique(user[kept], return_inverse=True)
     known_items, item_codes = np.unique(item[kept], return_inverse=True)
     sizes = {"before": _sizes(user, item, np.ones_like(kept)), "after": _sizes(user, item, kept)}
@@ -59,16 +55,20 @@ def core_rows(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
     return kept
 
 
-def _last_core(user: np.ndarray, item: np.ndarray, empty: int) -> int:
-    """The greatest k whose core holds anything, below `empty`, whose core does not; 1 holds everything."""
-    least = 1
+def nothing_left(k: int, ratings: int, sizes: Callable[[int], dict[str, int]]) -> AlroFastError:
+    """The error of a core that is empty, with the last that holds anything. sizes: of the core of a number."""
+    least, empty = 1, k  # 1 holds everything
     while empty - least > 1:
         middle = (least + empty) // 2
-        if core_rows(user, item, middle).any():
+        if sizes(middle)["ratings"]:
             least = middle
         else:
             empty = middle
-    return least
+    held = ", ".join(f"{n:,} {name}" for name, n in sizes(least).items())
+    return AlroFastError(
+        f"--k_core {k} leaves nothing of {ratings:,} ratings; "
+        + (f"--k_core {least} is the last that leaves anything: {held}" if least > 1 else "nor does any other")
+    )
 
 
 def _sizes(user: np.ndarray, item: np.ndarray, kept: np.ndarray) -> dict[str, int]:

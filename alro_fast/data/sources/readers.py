@@ -6,7 +6,7 @@ and encodes them. Items have the columns item_id, title, category (strings; titl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,37 +80,57 @@ FOLDERS = {  # --dataset -> its files, and their reader
 }
 
 
-def read_table(ratings: Path, items: Path | None, columns: Columns, separator: str | None, workdir: Path) -> RawData:
-    """Any CSV (also .tsv, .gz) or Parquet file through named columns.
+def read_table(
+    parts: Sequence[Path], items: Path | None, columns: Columns, separator: str | None, workdir: Path
+) -> RawData:
+    """Any CSV (also .tsv, .gz) or Parquet table, of one file or several, through named columns.
 
-    Titles and categories come from `items`, or from the ratings file where that has a title column, or are missing.
+    Titles and categories come from `items`, or from the ratings where those have a title column, or are missing.
     Times may be missing (columns.time = NO_TIME): all are 0 then.
     """
     names = columns.over(TABLE_COLUMNS)
-    table = scan_table(ratings, separator, workdir)
+    tables = [scan_table(part, separator, workdir) for part in parts]
     wanted = rating_columns(names)
     if names.time == NO_TIME:
         del wanted["time"]
-        scan, time_unit = pick(table, ratings, wanted).with_columns(time=pl.lit(0, pl.Int64)), NO_TIME
+    scans = [pick(table, part, wanted) for table, part in zip(tables, parts)]
+    if names.time == NO_TIME:
+        scans, time_unit = [scan.with_columns(time=pl.lit(0, pl.Int64)) for scan in scans], NO_TIME
     else:
-        scan = pick(table, ratings, wanted)
-        time_unit = _time_unit(scan)
+        time_unit = _time_unit(scans[0])
+    raw = RawData(_together(scans, parts), pl.DataFrame(schema=ITEM_SCHEMA), tuple(parts), time_unit)
+    if len(parts) > 1:
+        raw = raw._replace(parts=tuple(zip(parts, scans)))
     if items is not None:
         wanted = item_columns(names, columns)
         rows = pick(scan_table(items, separator, workdir), items, wanted)
-    elif columns.title or columns.category or names.title in table.collect_schema():
+    elif columns.title or columns.category or all(names.title in table.collect_schema() for table in tables):
         optional = item_columns(names, columns) if columns.title or columns.category else {}
         wanted = optional or {"item_id": (names.item, "item"), "title": (names.title, "title")}
-        rows = pick(table, ratings, wanted)
+        rows = pl.concat([_as_text(pick(table, part, wanted)) for table, part in zip(tables, parts)])
     else:
-        return RawData(scan, pl.DataFrame(schema=ITEM_SCHEMA), (ratings,), time_unit)
-    rows = rows.select(pl.all().cast(pl.String)).with_columns(
-        **{name: pl.lit(None, pl.String) for name in ITEM_SCHEMA if name not in wanted}
-    )
-    with polars_errors(items or ratings):
+        return raw
+    rows = _as_text(rows).with_columns(**{name: pl.lit(None, pl.String) for name in ITEM_SCHEMA if name not in wanted})
+    with polars_errors(items or parts[0]):
         found = rows.unique(subset="item_id", keep="first", maintain_order=True).collect(engine="streaming")
-    files = (ratings,) if items is None else (ratings, items)
-    return RawData(scan, found.select(list(ITEM_SCHEMA)), files, time_unit)
+    return raw._replace(items=found.select(list(ITEM_SCHEMA)), files=(*parts, *((items,) if items else ())))
+
+
+def _as_text(rows: pl.LazyFrame) -> pl.LazyFrame:
+    return rows.select(pl.all().cast(pl.String))
+
+
+def _together(scans: Sequence[pl.LazyFrame], parts: Sequence[Path]) -> pl.LazyFrame:
+    """One table of all; AlroFastError for a part whose columns are of other types than the first one's."""
+    first = scans[0].collect_schema()
+    for scan, part in zip(scans, parts):
+        for name, kind in scan.collect_schema().items():
+            if kind != first[name]:
+                raise AlroFastError(
+                    f"{part.name} has {kind} as its {name}, and {parts[0].name} has {first[name]}; "
+                    "the parts of a table have columns of the same types"
+                )
+    return scans[0] if len(scans) == 1 else pl.concat(scans)
 
 
 def _time_unit(scan: pl.LazyFrame) -> str:
