@@ -3,7 +3,7 @@ BIN ?= .venv/bin
 FUZZ_SECONDS ?= 60
 CPP = $(shell find csrc -name "*.cpp" -o -name "*.h")
 
-.PHONY: install style format types layers test bench docs sanitize ci
+.PHONY: install style format types layers test bench docs wheel sanitize ci
 
 install: ## the environment: the package, the tests' packages, the tools of this file
 	test -x $(BIN)/python || python3 -m venv .venv
@@ -33,6 +33,9 @@ bench: ## beside peers, one file: make bench ARGS=bench/bench_step.py (needs the
 
 docs: ## the site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+wheel: ## sdist and wheel in dist/; what they hold; the demo from the wheel, without a compiler
+	$(BIN)/python scripts/check_packages.py
 
 sanitize: ## csrc under AddressSanitizer and UndefinedBehaviorSanitizer, and fuzzed: make sanitize FUZZ_SECONDS=600
 	PATH="$(abspath $(BIN)):$$PATH" csrc/sanitize.sh $(FUZZ_SECONDS)
