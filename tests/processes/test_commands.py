@@ -1,0 +1,82 @@
+"""Commands launched as several processes: the files of one, half the work each, one line for a mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import shared_work
+from places import ROOT
+from tiny import catalogue, make_run, random_lists
+
+from alro_fast.data.lists import write_prepared
+
+NOT_ALIKE = {"lists_per_second", "peak_memory_gib", "processes"}  # in two evaluations, of however many processes
+
+
+def launched(count: int, *words, environment=None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count, *words]
+    return subprocess.run(
+        [str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        | (environment or {}),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base with an adapter, lists, and preferences."""
+    folder = tmp_path_factory.mktemp("several")
+    make_run(folder)
+    splits = {"train": random_lists(8, 6, seed=4), "test": random_lists(150, range(4, 9), seed=3)}
+    write_prepared(folder / "lists", catalogue(300), splits, {"tie_rule": "seeded hash"})
+    rows = [{"prompt": f"{n}:", "chosen": f" N{n}", "rejected": [f" E{n % 9}", f" G{n}" * 9]} for n in range(40)]
+    (folder / "movies.json").write_text(json.dumps(rows))
+    return folder
+
+
+def commands(folder: Path, out: Path) -> list[tuple[str, list[str]]]:
+    model = ["--adapter", folder / "run", "--device", "cpu"]
+    few = ["--token_budget", 1000]
+    lists = ["evaluate", *model, "--lists", folder / "lists", "--bootstrap", 50]
+    of = {
+        "first": [*lists, *few, "--shuffles", 2],
+        "greedy": [*lists, *few, "--method", "greedy", "--limit", 60, "--generate"],
+        "preferences": ["evaluate", *model, "--preferences", folder / "movies.json", "--token_budget", 200],
+    }
+    found = [[*words, "--output_dir", out / name] for name, words in of.items()]
+    found.append(["rank", *model, "--lists", folder / "lists", "--limit", 128])
+    return [(words[0], [str(word) for word in words[1:]]) for words in found]
+
+
+def test_two_processes_write_what_one_writes_with_half_the_work_each(folder, tmp_path, capsys):
+    alone = shared_work.work(commands(folder, tmp_path / "one"))
+    said = capsys.readouterr().out
+    (tmp_path / "commands.json").write_text(json.dumps(commands(folder, tmp_path / "two")))
+    done = launched(2, shared_work.__file__, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = [json.loads((tmp_path / f"work-{rank}.json").read_text()) for rank in (0, 1)]
+    for (rows, _), *each in zip(alone, *both, strict=True):
+        assert sum(one for one, _ in each) == rows  # nothing is computed twice
+        assert all(abs(one - rows / 2) <= 0.1 * rows / 2 for one, _ in each), (rows, each)
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert len(files) > 10
+    for path in files:
+        one, two = ((tmp_path / each / path).read_bytes() for each in ("one", "two"))
+        if path.name == "results.json":
+            one, two = (lasting(json.loads(text)) for text in (one, two))
+        assert one == two or path.name == "report.html" or "tables" in path.parts, path
+    rankings = [line for line in said.splitlines() if line.startswith("{")]
+    assert len(rankings) == 128
+    assert [line for line in done.stdout.splitlines() if line.startswith("{")] == rankings
+
+
+def lasting(value):
+    """What does not depend on the clock."""
+    if isinstance(value, dict):
+        return {key: lasting(each) for key, each in value.items() if key not in NOT_ALIKE}
+    return value
