@@ -32,7 +32,7 @@ class Place(NamedTuple):
 
 ALONE = Place()
 _place = ALONE
-_failed = False  # all processes know that one of them has
+_failed = False  # whether one has, by the last exchange: all know of it
 
 
 def place() -> Place:
@@ -165,8 +165,8 @@ def _exchanged(failure: Exception | None, value: Any = None) -> list[Any]:
         said = f"process {place().number}: {type(failure).__name__}: {said}"
     gathered: list[tuple[str | None, Any]] = gather_object([(said, None if failure else value)])
     mistakes = [words for words, _ in gathered if words is not None]
+    _failed = bool(mistakes)
     if mistakes:
-        _failed = True
         raise failure or AlroFastError(mistakes[0])
     return [each for _, each in gathered]
 
