@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 
 from . import __version__
 from .errors import AlroFastError
+from .processes.launch import give_way, is_first
 from .texts import printable
 
 # Torch's threads read this once, when torch is imported. Beside other work, threads that spin while they wait slow the
@@ -119,7 +120,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Run a command; a user's mistake, or a file that cannot be used, becomes one line on stderr and exit status 2.
 
-    So does a lack of memory, of the machine's or of a device's.
+    So does a lack of memory, of the machine's or of a device's. Of several processes only the first prints.
     """
     arguments = sys.argv[1:] if argv is None else argv
     _open_closed()
@@ -128,7 +129,9 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
             for word in arguments:
                 if "\0" in word:
                     raise AlroFastError(f"{word!r} holds a null character, which no name or value has")
-            with contextlib.redirect_stdout(_Screen(sys.stdout)):
+            with contextlib.ExitStack() as held:
+                screen = sys.stdout if is_first() else held.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+                held.enter_context(contextlib.redirect_stdout(_Screen(screen)))
                 main(arguments)
         finally:
             _flush()  # here, where a reader that has gone is no surprise
@@ -201,6 +204,7 @@ class _Screen(io.TextIOBase):
 
 def _fail(reason: str) -> NoReturn:
     """The line of a mistake, and exit status 2."""
+    give_way()
     print(f"error: {printable(' '.join(reason.split()))}", file=sys.stderr)
     raise SystemExit(2) from None
 

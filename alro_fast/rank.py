@@ -32,6 +32,8 @@ from typing import TYPE_CHECKING
 
 from .cli import OneLineParser, Reader, refuse_unread
 from .errors import AlroFastError
+from .processes.dealing import dealing
+from .processes.launch import is_first
 from .ranking.documents import catalogue, check_top_k, document_of, parse_list
 from .ranking.fusion import Fusion
 from .ranking.options import add_model_options, add_ranking_options, check_model_options, settled_options
@@ -53,31 +55,27 @@ def main(argv: Sequence[str]) -> None:
     check_model_options(options)
     how = asdict(settled_options(options))
     fusion = Fusion.load(options.adapter) if options.fuse else None
-    source = begun(asked_of(options, complaints, parse_list if fusion is None else fusion.parse_list))
+    source: Iterator[Asked] = iter(())
+    if is_first():  # of several processes, the only one that reads
+        source = begun(asked_of(options, complaints, parse_list if fusion is None else fusion.parse_list))
     from .modeling.quiet import quiet_libraries  # torch takes seconds to import: not before the input is good
-    from .ranking.ranker import Ranker, check_device
+    from .ranking.ranker import check_device, loaded_ranker
 
-    check_device(options.device)
-    quiet_libraries()
-    ranker = Ranker.load(
-        options.adapter,
-        device=options.device,
-        base_model=options.base_model,
-        trust_remote_code=options.trust_remote_code,
-        token_budget=options.token_budget,
-        share=options.share,
-    )
-    if ranker.prompts.identifiers == "items":
-        source = in_catalogue(source, catalogue(options.adapter), complaints)
-    if how["method"] not in ("pointwise", "pairwise"):
-        source = announced(source, ranker.prompts.max_candidates)
+    with dealing(options.device) as options.device:
+        check_device(options.device)
+        quiet_libraries()
+        ranker = loaded_ranker(options)
+        if ranker.prompts.identifiers == "items":
+            source = in_catalogue(source, catalogue(options.adapter), complaints)
+        if how["method"] not in ("pointwise", "pairwise"):
+            source = announced(source, ranker.prompts.max_candidates)
 
-    def rank(lists: Sequence[RankingList]) -> Iterable[Ranking]:
-        rankings = ranker.stream(lists, **how)
-        return rankings if fusion is None else fusion.rank_all(lists, rankings)
+        def rank(lists: Sequence[RankingList]) -> Iterable[Ranking]:
+            rankings = ranker.stream(lists, **how)
+            return rankings if fusion is None else fusion.rank_all(lists, rankings)
 
-    for line in answers(source, rank, complaints, options.top_k):
-        print(line, flush=True)
+        for line in answers(source, rank, complaints, options.top_k):
+            print(line, flush=True)
     complaints.settle()
 
 

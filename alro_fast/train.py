@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from .modeling.memory import keep_freed_memory
 from .modeling.quiet import quiet_libraries
+from .processes.dealing import dealing
 from .training.config import parse
 from .training.kinds import run_for, stages
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     quiet_libraries()
     keep_freed_memory()
     for stage in list(stages(config, argv)):
-        with run_for(stage) as session:
+        with run_for(stage) as session, dealing():
             session.describe()
             if not stage.training.dry_run:
                 session.train()

@@ -22,6 +22,7 @@ from ..errors import AlroFastError
 from ..modeling.logprobs import answer_logprobs
 from ..modeling.packing import Tree
 from ..objectives.dmpo import branches_of
+from ..processes.launch import is_first
 from ..prompts import PromptBuilder
 from ..prompts.preference import PreferencePrompts
 from ..run_folder import run_options
@@ -103,7 +104,6 @@ def evaluate_preferences(options: Any) -> None:
     builder = PromptBuilder.load(options.adapter, tokenizer) if options.lists else None
     form = config.get("preference_answer", "titles")
     prompts = PreferencePrompts(tokenizer, builder, form=form, max_length=config.get("max_length"))
-    results: dict[str, dict[str, dict[str, Any]]] = {}
     scores: dict[str, dict[str, list[Scored]]] = {}
     started, answers = time.perf_counter(), 0
     for name, people in sources.items():
@@ -114,8 +114,11 @@ def evaluate_preferences(options: Any) -> None:
             with cast(Any, model).disable_adapter() if ranker == "untuned" else contextlib.nullcontext():
                 scored[ranker] = score_preferences(model, prompts, people, options.token_budget, share=options.share)
             answers += sum(len(one.chosen) + len(one.rejected) for one in scored[ranker])
-        results[name], scores[name] = measure(scored, options.bootstrap), scored
+        scores[name] = scored
     seconds = time.perf_counter() - started
+    if not is_first():
+        return
+    results = {name: measure(scored, options.bootstrap) for name, scored in scores.items()}
     print(table(results))
     print(f"{answers:,} answers in {seconds:.1f} s")
     folder = Path(options.output_dir)

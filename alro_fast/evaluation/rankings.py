@@ -19,11 +19,13 @@ from ..cli import Reader, refuse_unread
 from ..data.lists import PreparedData, open_prepared
 from ..data.records import RankingList
 from ..errors import AlroFastError
+from ..processes.dealing import place
+from ..processes.launch import is_first
 from ..ranking.fusion import Fusion, check_signals
 from ..ranking.generation import generate_and_parse
 from ..ranking.options import TASK_METHODS, RankingOptions, Settled
 from ..ranking.orders import Ranking
-from ..ranking.ranker import Ranker
+from ..ranking.ranker import Ranker, loaded_ranker
 from ..ranking.task_generation import generate_tasks
 from ..texts import read_json
 from . import metrics
@@ -52,14 +54,7 @@ def evaluate_rankings(options: argparse.Namespace, how: RankingOptions) -> None:
     if options.adapter is None:
         ranker = zero_shot_ranker(options, prepared)
     else:
-        ranker = Ranker.load(
-            options.adapter,
-            device=options.device,
-            base_model=options.base_model,
-            trust_remote_code=options.trust_remote_code,
-            token_budget=options.token_budget,
-            share=options.share,
-        )
+        ranker = loaded_ranker(options)
     if options.adapter is not None and ranker.prompts.identifiers == "items":
         check_catalogue(Path(options.adapter), prepared)
     if missing := unknown_signals(ranker.prompts, split.signals):
@@ -83,6 +78,8 @@ def evaluate_rankings(options: argparse.Namespace, how: RankingOptions) -> None:
         rankings["fused"] = fusion.rank_all(lists, rankings[judged])
     scores = {name: [ranking.scores for ranking in each] for name, each in rankings.items()}
     notes = {"device": str(ranker.device), "peak_memory_gib": peak_memory(ranker.device) / 2**30}
+    if place().processes > 1:
+        notes["processes"] = place().processes  # device and memory are the first one's
     if not Settled(how.method, ranker.answer).decodes:
         notes["share"] = options.share
     if options.generate:
@@ -96,6 +93,8 @@ def evaluate_rankings(options: argparse.Namespace, how: RankingOptions) -> None:
         seconds["generate"] = time.perf_counter() - start
         scores["generate"] = generated.scores
         notes["generate_invalid_rate"] = generated.invalid_rate
+    if not is_first():
+        return
     results = evaluate_rankers(
         lists,
         baseline_scores(prepared, lists, options.baselines, split=options.split) | scores,

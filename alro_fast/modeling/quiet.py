@@ -10,13 +10,17 @@ from collections.abc import Iterator
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from ..processes.launch import is_first
+
 DEPRECATED = "`is_gradient_checkpointing` is deprecated"  # a name that transformers warns of in its own Trainer
 
 
 def quiet_libraries() -> None:
-    """Log lines of ours go above a progress bar, not into it; libraries say what is wrong, not what they are at."""
+    """Log lines of ours go above a progress bar, not into it; libraries say what is wrong, not what they are at. Of
+    several processes the first alone says more than errors."""
     handler = _AboveTheBar()
     handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setLevel(logging.NOTSET if is_first() else logging.ERROR)
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     for name in ("httpx", "torch", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)

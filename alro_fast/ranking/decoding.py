@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ..modeling.attention import trunk_of
 from ..modeling.lm_head import Head, head_of
 from ..ops import linear_logprobs
+from ..processes.dealing import dealt
 
 if TYPE_CHECKING:
     from ..prompts import RankingPrompt
@@ -54,16 +55,20 @@ def decode(
 ) -> list[Decoded]:
     """Answer every prompt by identifiers without replacement; `beams` partial orders are kept (1: greedy).
 
-    A batch holds at most `token_budget` prompt tokens, padding and beams counted (0: one prompt at a time).
+    A batch holds at most `token_budget` prompt tokens, padding and beams counted (0: one prompt at a time). Batches are
+    dealt over processes (`processes.dealing`).
     score, score_space: what `Decoded.slots` are, as in training (docs/methods.md 1.2).
     """
-    answers: dict[int, Decoded] = {}
+    plan = _plan(prompts, beams, token_budget)
     head, trunk = head_of(model), trunk_of(model)
+
+    def answered(indices: list[int]) -> list[Decoded]:
+        return _decode_batch(trunk, head, [prompts[index] for index in indices], beams, score, score_space)
+
+    costs = [len(indices) * max(len(prompts[index].prompt_ids) for index in indices) for indices in plan]
     with ordinary_attention(trunk):
-        for indices in _plan(prompts, beams, token_budget):
-            found = _decode_batch(trunk, head, [prompts[index] for index in indices], beams, score, score_space)
-            for index, answer in zip(indices, found, strict=True):
-                answers[index] = answer
+        found = dealt(plan, costs, answered, model=model, passes=True)
+    answers = {index: one for each, some in zip(plan, found) for index, one in zip(each, some, strict=True)}
     return [answers[index] for index in range(len(prompts))]
 
 

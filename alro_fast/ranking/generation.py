@@ -9,12 +9,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 from ..modeling.attention import trunk_of
+from ..processes.dealing import dealt
 from .decoding import left_padded, ordinary_attention
 
 if TYPE_CHECKING:
@@ -76,22 +78,26 @@ def mentions(text: str, names: Sequence[str]) -> tuple[list[int], str]:
 
 @torch.no_grad()
 def write_answers(ranker: Ranker, prompts: Sequence[tuple[list[int], int]], batch_size: int = 8) -> list[str]:
-    """Greedy text after every (prompt ids, tokens to write at most), in left-padded batches."""
+    """Greedy text after every (prompt ids, tokens to write at most), in left-padded batches, dealt as in `decode`."""
     model, tokenizer = ranker.model, ranker.tokenizer
     end = cast("PromptBuilder | RecRankerPrompts", ranker.prompts).end  # models of signals write no text
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-    texts = []
+
+    def write(batch: Sequence[tuple[list[int], int]]) -> list[str]:
+        ids, mask = left_padded([prompt for prompt, _ in batch], next(model.parameters()).device, pad)
+        written = cast(Any, model).generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max(length for _, length in batch),
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=pad,
+        )
+        texts: list[str] = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+        return texts
+
+    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    costs = [sum(len(prompt) + length for prompt, length in batch) for batch in batches]
     with ordinary_attention(trunk_of(model)):
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            ids, mask = left_padded([prompt for prompt, _ in batch], next(model.parameters()).device, pad)
-            written = cast(Any, model).generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max(length for _, length in batch),
-                do_sample=False,
-                eos_token_id=end,
-                pad_token_id=pad,
-            )
-            texts += tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
-    return texts
+        texts = dealt(batches, costs, write, model=model, passes=True)
+    return list(chain.from_iterable(texts))

@@ -290,6 +290,18 @@ class Ranker:
             self.model.train(training)
 
 
+def loaded_ranker(options: Any) -> Ranker:
+    """The ranker of a command's --adapter, by its options (`options.add_model_options`)."""
+    return Ranker.load(
+        options.adapter,
+        device=options.device,
+        base_model=options.base_model,
+        trust_remote_code=options.trust_remote_code,
+        token_budget=options.token_budget,
+        share=options.share,
+    )
+
+
 def _ranking_lists(lists: Iterable[RankingList]) -> Iterator[RankingList]:
     """The lists as they come; AlroFastError for what is none."""
     from ..data.records import RankingList

@@ -16,6 +16,7 @@ from ..modeling.attention import answer_hidden_states
 from ..modeling.lm_head import head_of
 from ..modeling.packing import Tree, collate, common_rows
 from ..modeling.planning import plan_forwards
+from ..processes.dealing import dealt
 from .decoding import token_logits
 
 if TYPE_CHECKING:
@@ -45,13 +46,15 @@ class BranchReader:
     def read(self, trees: Sequence[Tree], tokens: Sequence[list[int] | None]) -> list[np.ndarray]:
         """What the model says after branch n (branches counted over all trees): float32 logits of `tokens[n]` as a
         float64 array, its branch having one answer row; or, for None, the log-probability of the branch's own answer.
+        Forward passes are dealt over processes (`processes.dealing`).
         """
         firsts = np.cumsum([0, *(len(tree.ids) for tree in trees)])
         sizes = [tree.rows(self.share) for tree in trees]
         plan = plan_forwards(sizes, self.token_budget, common_rows(trees, self.share))
-        found: dict[int, np.ndarray] = {}
         head = head_of(self.model)
-        for indices in plan:
+
+        def forward(indices: list[int]) -> dict[int, np.ndarray]:
+            found: dict[int, np.ndarray] = {}
             numbers = list(chain.from_iterable(range(firsts[index], firsts[index + 1]) for index in indices))
             with memory_errors(sum(sizes[index] for index in indices), str(trees[indices[0]])):
                 batch = collate(trees, indices, self.share).to(self.device)
@@ -72,7 +75,11 @@ class BranchReader:
                     for n, (start, end) in zip(numbers, spans, strict=True):
                         if tokens[n] is None:
                             found[n] = logprobs[start:end].sum(keepdims=True)
-        return [found[n] for n in range(len(tokens))]
+            return found
+
+        costs = [sum(sizes[index] for index in indices) for indices in plan]
+        read = {n: row for found in dealt(plan, costs, forward, model=self.model) for n, row in found.items()}
+        return [read[n] for n in range(len(tokens))]
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..errors import AlroFastError
+from ..processes.dealing import dealt, place, told
 from ..texts import json_line, printable
 from .documents import answer, documents, numbered, parse_list
 
@@ -110,23 +111,36 @@ def answers(
     complaints: Complaints,
     top_k: int | None = None,
 ) -> Iterator[str]:
-    """A line of JSON for every list, in their order; `rank` gives the rankings of a chunk."""
-    for chunk in in_chunks(source, CHUNK, PAUSE):
-        for asked, ranking in zip(chunk, _ranked([one.entry for one in chunk], rank, complaints), strict=True):
-            if ranking is not None:
+    """A line of JSON for every list, in their order; `rank` gives the rankings of a chunk.
+
+    Of several processes the first alone has a source: it deals out a chunk to each, and has all the answers.
+    """
+    index, count = place()
+    windows = in_chunks(source, CHUNK * count, PAUSE) if index == 0 else itertools.repeat([])
+    for window in itertools.chain(windows, [None]):
+        entries = told(None if window is None else [asked.entry for asked in window])
+        if entries is None:
+            return
+        chunks = [entries[start : start + CHUNK] for start in range(0, len(entries), CHUNK)]
+        ranked = dealt(chunks, [len(chunk) for chunk in chunks], lambda chunk: _ranked(chunk, rank, complaints.skip))
+        for asked, ranking in zip(window or (), itertools.chain.from_iterable(ranked), strict=index == 0):
+            if isinstance(ranking, AlroFastError):
+                complaints(ranking)
+            else:
                 yield json_line(answer(asked.document, ranking, top_k))
 
 
 def _ranked(
-    entries: list[RankingList], rank: Callable[[Sequence[RankingList]], Iterable[Ranking]], complaints: Complaints
-) -> Iterable[Ranking | None]:
+    entries: list[RankingList], rank: Callable[[Sequence[RankingList]], Iterable[Ranking]], skip: bool
+) -> list[Ranking | AlroFastError]:
     try:
         return list(rank(entries))
     except AlroFastError as error:
-        if len(entries) == 1 or not complaints.skip:
-            complaints(error)
-            return [None] * len(entries)
-    return list(itertools.chain.from_iterable(_ranked([entry], rank, complaints) for entry in entries))
+        if not skip:
+            raise
+        if len(entries) == 1:
+            return [error]
+    return list(itertools.chain.from_iterable(_ranked([entry], rank, skip) for entry in entries))
 
 
 def in_chunks(source: Iterable[T], size: int, pause: float) -> Iterator[list[T]]:

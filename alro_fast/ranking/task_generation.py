@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from ..data.seeds import generator
+from ..processes.dealing import dealt
 from ..prompts.recranker import TOP, Ask
 from .generation import Generated, mentions, write_answers
 from .hybrid import constants_of, first_shares, pairs_of, places_of, utilities, ways_of, win_shares
@@ -39,10 +40,12 @@ def generate_tasks(
 ) -> Generated:
     """Every list ordered by the hybrid of parsed answers; equal utilities keep the list's order.
 
-    `valid`: every answer about the list could be read in full. `texts`: its answers, one per line.
+    `valid`: every answer about the list could be read in full. `texts`: its answers, one per line. Lists are dealt over
+    processes (`processes.dealing`).
     """
-    constants, made = constants_of(hybrid or ranker.hybrid), Generated([], [], [])
-    for entry in map(unlabelled, lists):
+    constants = constants_of(hybrid or ranker.hybrid)
+
+    def answered(entry: RankingList) -> tuple[list[int], bool, str]:
         m = len(entry.candidates)
         pairs = pairs_of(m, pairing, generator(seed, 0, name=entry.list_id))
         ways = ways_of(pairs, pair_orders)
@@ -65,10 +68,13 @@ def generate_tasks(
             places_of(order, m),
             constants,
         )
-        made.orders.append(np.argsort(-utility, kind="stable").tolist())
-        made.valid.append(None not in chain(grades, first) and len(order) == min(TOP, m))
-        made.texts.append("\n".join(texts))
-    return made
+        valid = None not in chain(grades, first) and len(order) == min(TOP, m)
+        return np.argsort(-utility, kind="stable").tolist(), valid, "\n".join(texts)
+
+    entries = [unlabelled(entry) for entry in lists]
+    costs = [len(entry.candidates) for entry in entries]
+    made = dealt(entries, costs, answered, model=ranker.model, passes=True)
+    return Generated([order for order, _, _ in made], [valid for _, valid, _ in made], [text for _, _, text in made])
 
 
 def _grade(ranker: Ranker, text: str) -> float | None:

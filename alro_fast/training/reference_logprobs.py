@@ -24,6 +24,8 @@ from ..modeling.lm_head import head_of
 from ..modeling.logprobs import Autocast, answer_logprobs
 from ..objectives.base import Example
 from ..objectives.dmpo import ReferenceTable
+from ..processes.dealing import told
+from ..processes.launch import is_first
 
 FORMAT = "alro_fast reference log-probabilities 1"
 
@@ -39,7 +41,8 @@ def reference_table(
 ) -> ReferenceTable:
     """The table kept in `path`, or, where there is none, computed under `model` as it stands and written there.
 
-    An adapter of the model is switched off. Raises AlroFastError when the file was made with another model or other
+    An adapter of the model is switched off. Of several processes each computes a share (`processes.dealing`), and the
+    first writes. Raises AlroFastError when the file was made with another model or other
     data, or in another precision than `autocast` gives.
     """
     path = Path(path)
@@ -52,15 +55,16 @@ def reference_table(
         "data": data_fingerprint(examples),
         "precision": _precision(model, autocast),
     }
-    if path.exists():
+    if told(path.exists()):
         flat = _read(path, prints)
     else:
         with cast(Any, model).disable_adapter() if hasattr(model, "disable_adapter") else torch.no_grad():
             trees = [example.tree for example in examples]
             sums = answer_logprobs(model, trees, token_budget, backend, autocast, share)
         flat = np.concatenate(sums).astype(np.float32)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"log_probs": flat}, path, metadata=prints)
+        if is_first():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"log_probs": flat}, path, metadata=prints)
     counts = [len(example.tree.ids) for example in examples]
     parts = torch.split(torch.from_numpy(flat), counts)
     return ReferenceTable(dict(zip(names, parts)))

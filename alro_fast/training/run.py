@@ -133,7 +133,8 @@ class Run:
         check_metric(self.training, ["loss", *config.description.logs, *self.watched])
         self.model, self.tokenizer = self.build_model()
         self.objective = self.build_objective()
-        show, prices = not self.training.disable_tqdm, Costs.of(self.model)
+        show = not self.training.disable_tqdm and self.training.process_index == 0
+        prices = Costs.of(self.model)
         self.datasets = {
             name: TreeDataset(self.asked(name), self.objective, show, self.training.share, prices)
             for name in ("train", "valid")
@@ -343,9 +344,9 @@ class Run:
         rankings = {"untuned": self.ranker.rank(test)}
         self.fit()
         rankings |= self.rank_tuned(test)
+        fusion = self.fuse() if self.config.data.fuse else None
         if not self.training.should_save:
             return
-        fusion = self.fuse() if self.config.data.fuse else None
         if fusion is not None:
             rankings["fused"] = fusion.rank_all(test, rankings["tuned"])
         if test:
@@ -373,7 +374,8 @@ class Run:
     def fuse(self) -> Fusion:
         """Fit the weights of the tuned model's scores and the signals, and save them."""
         fusion = Fusion.fit(self.fitted_on, self.ranker.scores(self.lists["valid"]), fused_signals(self.prepared))
-        fusion.save(self.folder)
+        if self.training.should_save:
+            fusion.save(self.folder)
         return fusion
 
     def rank_tuned(self, lists: Sequence[RankingList]) -> dict[str, list[Ranking]]:

@@ -182,11 +182,10 @@ class PreferenceRun(Run):
     def precompute(self) -> ReferenceTable:
         """Reference log-probabilities of the training and validation records, from the file or computed into it."""
         model, training = self.model.to(self.training.device), self.training
-        with training.main_process_first(local=False):
-            return reference_table(
-                model, list(self.reference_examples.values()), self.reference_path, training.tokens_per_batch,
-                self.config.objective.backend, self.trainer.accelerator.autocast, training.share,
-            )  # fmt: skip
+        return reference_table(
+            model, list(self.reference_examples.values()), self.reference_path, training.tokens_per_batch,
+            self.config.objective.backend, self.trainer.accelerator.autocast, training.share,
+        )  # fmt: skip
 
     def mine(self, epoch: int) -> None:
         """Choose every training list's negatives: those of its pool that come nearest to beating the positive.

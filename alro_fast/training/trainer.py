@@ -35,6 +35,7 @@ from .console import reporter
 from .plans.dataset import PlannedLoader, TreeDataset, only
 from .speed.meter import Meter
 from .speed.profile import VALIDATION, Profiler, part
+from .speed.tally import Tally
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +67,6 @@ class RankerTrainer(Trainer):
         **options: Any,
     ) -> None:
         self.objective, self.evaluate_ranking, self.save_extras = objective, evaluate_ranking, save_extras
-        self._sums: dict[str, torch.Tensor] = {}
-        self._counted = dict.fromkeys(("lists", "unique_tokens", "unshared_tokens", "padded_tokens", "head_rows"), 0)
-        self._since, self._noted_step = time.perf_counter(), 0
         self.meter = Meter(model, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None)
         self.start = self.cursor = Cursor()
         try:
@@ -81,6 +79,7 @@ class RankerTrainer(Trainer):
         except (ValueError, TypeError, ImportError) as error:  # options that do not go together, or with this machine
             raise AlroFastError(f"{next(iter(str(error).strip().splitlines()), error)}") from error
         self.loss_is_scaled_for_ga = True
+        self.tally = Tally(self.meter, args.world_size, self._total)
         train_dataset.check(args.tokens_per_batch)
         if eval_dataset is not None:
             eval_dataset.check(self._eval_budget, self._eval_option)
@@ -193,8 +192,12 @@ class RankerTrainer(Trainer):
                 totals[name] = totals.get(name, 0) + count
         if self.args.world_size > 1:
             summed = torch.tensor([totals[name] for name in sorted(totals)], dtype=torch.float64, device=device)
-            totals = dict(zip(sorted(totals), self.accelerator.reduce(summed, "sum").tolist()))
+            totals = dict(zip(sorted(totals), self._total(summed).tolist()))
         return batches, totals
+
+    def _total(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over processes."""
+        return cast(torch.Tensor, self.accelerator.reduce(values, "sum")) if self.args.world_size > 1 else values
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]
         self.meter.take(inputs.packed)
@@ -224,7 +227,7 @@ class RankerTrainer(Trainer):
         share = {term.name: counts[term.name] / totals[term.name] if totals[term.name] else 0.0 for term in terms}
         loss = sum(term.weight * share[term.name] * term.value for term in terms)
         if model.training:
-            self._note(inputs, terms, share)
+            self.tally.note(inputs, terms, share)
         # gradients are averaged over processes, each of which divided by the counts of all
         loss = loss * self.args.world_size
         return (loss, terms) if return_outputs else loss
@@ -247,46 +250,13 @@ class RankerTrainer(Trainer):
 
     # ---- logs
 
-    def _note(self, batch: Batch, terms: list[LossTerm], share: dict[str, float]) -> None:
-        for term in terms:
-            value = term.value.detach() * share[term.name]
-            self._sums[term.name] = self._sums[term.name] + value if term.name in self._sums else value
-        self._counted["lists"] += batch.lists
-        self._counted["unique_tokens"] += batch.packed.unique_tokens
-        self._counted["unshared_tokens"] += batch.packed.unshared_tokens
-        self._counted["padded_tokens"] += batch.packed.padded_tokens
-        self._counted["head_rows"] += len(batch.packed.label_table)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the loss's parts, throughput and sharing to the Trainer's line of a training step."""
-        if "loss" in logs and self._counted["lists"]:
-            steps = self.state.global_step - self._noted_step
-            seconds = self._lap()
-            counted = self._counted
-            logs |= {name: (total / max(steps, 1)).item() for name, total in self._sums.items()}
-            logs["lists_per_second"] = round(counted["lists"] / seconds, 2)
-            logs["unique_tokens_per_second"] = round(counted["unique_tokens"] / seconds, 1)
-            logs["sharing_ratio"] = round(counted["unshared_tokens"] / counted["unique_tokens"], 3)
-            logs["padding_ratio"] = round(counted["padded_tokens"] / counted["unshared_tokens"], 3)
-            logs["head_row_share"] = round(counted["head_rows"] / counted["unique_tokens"], 4)
-            if (share := self.meter.utilisation()) is not None:
-                logs["utilisation"] = round(share, 3)
-            self._sums.clear()
-            self._counted = dict.fromkeys(counted, 0)
-            self._noted_step = self.state.global_step
+        """Adds the loss's parts, throughput and sharing, of all processes, to the Trainer's line of a training step."""
+        if "loss" in logs:
+            logs |= self.tally.line(self.state.global_step)
         if "train_runtime" in logs:
-            if self._counted["lists"]:  # steps after the last line
-                self._lap()
-            if (share := self.meter.utilisation(whole=True)) is not None:
-                logs["utilisation"] = round(share, 3)
+            logs |= self.tally.end(self.state.global_step)
         super().log(logs, start_time)
-
-    def _lap(self) -> float:
-        """Seconds of the steps since the last lap."""
-        seconds = time.perf_counter() - self._since - self.meter.pause
-        self.meter.lap(seconds)
-        self.meter.pause, self._since = 0.0, time.perf_counter()
-        return seconds
 
     # ---- evaluation and saving
 
@@ -314,8 +284,8 @@ class RankerTrainer(Trainer):
         if self.args.world_size > 1:
             names = sorted(sums)
             both = torch.tensor([[sums[n], counts[n]] for n in names], dtype=torch.float64, device=self.args.device)
-            both = self.accelerator.reduce(both, "sum").tolist()
-            sums, counts = ({n: pair[i] for n, pair in zip(names, both)} for i in (0, 1))
+            summed = self._total(both).tolist()
+            sums, counts = ({n: pair[i] for n, pair in zip(names, summed)} for i in (0, 1))
         means = {name: sums[name] / counts[name] if counts[name] else 0.0 for name in sums}
         metrics = {f"{metric_key_prefix}_loss": sum(weights[name] * mean for name, mean in means.items())}
         metrics |= {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
@@ -376,8 +346,7 @@ class _Progress(TrainerCallback):
         if start.step and not start.trained:
             state.epoch = float(start.epoch)
         # throughput and averages of a log line begin here, at the step a resumed run begins with
-        self.trainer._noted_step, self.trainer._since = state.global_step, time.perf_counter()
-        self.trainer.meter.pause = 0.0
+        self.trainer.tally.begin(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
