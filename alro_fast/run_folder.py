@@ -13,14 +13,15 @@ from typing import Any
 from .errors import AlroFastError
 from .texts import from_json, from_yaml, read_text
 
+ASIDE = ".saving"  # where a checkpoint is written before it has its name
 ADAPTER, ADAPTER_CONFIG, MERGED_BASE = "adapter_model.safetensors", "adapter_config.json", "merged_base"
 LEFT_BY_A_RUN = (  # what --overwrite_output_dir may remove
-    "checkpoint-*", "runs", "data", "plots", "tables", "comparison", "profile", "evaluation", "[1-9]-*",
-    "merged_base", "base", "references*", "config.yaml", "*.json", "*.jsonl", "*.safetensors", "*.trec",
+    ASIDE, "checkpoint-*", "runs", "data", "plots", "tables", "comparison", "profile", "evaluation", "[1-9]-*",
+    "merged_base", "base", "references*", "config.yaml", "*.json", "*.jsonl", "log.part", "*.safetensors", "*.trec",
     "README.md", "report.html", "prompt_template.yaml", "training_args.bin", "tokenizer*", "chat_template.jinja",
     "merges.txt", "vocab.*",
 )  # fmt: skip
-BEFORE_THE_FIRST_STEP = {"config.yaml", "data", "reference.safetensors"}
+BEFORE_THE_FIRST_CHECKPOINT = {ASIDE, "config.yaml", "data", "log.jsonl", "log.part", "reference.safetensors"}
 LEFT_BY_AN_EVALUATION = {  # what a later one may replace
     "results.json", "predictions.jsonl", "run.trec", "qrels.trec", "report.html", "plots", "tables", "comparison",
     "preference_results.json", "preference_predictions.jsonl",

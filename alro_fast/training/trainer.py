@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
@@ -35,6 +35,8 @@ from ..options import RankerTrainingArguments
 from ..run_folder import share
 from .batches import CURSOR, Cursor, PlannedBatches
 from .console import reporter
+from .guards.finite import felt_by_all
+from .guards.trainer import GuardedTrainer
 from .speed.costs import Costs
 from .speed.meter import Meter
 from .speed.profile import Profiler, part
@@ -122,7 +124,7 @@ class PlannedLoader(DataLoader[Batch]):
         self.batch_sampler.set_epoch(epoch)
 
 
-class RankerTrainer(Trainer):
+class RankerTrainer(GuardedTrainer):
     """transformers.Trainer for ranking objectives.
 
     `evaluate_ranking()` -> {"ndcg@3": ...} is called at every evaluation; `save_extras(folder)` after every
@@ -130,8 +132,6 @@ class RankerTrainer(Trainer):
     the overrides that a type checker does not accept.
     """
 
-    args: RankerTrainingArguments
-    model: torch.nn.Module
     objective: Objective
     train_dataset: TreeDataset
 
@@ -149,7 +149,6 @@ class RankerTrainer(Trainer):
         **options: Any,
     ) -> None:
         self.objective, self.evaluate_ranking, self.save_extras = objective, evaluate_ranking, save_extras
-        self._sums: dict[str, torch.Tensor] = {}
         self._counted = dict.fromkeys(("lists", "unique_tokens", "unshared_tokens", "padded_tokens", "head_rows"), 0)
         self._since, self._noted_step = time.perf_counter(), 0
         self.meter = Meter(model, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None)
@@ -296,8 +295,10 @@ class RankerTrainer(Trainer):
             for name, count in batch.counts.items():
                 totals[name] = totals.get(name, 0) + count
         if self.args.world_size > 1:
-            summed = torch.tensor([totals[name] for name in sorted(totals)], dtype=torch.float64, device=device)
-            totals = dict(zip(sorted(totals), self.accelerator.reduce(summed, "sum").tolist()))
+            given = [*(totals[name] for name in sorted(totals)), *self.stopping.counts()]
+            summed = self.accelerator.reduce(torch.tensor(given, dtype=torch.float64, device=device), "sum").tolist()
+            self.stopping.agree(summed[len(totals) :])
+            totals = dict(zip(sorted(totals), summed))
         return batches, totals
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]
@@ -330,7 +331,7 @@ class RankerTrainer(Trainer):
         if model.training:
             self._note(inputs, terms, share)
         # gradients are averaged over processes, each of which divided by the counts of all
-        loss = loss * self.args.world_size
+        loss = felt_by_all(loss) * self.args.world_size
         return (loss, terms) if return_outputs else loss
 
     def loss_terms(self, model: torch.nn.Module, batch: Batch) -> list[LossTerm]:
