@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ...errors import AlroFastError
-from ...run_folder import ASIDE
+from ...run_folder import ASIDE, sync
 from ..checkpoints import newest_of
 
 LOG = "log.jsonl"
@@ -24,20 +24,12 @@ _WRITER = re.compile("PytorchStreamWriter|inline_container|unexpected pos|cannot
 def publish(aside: Path, final: Path) -> None:
     """Give a folder its name once everything in it is on the disk; one that has the name already is replaced."""
     for path in sorted(aside.rglob("*")):
-        _sync(path)
-    _sync(aside)
+        sync(path)
+    sync(aside)
     if final.exists():
         os.rename(final, aside.parent / "replaced")  # noqa: PTH104
     os.rename(aside, final)  # noqa: PTH104
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+    sync(final.parent)
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -66,7 +66,7 @@ class Stopping:
             if count and self.agreed is None:
                 self.agreed = number
 
-    def agree_now(self, accelerator: Accelerator) -> None:
+    def agree_now(self, accelerator: Any) -> None:
         """Ask all processes, which wait for each other."""
         counts = torch.tensor(self.counts(), device=accelerator.device)
         self.agree(accelerator.reduce(counts, "sum").tolist())

@@ -100,7 +100,7 @@ class GuardedTrainer(Trainer):
             self.finite.skipped = int(cast(Any, state.stateful_callbacks).get(SKIPPED, 0))
         if self.args.process_index == 0:
             self.run_log.begin(state.log_history)
-        return cast(tuple[int, int], begun)
+        return begun
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's, of the steps that counted; a run that stops says nothing of its end."""
@@ -127,7 +127,7 @@ class GuardedTrainer(Trainer):
 
         With --fp16 the scaler leaves out steps by itself, at first to find its scale: there the loss decides.
         """
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = cast(Any, super())._get_grad_norm(model, grad_norm)
         loss = self._tr_loss - self._loss_before
         bad = ~(loss if self.args.fp16 else torch.as_tensor(norm, device=self.args.device)).isfinite()
         if self.args.fp16 and self.args.world_size > 1:
@@ -178,7 +178,7 @@ class GuardedTrainer(Trainer):
     # ---- checkpoints
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self.run_folder / ASIDE) if self._aside else cast(str, super()._get_output_dir(trial))
+        return str(self.run_folder / ASIDE) if self._aside else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """As the Trainer's, written aside and given its name when it is whole, without the log."""
