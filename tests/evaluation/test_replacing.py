@@ -35,9 +35,9 @@ def replaced(folder: Path, die_at: int = 10**9) -> int:
             return len(told.read())
     changes = 0
 
-    def counted(event: str, _) -> None:
+    def counted(event: str, given: tuple) -> None:
         nonlocal changes
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and str(folder) in str(given[0]):
             changes += 1
             os.write(writer, b".")
             if changes == die_at:
