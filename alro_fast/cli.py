@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TextIO
 
 from . import __version__
-from .errors import AlroFastError
+from .errors import AlroFastError, Stopped
 from .processes.launch import give_way, is_first
 from .texts import printable
 
@@ -141,15 +141,26 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         raise SystemExit(141) from None
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except Stopped as stopped:
+        if str(stopped):
+            print(printable(str(stopped)), file=sys.stderr)
+        raise SystemExit(stopped.status) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+        wanted = lack_of_memory(error)
+        if wanted is None:
             raise
-        wanted = re.search(r"[Tt]ried to allocate [\d.]+ ?\w+", str(error))
-        more = f" ({wanted[0].lower()})" if wanted else ""
-        _fail(f"there is not enough memory for this{more}; ask for less, such as fewer tokens in a batch")
+        _fail(f"there is not enough memory for this{wanted}; ask for less, such as fewer tokens in a batch")
+
+
+def lack_of_memory(error: Exception) -> str | None:
+    """What an error of a lack of memory says of it, such as " (tried to allocate 2.00 GiB)"; None for other errors."""
+    if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+        return None
+    wanted = re.search(r"[Tt]ried to allocate [\d.]+ ?\w+", str(error))
+    return f" ({wanted[0].lower()})" if wanted else ""
 
 
 def launch(command: str) -> NoReturn:

@@ -300,9 +300,9 @@ class RankerTrainingArguments(TrainingArguments):
         None, "At most so many lists, or records of preferences, in one forward pass of training. Default: what fits."
     )
     eval_tokens_per_batch: int | None = option(None, "The same for evaluation. Default: tokens_per_batch.")
-    logging_nan_inf_filter: bool = option(
-        False,
-        "Leave losses that are no number out of the log: then they stop no run, and every step waits for the device.",
+    logging_nan_inf_filter: bool = option(False, "No option here: steps without a finite loss are left out anyway.")
+    max_nonfinite_steps: int = option(
+        5, "Steps in a row without a finite loss and gradient that end the run; each is left out, and changes nothing."
     )
     stages: str | None = option(
         None, "Objectives one after the other, such as sft,dmpo: each stage starts from the adapter of the one before."
@@ -382,7 +382,8 @@ class RankerTrainingArguments(TrainingArguments):
     def _check_numbers(self) -> None:
         """Those that transformers and torch would stumble over when training has begun."""
         for name in (
-            "tokens_per_batch", "lists_per_batch", "eval_tokens_per_batch", "gradient_accumulation_steps", "profile"
+            "tokens_per_batch", "lists_per_batch", "eval_tokens_per_batch", "gradient_accumulation_steps", "profile",
+            "max_nonfinite_steps",
         ):  # fmt: skip
             _at_least(name, getattr(self, name), 1, below=2**31)
         for name in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "eval_delay"):

@@ -1,30 +1,36 @@
-"""Folders of runs: whether one can be written to, and what a run recorded in it."""
+"""Folders of runs: whether one can be written to, files that are replaced together, and what a run recorded."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import AlroFastError
 from .texts import from_json, from_yaml, read_text
 
+ASIDE = ".saving"  # where a checkpoint is written before it has its name
+RESULTS, READY = ".results", ".results-ready"  # the same for what is measured, and when all of it is written
 ADAPTER, ADAPTER_CONFIG, MERGED_BASE = "adapter_model.safetensors", "adapter_config.json", "merged_base"
 LEFT_BY_A_RUN = (  # what --overwrite_output_dir may remove
+    ASIDE, RESULTS, READY,
     "checkpoint-*", "runs", "data", "plots", "tables", "comparison", "profile", "evaluation", "[1-9]-*",
-    "merged_base", "base", "references*", "config.yaml", "*.json", "*.jsonl", "*.safetensors", "*.trec",
+    "merged_base", "base", "references*", "config.yaml", "*.json", "*.jsonl", "log.part", "*.safetensors", "*.trec",
     "README.md", "report.html", "prompt_template.yaml", "training_args.bin", "tokenizer*", "chat_template.jinja",
     "merges.txt", "vocab.*",
 )  # fmt: skip
-BEFORE_THE_FIRST_STEP = {"config.yaml", "data", "reference.safetensors"}
-LEFT_BY_AN_EVALUATION = {  # what a later one may replace
+BEFORE_THE_FIRST_CHECKPOINT = {ASIDE, "config.yaml", "data", "log.jsonl", "log.part", "reference.safetensors"}
+OF_PREFERENCES = {"preference_results.json", "preference_predictions.jsonl"}
+LEFT_BY_AN_EVALUATION = OF_PREFERENCES | {  # what a later one may replace
     "results.json", "predictions.jsonl", "run.trec", "qrels.trec", "report.html", "plots", "tables", "comparison",
-    "preference_results.json", "preference_predictions.jsonl",
 }  # fmt: skip
+_NEW, _EARLIER = "new", "earlier"
 
 
 def check_writable(folder: Path) -> None:
@@ -65,6 +71,55 @@ def held(folder: Path) -> Iterator[None]:
                     path.rmdir()
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path, earlier: Iterable[str]) -> Iterator[Path]:
+    """A folder for files that then take the place of `earlier` ones in `folder`: all of them, or none.
+
+    A process that ends before all are written leaves the earlier ones. After that the new ones are taken: what is not
+    in its place by then, `settle` moves there. Files of both are never there together.
+    """
+    settle(folder)
+    work = folder / RESULTS
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        yield work
+        new = [path.name for path in work.iterdir()]
+        (work / READY).write_text(json.dumps({_NEW: new, _EARLIER: sorted(earlier)}), encoding="utf-8")
+        for path in (*work.iterdir(), work):
+            sync(path)
+        work.rename(folder / READY)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    settle(folder)
+
+
+def settle(folder: Path) -> None:
+    """Finish a replacement that was broken off when all of it was written; nothing where there is none."""
+    ready = folder / READY
+    if not (ready / READY).is_file():
+        return
+    names = from_json(read_text(ready / READY), str(ready / READY))
+    for name in {*names[_NEW], *names[_EARLIER]}:
+        path = folder / name
+        if path.exists() and (name not in names[_NEW] or (ready / name).exists()):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in names[_NEW]:
+        if (ready / name).exists():
+            (ready / name).rename(folder / name)
+    sync(folder)
+    shutil.rmtree(ready, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def share(folder: Path) -> None:

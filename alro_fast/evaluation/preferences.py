@@ -25,7 +25,7 @@ from ..objectives.dmpo import branches_of
 from ..processes.launch import is_first
 from ..prompts import PromptBuilder
 from ..prompts.preference import PreferencePrompts
-from ..run_folder import run_options
+from ..run_folder import OF_PREFERENCES, replacing, run_options
 from .preference_metrics import Scored, accuracy_interval, preference_metrics
 
 SCORES = "preference_predictions.jsonl"
@@ -152,15 +152,16 @@ def save(folder: Path, results: dict[str, Any], scores: Mapping[str, Mapping[str
     A line of the former is a record: the data set it is of, its user, whether chosen and rejected answers stand in
     pairs, and every ranker's summed log-probabilities. scores: data set -> ranker -> records.
     """
-    with (folder / SCORES).open("w", encoding="utf-8") as file:
-        for data, rankers in scores.items():
-            for at, one in enumerate(next(iter(rankers.values()))):
-                told = {name: {"chosen": each[at].chosen.tolist(), "rejected": each[at].rejected.tolist()}
-                        for name, each in rankers.items()}  # fmt: skip
-                line = {"data": data, "record": at, "user_id": one.user_id, "paired": one.paired, "rankings": told}
-                file.write(json.dumps(_plain(line), ensure_ascii=False, allow_nan=False) + "\n")
-    text = json.dumps(_plain(results), indent=2, allow_nan=False)
-    (folder / "preference_results.json").write_text(text + "\n", encoding="utf-8")
+    with replacing(folder, OF_PREFERENCES) as work:
+        with (work / SCORES).open("w", encoding="utf-8") as file:
+            for data, rankers in scores.items():
+                for at, one in enumerate(next(iter(rankers.values()))):
+                    told = {name: {"chosen": each[at].chosen.tolist(), "rejected": each[at].rejected.tolist()}
+                            for name, each in rankers.items()}  # fmt: skip
+                    line = {"data": data, "record": at, "user_id": one.user_id, "paired": one.paired, "rankings": told}
+                    file.write(json.dumps(_plain(line), ensure_ascii=False, allow_nan=False) + "\n")
+        text = json.dumps(_plain(results), indent=2, allow_nan=False)
+        (work / "preference_results.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:

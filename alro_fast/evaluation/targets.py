@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..run_folder import LEFT_BY_AN_EVALUATION, OF_PREFERENCES, replacing
 from . import metrics
 from .baselines import first_stage_scores
 from .breakdown import breakdown, repeated_order
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from ..ranking.orders import Ranking
 
 CUTOFFS = (1, 3, 5, 10)
+OF_RANKINGS = LEFT_BY_AN_EVALUATION - OF_PREFERENCES - {"comparison"}
 
 
 def has_targets(prepared: PreparedData, split: str) -> bool:
@@ -118,14 +120,30 @@ def save_measurement(
     targets: bool,
     prepared: PreparedData | None = None,
 ) -> Results:
-    """Write results.json, predictions.jsonl and the TREC files of `tuned` (of a base alone: `untuned`); the results,
-    with what breakdown.py finds, and what the TREC files hold.
+    """Write results.json, predictions.jsonl and the TREC files of `tuned` (of a base alone: `untuned`) in place of
+    those of an earlier measurement, whose report goes with them; the results, with what breakdown.py finds, and what
+    the TREC files hold.
 
     TREC files of lists with targets: 1 for the target and 0 for the others; a list without its target has no lines.
     """
-    write_predictions(folder / "predictions.jsonl", lists, rankings)
-    graded = as_grades(lists) if targets else lists
-    factor = write_trec(folder, graded, [ranking.scores for ranking in rankings[judged(rankings)]], tag="alro_fast")
+    with replacing(folder, OF_RANKINGS) as work:
+        write_predictions(work / "predictions.jsonl", lists, rankings)
+        graded = as_grades(lists) if targets else lists
+        factor = write_trec(work, graded, [ranking.scores for ranking in rankings[judged(rankings)]], tag="alro_fast")
+        results = _told(results, factor, lists, rankings, targets, prepared)
+        results.save(work)
+    return results
+
+
+def _told(
+    results: Results,
+    factor: int | None,
+    lists: Sequence[RankingList],
+    rankings: Mapping[str, Sequence[Ranking]],
+    targets: bool,
+    prepared: PreparedData | None,
+) -> Results:
+    """The results with what breakdown.py finds, and what the TREC files hold."""
     if factor is None:
         held = "no run.trec and qrels.trec, which hold whole numbers: ratings have over three decimals"
     elif targets:
@@ -133,13 +151,11 @@ def save_measurement(
     else:
         scale = "ratings" if factor == 1 else f"ratings x {factor}, as qrels.trec holds whole numbers,"
         held = f"{scale} of the rated candidates of lists that have something to rank"
-    results = replace(
+    return replace(
         results.noting(trec=held),
         repeated={name: repeated_order(each) for name, each in rankings.items()},
         about=results.about | {"breakdown": breakdown(results, lists, prepared, targets)},
     )
-    results.save(folder)
-    return results
 
 
 def _cell(value: float) -> str:

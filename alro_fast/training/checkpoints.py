@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from. They are written in place, trainer_state.json last: a kill can leave a part.
+"""Which checkpoint a run resumes from. They are whole or not there (guards.saving), but disks and people damage files.
 
 A checkpoint is whole when it has everything a run goes on with: options, place, random states, weights, optimiser and
 schedule, in the files of plain training, of FSDP or of DeepSpeed.
@@ -34,6 +34,7 @@ RESUMABLE = {  # options that may differ between a checkpoint and the run that r
     "output_dir", "dry_run", "overwrite_output_dir", "report_to", "disable_tqdm", "log_json", "logging_steps",
     "save_total_limit", "resume_from_checkpoint", "data_dir", "raw_dir", "save_steps", "save_strategy",
     "max_test_lists", "baselines", "fuse", "logging_nan_inf_filter", "gradient_accumulation_steps",
+    "max_nonfinite_steps",
 }  # fmt: skip
 
 
@@ -86,6 +87,11 @@ def newest_checkpoint(folder: Path) -> Path | None:
             return path
         print(f"{path} is skipped: {reason}")
     return None
+
+
+def newest_of(folder: Path) -> Path | None:
+    """The newest whole checkpoint in `folder`, or None; nothing is printed."""
+    return next((path for path in _numbered(folder) if damage(path) is None), None)
 
 
 def damage(checkpoint: Path) -> str | None:

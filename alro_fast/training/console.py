@@ -14,7 +14,6 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from ..errors import AlroFastError
 from ..texts import json_line
 
 WATCHED = ("loss", "ndcg@3", "ndcg@10", "pair_accuracy", "user_auc")
@@ -86,7 +85,9 @@ def described(logs: Mapping[str, float]) -> str:
     """A log in words: loss and speed of a step, loss and NDCG of a validation, the speed of the run; "" for others."""
     if "lists_per_second" in logs:
         tokens = logs["unique_tokens_per_second"]
-        said = f"loss {logs['loss']:.4f}, {logs['lists_per_second']:.1f} lists/s, {tokens:,.0f} tokens/s"
+        loss = f"loss {logs['loss']:.4f}" if "loss" in logs else "no finite loss"
+        said = f"{loss}, {logs['lists_per_second']:.1f} lists/s, {tokens:,.0f} tokens/s"
+        said += f", {logs['skipped_steps']:,} steps skipped" if "skipped_steps" in logs else ""
         return f"{said}, utilisation {logs['utilisation']:.2f}" if "utilisation" in logs else said
     if "train_runtime" in logs and "utilisation" in logs:
         return f"trained in {logs['train_runtime']:.0f} s, utilisation {logs['utilisation']:.2f} of the GEMM peak"
@@ -126,21 +127,5 @@ class JsonLines(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:
-            event = "validation" if "eval_loss" in logs else "step" if "loss" in logs else "trained"
+            event = "validation" if "eval_loss" in logs else "trained" if "train_runtime" in logs else "step"
             print_json(event, {"step": state.global_step, **logs})
-
-
-class NonFiniteLoss(TrainerCallback):
-    """Stops a run whose loss is no longer a number, instead of training on.
-
-    The Trainer's own `loss` may leave such steps out (logging_nan_inf_filter), the loss's parts do not.
-    """
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        logs = logs or {}
-        if "loss" not in logs:
-            return
-        skipped = {"grad_norm"} if args.fp16 else set()  # its loss scaling begins with steps that overflow
-        for name, value in logs.items():
-            if name not in skipped and isinstance(value, float) and not math.isfinite(value):
-                raise AlroFastError(f"{name} became {value} at step {state.global_step}; lower --learning_rate")

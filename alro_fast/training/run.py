@@ -48,7 +48,7 @@ from .checkpoints import check_same_data, find_checkpoint, settle_auto
 from .checks.folders import begun, claim_folder, named_folder
 from .checks.rehearsal import check_hub, check_metric, rehearse
 from .config import Config
-from .console import NonFiniteLoss, counted, show_end, show_example, show_plan, show_results
+from .console import counted, show_end, show_example, show_plan, show_results
 from .plans.dataset import TreeDataset
 from .signals import signal_vocabulary, signals_shown
 from .speed.costs import Costs
@@ -147,7 +147,6 @@ class Run:
             self.datasets["valid"],
             evaluate_ranking=self.validate if len(self.lists["valid"]) else None,
             save_extras=self.save_extras,
-            callbacks=[NonFiniteLoss()],
             processing_class=self.tokenizer,
         )
         rehearse(self.trainer, self.trainer.planned_steps())

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
@@ -33,6 +33,8 @@ from ..run_folder import share
 from .batches import CURSOR, Cursor, PlannedBatches
 from .console import reporter
 from .plans.dataset import PlannedLoader, TreeDataset, only
+from .guards.finite import felt_by_all
+from .guards.trainer import GuardedTrainer
 from .speed.meter import Meter
 from .speed.profile import VALIDATION, Profiler, part
 from .speed.tally import Tally
@@ -40,7 +42,7 @@ from .speed.tally import Tally
 logger = logging.getLogger(__name__)
 
 
-class RankerTrainer(Trainer):
+class RankerTrainer(GuardedTrainer):
     """transformers.Trainer for ranking objectives.
 
     `evaluate_ranking()` -> {"ndcg@3": ...} is called at every evaluation; `save_extras(folder)` after every
@@ -48,8 +50,6 @@ class RankerTrainer(Trainer):
     the overrides that a type checker does not accept.
     """
 
-    args: RankerTrainingArguments
-    model: torch.nn.Module
     objective: Objective
     train_dataset: TreeDataset
 
@@ -191,8 +191,10 @@ class RankerTrainer(Trainer):
             for name, count in batch.counts.items():
                 totals[name] = totals.get(name, 0) + count
         if self.args.world_size > 1:
-            summed = torch.tensor([totals[name] for name in sorted(totals)], dtype=torch.float64, device=device)
-            totals = dict(zip(sorted(totals), self._total(summed).tolist()))
+            given = [*(totals[name] for name in sorted(totals)), *self.stopping.counts()]
+            summed = self._total(torch.tensor(given, dtype=torch.float64, device=device)).tolist()
+            self.stopping.agree(summed[len(totals) :])
+            totals = dict(zip(sorted(totals), summed))
         return batches, totals
 
     def _total(self, values: torch.Tensor) -> torch.Tensor:
@@ -229,7 +231,7 @@ class RankerTrainer(Trainer):
         if model.training:
             self.tally.note(inputs, terms, share)
         # gradients are averaged over processes, each of which divided by the counts of all
-        loss = loss * self.args.world_size
+        loss = felt_by_all(loss) * self.args.world_size
         return (loss, terms) if return_outputs else loss
 
     def loss_terms(self, model: torch.nn.Module, batch: Batch) -> list[LossTerm]:

@@ -40,6 +40,8 @@ WITHOUT_MEANING = {  # options of transformers.TrainingArguments that packed bat
     "torch_compile": f"{_EVERY_TREE}; leave it out",
     "torch_compile_backend": f"{_EVERY_TREE}; leave it out",
     "torch_compile_mode": f"{_EVERY_TREE}; leave it out",
+    "logging_nan_inf_filter": "steps without a finite loss are left out anyway; leave it out",
+    "enable_jit_checkpoint": "SIGTERM and SIGINT always leave a checkpoint; leave it out",
     "do_train": "training is what this command does; leave it out (--dry_run true trains nothing)",
     "do_eval": "validation goes by --eval_strategy; give that",
     "do_predict": "the closing table is of the test lists; leave it out",

@@ -5,6 +5,8 @@ As a script, in one process of several: `long_run.py FOLDER key=value ...` with 
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -31,9 +33,24 @@ class _StopAt(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
 
+class _StrikeAt(TrainerCallback):
+    """SIGTERM for the last process alone, after some step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        if state.global_step == self.step and args.process_index == args.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _options(folder: Path) -> None:
+    (folder / "config.yaml").write_text("use_peft: true\n", encoding="utf-8")
+
+
 def train(
     folder: Path, *, lists=400, epochs=3, stop=0, resume=None, dropout=0.0, budget=600, accumulation=4, device="cpu",
-    objective="sft", backend="auto", **options,
+    objective="sft", backend="auto", strike=0, **options,
 ):  # fmt: skip
     """Train to the end, or to optimiser step `stop`, where a checkpoint is left as after every 20 steps.
 
@@ -47,13 +64,15 @@ def train(
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, lora_dropout=dropout)
     model = get_peft_model(tiny_llama(len(tokenizer), **SMALL), lora)
     options = {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 99, "optim": "adamw_torch"} | options
-    options = {"learning_rate": 0.01} | options
+    options = {"learning_rate": 0.01, "logging_steps": 50} | options
     args = RankerTrainingArguments(
         output_dir=str(folder), use_cpu=device == "cpu", disable_tqdm=True, num_train_epochs=epochs,
-        tokens_per_batch=budget, gradient_accumulation_steps=accumulation, logging_steps=50, report_to=[], **options,
+        tokens_per_batch=budget, gradient_accumulation_steps=accumulation, report_to=[], **options,
     )  # fmt: skip
     data = TreeDataset(random_lists(lists, range(2, 6), seed=3, history=0), objective)
-    trainer = RankerTrainer(model, args, objective, data, callbacks=[_StopAt(stop)])
+    trainer = RankerTrainer(
+        model, args, objective, data, callbacks=[_StopAt(stop), _StrikeAt(strike)], save_extras=_options
+    )
     seen, compute = [], trainer.compute_loss
 
     def note(model, inputs, **more):

@@ -10,12 +10,14 @@ from typing import Any
 from ... import texts
 from ...data.records import Item, RankingList
 from ...errors import AlroFastError
+from ...run_folder import settle
 from ...texts import decoded, from_json
 from .shapes import STATE, check, check_line, check_results, damage
 
 
 def read_results(folder: Path) -> dict[str, Any]:
     """results.json of a run or an evaluation; AlroFastError where there is none, or a damaged one."""
+    settle(folder)
     results = read_json(folder / "results.json")
     if results is None and (folder / "preference_results.json").is_file():
         raise AlroFastError(f"{folder} is a preference run: its figures are in preference_results.json, without a page")

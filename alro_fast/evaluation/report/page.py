@@ -88,8 +88,9 @@ def write_report(folder: str | Path, run_folder: str | Path | None = None) -> Pa
             tables=tables,
         )
     )
-    write_tables(folder, tables.values())
     path = folder / "report.html"
+    path.unlink(missing_ok=True)  # last, so that it is of the tables beside it
+    write_tables(folder, tables.values())
     path.write_text(page, encoding="utf-8")
     return path
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import AlroFastError
-from ...run_folder import BEFORE_THE_FIRST_STEP, LEFT_BY_A_RUN
+from ...run_folder import BEFORE_THE_FIRST_CHECKPOINT, LEFT_BY_A_RUN
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -46,8 +46,8 @@ def claim_folder(config: Config, folder: Path) -> None:
 
 
 def begun(folder: Path) -> bool:
-    """Whether `folder` holds more than a run that stopped before its first step leaves."""
-    return folder.is_dir() and not {path.name for path in folder.iterdir()} <= BEFORE_THE_FIRST_STEP
+    """Whether `folder` holds more than a run that ended before its first checkpoint leaves."""
+    return folder.is_dir() and not {path.name for path in folder.iterdir()} <= BEFORE_THE_FIRST_CHECKPOINT
 
 
 def next_folder(config: Config) -> Path:
