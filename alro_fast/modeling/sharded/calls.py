@@ -18,7 +18,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ..attention import trunk_of
 from ..lm_head import Head, head_of
@@ -78,15 +77,6 @@ def with_head(model: Any, hidden: Tensor, work: Callable[[Tensor, Head], T]) -> 
 def is_sharded(model: nn.Module) -> bool:
     """Whether an engine holds weights of `model` in parts (FSDP2: DTensors, ZeRO-3: their data elsewhere)."""
     return any(hasattr(p, "full_tensor") or hasattr(p, "ds_tensor") for p in model.parameters())
-
-
-def trained_weights(model: nn.Module) -> dict[str, Any]:
-    """On the first process the state of an FSDP2 model, whole and on the CPU, of an adapter's model the adapter alone;
-    on others nothing. All processes must call it."""
-    options = StateDictOptions(
-        full_state_dict=True, cpu_offload=True, ignore_frozen_params=hasattr(model, "peft_config")
-    )
-    return get_model_state_dict(model, options=options)
 
 
 @torch.no_grad()
