@@ -28,6 +28,7 @@ from ..run_folder import ADAPTER_CONFIG, MERGED_BASE, adapter_config
 from .attention import use_tree_attention
 from .layers import fuse_layers
 from .lora import fuse_lora
+from .sharded import whole_weights
 
 if TYPE_CHECKING:
     from ..data.records import Item
@@ -69,9 +70,10 @@ def load_base(
     path = base_path(name)
     try:
         AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
-        )
+        with whole_weights():
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+            )
     except LOAD_ERRORS as error:
         place = place or f"--model_name_or_path {name}"
         raise AlroFastError(f"{place}: no causal LM could be loaded ({_first_line(error)})") from error

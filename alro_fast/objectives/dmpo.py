@@ -17,8 +17,9 @@ from ..data.preferences import Preference
 from ..data.records import RankingList
 from ..errors import AlroFastError
 from ..losses.preference import dmpo_loss
-from ..modeling.lm_head import Head, head_of
+from ..modeling.lm_head import Head
 from ..modeling.packing import Branch, PackedBatch, Tree
+from ..modeling.sharded import with_head
 from ..options import LISTS, Where, on_files
 from ..prompts import PromptBuilder
 from .base import ALWAYS, Batch, Description, Example, LossTerm
@@ -151,7 +152,9 @@ class DMPOObjective(ChosenObjective):
         model.eval()
         try:
             with torch.no_grad(), cast(Any, model).disable_adapter():
-                reference = self._sums(forward(batch.packed), head_of(model), batch.packed, batch.targets)
+                reference = with_head(
+                    model, forward(batch.packed), lambda rows, head: self._sums(rows, head, batch.packed, batch.targets)
+                )
         finally:
             model.train(training)
         return replace(batch, targets=batch.targets._replace(reference=reference))

@@ -36,6 +36,7 @@ from ..modeling.loading import (
     order_embeddings,
     resolve_dtype,
 )
+from ..modeling.sharded import together
 from ..objectives.alro import Scoring
 from ..objectives.base import Objective, build_objective, learned_answers
 from ..prompts import SignalPrompts, add_item_tokens, add_signal_tokens
@@ -49,6 +50,7 @@ from .checks.folders import begun, claim_folder, named_folder
 from .checks.rehearsal import check_hub, check_metric, rehearse
 from .config import Config
 from .console import counted, show_end, show_example, show_plan, show_results
+from .engines.checks import check_engine, check_loading, measured_later
 from .plans.dataset import TreeDataset
 from .signals import signal_vocabulary, signals_shown
 from .speed.costs import Costs
@@ -131,6 +133,7 @@ class Run:
             check_hub(self.training, self.folder)
             self.training.push_to_hub = not self.training.dry_run  # which asks nothing of the hub
         check_metric(self.training, ["loss", *config.description.logs, *self.watched])
+        check_loading(self.training)
         self.model, self.tokenizer = self.build_model()
         self.objective = self.build_objective()
         show = not self.training.disable_tqdm and self.training.process_index == 0
@@ -149,6 +152,7 @@ class Run:
             save_extras=self.save_extras,
             processing_class=self.tokenizer,
         )
+        check_engine(self.trainer, self.checkpoint)
         rehearse(self.trainer, self.trainer.planned_steps())
 
     @property
@@ -340,9 +344,13 @@ class Run:
         """Rank untuned, train, rank tuned; then the table and the files of the run."""
         self.take_over()
         started, test = time.perf_counter(), self.lists["test"]
-        rankings = {"untuned": self.ranker.rank(test)}
+        later = measured_later(self.trainer, self.config.model.use_peft)
+        rankings = {} if later else {"untuned": self.ranker.rank(test)}
         self.fit()
-        rankings |= self.rank_tuned(test)
+        if later:
+            with self.ranker.untuned():
+                rankings = {"untuned": together(self.model, lambda: self.ranker.rank(test))}
+        rankings |= together(self.model, lambda: self.rank_tuned(test))
         fusion = self.fuse() if self.config.data.fuse else None
         if not self.training.should_save:
             return
@@ -372,7 +380,8 @@ class Run:
 
     def fuse(self) -> Fusion:
         """Fit the weights of the tuned model's scores and the signals, and save them."""
-        fusion = Fusion.fit(self.fitted_on, self.ranker.scores(self.lists["valid"]), fused_signals(self.prepared))
+        scores = together(self.model, lambda: self.ranker.scores(self.lists["valid"]))
+        fusion = Fusion.fit(self.fitted_on, scores, fused_signals(self.prepared))
         if self.training.should_save:
             fusion.save(self.folder)
         return fusion
@@ -413,7 +422,7 @@ class Run:
     def validate(self) -> dict[str, float]:
         """NDCG of the model as it stands, on the validation lists."""
         lists, targets = self.lists["valid"], has_targets(self.prepared, "valid")
-        scores = {"model": self.ranker.scores(lists)}
+        scores = {"model": together(self.model, lambda: self.ranker.scores(lists))}
         results = evaluate_rankers(lists, scores, targets=targets, prepared=self.prepared, split="valid", bootstrap=0)
         return {name: results.mean("model", name) for name in VALIDATED}
 

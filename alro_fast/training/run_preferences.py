@@ -21,6 +21,7 @@ from ..data.records import Item, RankingList
 from ..errors import AlroFastError
 from ..evaluation.preference_metrics import Scored, preference_metrics
 from ..evaluation.preferences import measure, save, score_preferences, table
+from ..modeling.sharded import together
 from ..objectives.base import Example, Objective, build_objective
 from ..objectives.dmpo import DMPOObjective, ReferenceTable, check_answers
 from ..prompts.preference import PreferencePrompts
@@ -28,6 +29,7 @@ from ..run_folder import check_writable
 from ..texts import read_bytes, read_json
 from .config import Config
 from .console import show_results
+from .engines.checks import measured_later
 from .reference_logprobs import reference_table
 from .run import Run, prepare
 
@@ -201,10 +203,11 @@ class PreferenceRun(Run):
             shown += [draw.shown(one, pool[i : i + draw.count], epoch) for i in range(0, len(pool), draw.count)]
         found: dict[str, list[tuple[float, Item]]] = {}
         backend = self.config.objective.backend
-        for contest, scores in zip(
-            shown,
-            score_preferences(self.model, self.prompts, shown, training.tokens_per_batch, backend, training.share),
-        ):
+        budget, share = training.tokens_per_batch, training.share
+        scored = together(
+            self.model, lambda: score_preferences(self.model, self.prompts, shown, budget, backend, share)
+        )
+        for contest, scores in zip(shown, scored, strict=True):
             best = positive(contest)
             others = (item for i, item in enumerate(contest.candidates) if i != best)
             found.setdefault(contest.list_id, []).extend(zip(scores.rejected - scores.chosen, others))
@@ -238,8 +241,11 @@ class PreferenceRun(Run):
         """Answer scores of the model as it stands; negatives of lists as drawn for epoch 0, never mined."""
         if self.negatives is not None:
             people = [self.negatives.contest(cast(RankingList, one), 0) for one in people]
-        backend = self.config.objective.backend
-        return score_preferences(self.model, self.prompts, people, self.config.budget, backend, self.training.share)
+        backend, share = self.config.objective.backend, self.training.share
+        return together(
+            self.model,
+            lambda: score_preferences(self.model, self.prompts, people, self.config.budget, backend, share),
+        )
 
     def validate(self) -> dict[str, float]:
         """Preference metrics on the validation records."""
@@ -255,13 +261,16 @@ class PreferenceRun(Run):
             if self.checkpoint is None and self.training.process_index == 0:
                 self.own_references.unlink(missing_ok=True)
             self.objective.references = self.precompute()
-        model = self.model.to(self.training.device)
         earlier = "untuned" if self.config.model.init_adapter is None else "earlier stage"
-        scored = {name: {earlier: self.scored(people)} for name, people in self.tests.items()}
+        later = measured_later(self.trainer, self.config.model.use_peft)
+        before = {} if later else {name: self.scored(people) for name, people in self.tests.items()}
         self.fit()
-        model.eval()
-        for name, people in self.tests.items():
-            scored[name]["tuned"] = self.scored(people)
+        self.model.eval()
+        if later:
+            with cast(Any, self.model).disable_adapter():
+                before = {name: self.scored(people) for name, people in self.tests.items()}
+        after = {name: self.scored(people) for name, people in self.tests.items()}
+        scored = {name: {earlier: before[name], "tuned": after[name]} for name in self.tests}
         if not self.training.should_save:
             return
         if scored:

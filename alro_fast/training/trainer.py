@@ -7,7 +7,6 @@ whole optimiser step, however many forward passes and processes it is split into
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import time
@@ -24,17 +23,18 @@ from transformers.trainer_utils import TrainOutput
 
 from ..errors import AlroFastError
 from ..modeling.attention import answer_hidden_states
-from ..modeling.lm_head import head_of
+from ..modeling.lm_head import Head
 from ..modeling.packing import PackedBatch
 from ..modeling.planning import EpochPlans
+from ..modeling.sharded import accept_work, trained_weights, with_head, within
 from ..objectives.base import Batch, LossTerm, Objective
 from ..options import RankerTrainingArguments
 from ..run_folder import share
 from .batches import CURSOR, Cursor, PlannedBatches
 from .console import reporter
-from .plans.dataset import PlannedLoader, TreeDataset, only
 from .guards.finite import felt_by_all
 from .guards.trainer import GuardedTrainer
+from .plans.dataset import PlannedLoader, TreeDataset, only
 from .speed.meter import Meter
 from .speed.profile import VALIDATION, Profiler, part
 from .speed.tally import Tally
@@ -83,7 +83,7 @@ class RankerTrainer(GuardedTrainer):
         train_dataset.check(args.tokens_per_batch)
         if eval_dataset is not None:
             eval_dataset.check(self._eval_budget, self._eval_option)
-        _accept_trees(model)
+        accept_work(model)
         self.add_callback(_Progress(self))
         self.profiler = Profiler(self.meter, Path(cast(str, args.output_dir)), args.profile) if args.profile else None
         if self.profiler is not None and args.process_index == 0:
@@ -235,20 +235,30 @@ class RankerTrainer(GuardedTrainer):
         return (loss, terms) if return_outputs else loss
 
     def loss_terms(self, model: torch.nn.Module, batch: Batch) -> list[LossTerm]:
-        """One forward pass: trunk over the packed stream, head and losses on its answer rows."""
-        plain = self.accelerator.unwrap_model(model)
-        head = head_of(plain)
+        """One forward pass: trunk over the packed stream, head and losses on its answer rows; all of it within the
+        model's own, where engines that shard weights have them whole."""
+        plain: Any = self.accelerator.unwrap_model(model)
+        terms: list[LossTerm] = []
 
-        def forward(packed: PackedBatch) -> torch.Tensor:
+        def trunk(packed: PackedBatch) -> torch.Tensor:
             with part("trunk"), self.meter.forward(packed):
-                hidden: torch.Tensor = model(packed_trees=packed)
-            return hidden.to(head.weight.dtype)  # mixed precision hands results out in float32
+                return answer_hidden_states(plain, packed)
 
-        if hasattr(self.objective, "complete"):
-            batch = cast(Any, self.objective).complete(plain, batch, forward)
-        hidden = forward(batch.packed)
-        with part("loss"):
-            return self.objective.loss(hidden, head, batch.packed, batch.targets)
+        def work() -> tuple[torch.Tensor, ...]:
+            whole = batch
+            if hasattr(self.objective, "complete"):
+                whole = cast(Any, self.objective).complete(plain, batch, trunk)
+                torch.clear_autocast_cache()  # weights cast without gradients serve no forward that has them
+
+            def losses(hidden: torch.Tensor, head: Head) -> tuple[torch.Tensor, ...]:
+                terms.extend(self.objective.loss(hidden, head, whole.packed, whole.targets))
+                return tuple(term.value for term in terms)
+
+            hidden = trunk(whole.packed)
+            with part("loss"):
+                return with_head(plain, hidden, losses)
+
+        return [term._replace(value=value) for term, value in zip(terms, within(model, work), strict=True)]
 
     # ---- logs
 
@@ -310,6 +320,15 @@ class RankerTrainer(GuardedTrainer):
                 "push the folder later"
             ) from error
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; of weights in shards it saves no file that anything but a resumption reads, so that is
+        done here."""
+        if self.is_fsdp_enabled and "SHARDED" in str(cast(Any, self.accelerator.state).fsdp_plugin.state_dict_type):
+            weights = trained_weights(self.model)
+            if self.args.should_save:
+                self._save(output_dir, state_dict=weights)
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         token, self.args.hub_token = self.args.hub_token, None  # it is in no file, not even for a moment
         try:
@@ -323,18 +342,6 @@ class RankerTrainer(GuardedTrainer):
         )  # a pickle that nothing reads; config.yaml has the options
         if self.save_extras is not None and self.args.should_save:
             self.save_extras(folder)
-
-
-def _accept_trees(model: torch.nn.Module) -> None:
-    """Let the causal LM inside `model` be called with `packed_trees=`, through PEFT and data-parallel wrappers too."""
-    causal: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
-    ordinary = causal.forward
-
-    @functools.wraps(ordinary)
-    def forward(*args: Any, packed_trees: PackedBatch | None = None, **kwargs: Any) -> Any:
-        return ordinary(*args, **kwargs) if packed_trees is None else answer_hidden_states(causal, packed_trees)
-
-    causal.forward = forward
 
 
 class _Progress(TrainerCallback):
