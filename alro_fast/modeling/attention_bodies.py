@@ -1,4 +1,4 @@
-"""The sums of tree attention, but for float32 and half precision on the CPU, which have kernels of their own (`modeling.cpp_attention`).
+"""The sums of tree attention where the CPU's own kernels (`modeling.cpp_attention`) do not serve.
 
 - *cascade* (CPU, where those kernels do not serve): every run of the trie in one causal call; then, level by level, the
   rows behind a run against the part of it that stands above them (no mask), merged by their log-sum-exps. With O and L

@@ -1,5 +1,5 @@
-"""Attention over packed tries on the CPU by the kernels of csrc/attention: forward and backward, in float32; what comes in
-half precision is widened on the way in and rounded on the way out.
+"""Attention over packed tries on the CPU by the kernels of csrc/attention: forward and backward, in float32. What comes
+in half precision is widened on the way in and rounded on the way out.
 
 A row sees the rows of its own node up to itself and all rows of its node's ancestors, or the last `window` of them.
 Lanes of a vector are queries, and the query heads that share a key head; a panel of them walks the trie once, over keys

@@ -227,7 +227,7 @@ class RankerTrainer(GuardedTrainer):
         totals = num_items_in_batch or {term.name: term.count for term in terms}
         counts = inputs.counts  # those of the terms, or none where the batch is not to count
         share = {term.name: counts[term.name] / totals[term.name] if totals[term.name] else 0.0 for term in terms}
-        loss = sum(term.weight * share[term.name] * term.value for term in terms)
+        loss: Any = sum(term.weight * share[term.name] * term.value for term in terms)
         if model.training:
             self.tally.note(inputs, terms, share)
         # gradients are averaged over processes, each of which divided by the counts of all

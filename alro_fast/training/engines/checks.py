@@ -34,7 +34,8 @@ def check_engine(trainer: Trainer, checkpoint: str | None) -> None:
     run, or go on from its checkpoint."""
     args: Any = trainer.args
     state: Any = trainer.accelerator.state
-    kind, fsdp = state.distributed_type, getattr(state, "fsdp_plugin", None)
+    kind: Any = state.distributed_type
+    fsdp: Any = getattr(state, "fsdp_plugin", None)
     if _asks_fsdp(args) and kind != DistributedType.FSDP:
         raise AlroFastError(
             f"FSDP shards over accelerators, and this run is on {args.device}, where accelerate trains whole models "
@@ -58,8 +59,8 @@ def check_same_engine(checkpoint: Path, engine: str, processes: int) -> None:
     written = next((name for name, mark in MARKS.items() if any(checkpoint.glob(mark))), "plain or DDP")
     if written != engine:
         raise AlroFastError(
-            f"--resume_from_checkpoint: {checkpoint} was written by {written} training, this run is {engine}; launch it "
-            "as before"
+            f"--resume_from_checkpoint: {checkpoint} was written by {written} training, this run is {engine}; launch "
+            "it as before"
         )
     before = Cursor.of(str(checkpoint)).processes
     if engine == "DeepSpeed" and before not in (None, processes):
