@@ -65,12 +65,18 @@ class Laboratory:
     def trained(self, trace: str) -> dict[int, list[str]]:
         """Which lists each optimiser step of a run trained; of a step that was done again, the last time."""
         steps: dict[int, list[str]] = {}
-        for file in sorted(self.folder.glob(f"{trace}.trace-*.jsonl")):
-            mine: dict[int, list[str]] = {}
-            for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-                mine.setdefault(line["step"], []).extend(line["lists"])
-            steps |= mine
+        for run in self.runs(trace):
+            steps |= run
         return {step: sorted(lists) for step, lists in steps.items()}
+
+    def runs(self, trace: str) -> list[dict[int, list[str]]]:
+        """The same of every time that a run was begun or gone on with, over all its processes."""
+        runs: dict[str, dict[int, list[str]]] = {}
+        for file in sorted(self.folder.glob(f"{trace}.trace-*.jsonl")):
+            run = runs.setdefault(file.name.split(".")[1], {})
+            for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+                run.setdefault(line["step"], []).extend(line["lists"])
+        return list(runs.values())
 
 
 def _be(command: str, words: list[str], wound: dict[str, Any], trace: Path, log: Path) -> NoReturn:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import math
 import os
@@ -167,21 +169,31 @@ def _full(wound: Wound) -> None:
 
 
 def _read_only(wound: Wound) -> None:
-    """The output folder takes no new names, from a save on; root, whom nothing stops, becomes nobody before."""
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setgid(65534)
-        os.setuid(65534)
-    at_save(wound["save"], lambda trainer: trainer.run_folder.chmod(stat.S_IRUSR | stat.S_IXUSR))
+    """The output folder takes no new names, from a save on; root gives up its right to write everywhere."""
+
+    def shut(trainer: Any) -> None:
+        trainer.run_folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
+        if os.geteuid() == 0:  # capset(2) with no capability left; the version is _LINUX_CAPABILITY_VERSION_3
+            header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+            if ctypes.CDLL(None, use_errno=True).capset(header, none):
+                raise OSError(ctypes.get_errno(), "capset")
+
+    at_save(wound["save"], shut)
 
 
 def _little_memory(wound: Wound) -> None:
-    """No more address space than the process has by then, and a little."""
+    """No more address space than the process has by then, of which all but a little is taken."""
+    taken: list[bytearray] = []
 
     def limit(_: Any) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + wound["bytes"]
+        most = pages * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        for size in (1 << 24, 1 << 20, wound["bytes"]):
+            with contextlib.suppress(MemoryError):
+                while True:
+                    taken.append(bytearray(size))
+        taken.pop()
 
     at_step(wound["step"], PLACES[0], limit)
 
