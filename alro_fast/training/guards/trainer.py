@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
@@ -79,6 +80,8 @@ class GuardedTrainer(Trainer):
         checkpoint = self.run_folder / f"checkpoint-{step}"
         if not checkpoint.is_dir():
             self._save_checkpoint(self.model, None)
+        if not checkpoint.is_dir():
+            checkpoint = newest_of(self.run_folder) or checkpoint
         further = "go on with the same command and --resume_from_checkpoint true"
         if self.args.save_only_model:
             further = "it holds the model alone, as --save_only_model true asked for: nothing goes on from it"
@@ -182,8 +185,10 @@ class GuardedTrainer(Trainer):
         return str(self.run_folder / ASIDE) if self._aside else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """As the Trainer's, written aside and given its name when it is whole, without the log."""
+        """As the Trainer's, without the log, written aside and named when it is whole; none among bad steps."""
         self._look()
+        if self.finite.row is not None:  # what is wrong may take more than steps: the checkpoint before it stays
+            return
         self._check_weights()
         folder, state, args = self.run_folder, self.state, self.args
         final = folder / f"checkpoint-{state.global_step}"
@@ -218,7 +223,8 @@ class GuardedTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's; AlroFastError where it cannot be written."""
-        with writing(Path(output_dir or self.run_folder), self.run_folder):
+        told = writing(Path(output_dir or self.run_folder), self.run_folder)
+        with contextlib.nullcontext() if self._aside else told:
             super().save_model(output_dir, _internal_call)
 
 

@@ -1,0 +1,1 @@
+"""What a run loses when it is killed, or its machine fails: `python -m bench.faults`."""
