@@ -33,6 +33,7 @@ COMMANDS = {
     "report": "report.html of a run, of an evaluation, or of two compared",
     "study": "options x seeds over training runs, in one table of differences",
     "client": "rank through an inference server",
+    "doctor": "versions, backends and devices here; what is fused for a model",
 }
 
 

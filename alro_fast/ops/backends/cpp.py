@@ -37,6 +37,11 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return declined
 
 
+def instruction_set() -> str | None:
+    """Of the kernels that run here: generic, avx2, avx512 or avx512_bf16; None where none are installed."""
+    return None if _cpp is None else str(_cpp.instruction_set())
+
+
 def vocab_pass(
     hidden: Tensor,
     weight: Tensor,
