@@ -30,29 +30,32 @@ from alro_fast.prompts.recranker import RecRankerPrompts
 from alro_fast.training.plans.dataset import TreeDataset
 from alro_fast.training.speed import costs
 from bench.common import CUDA, DEVICE, DRY
-from bench.sharing.bench_share import TRAINING, folder, ready_model, tokenizer_of  # noqa: F401
+from bench.sharing.bench_share import TRAINING, folder, ready_model, tokenizer_of
+
+__all__ = ["folder"]  # a fixture
 
 USERS, BUDGET, EPOCHS = (2, 16_384, 2) if DRY else (40, 8192, 5)
 KINDS = [name for name in TRAINING if not name.startswith("dmpo")]
+TIMED = 4 if DRY else 64
 COUNTS = (200,) if DRY else (8000, 80_000, 400_000)
 
 
-def made(folder: Path, what: str, users: int = USERS) -> tuple[list[Any], Any]:
+def made(where: Path, what: str, users: int = USERS) -> tuple[list[Any], Any]:
     """All training lists of some users, user after user, and the objective."""
     options = dict(TRAINING[what])
     answer = options.pop("answer", "ranking")
     kind = RecRankerPrompts if options["objective"] == "recranker" else PromptBuilder
     objective = build_objective(
-        objective_arguments()(**options), kind(tokenizer_of(folder), "movies"), answer=answer, seed=0
+        objective_arguments()(**options), kind(tokenizer_of(where), "movies"), answer=answer, seed=0
     )
-    lists = sorted(open_prepared(folder).lists("train"), key=lambda one: one.user_id)
+    lists = sorted(open_prepared(where).lists("train"), key=lambda one: one.user_id)
     chosen = [list(own) for _, own in groupby(lists, key=lambda one: one.user_id)]
     drawn = np.random.default_rng(0).permutation(len(chosen))[:users]
     return [one for n in sorted(drawn) for one in chosen[n]], objective
 
 
 @pytest.mark.parametrize("what", KINDS)
-def test_windows_of_a_user(folder: Path, what: str) -> None:  # noqa: F811
+def test_windows_of_a_user(folder: Path, what: str) -> None:
     """Rows of an epoch as it is planned, and of batches filled user after user."""
     lists, objective = made(folder, what)
     trees = [one.tree for one in objective.examples(lists, range(len(lists)), 0)]
@@ -74,7 +77,7 @@ def test_windows_of_a_user(folder: Path, what: str) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("what", KINDS)
-def test_later_draws(folder: Path, what: str) -> None:  # noqa: F811
+def test_later_draws(folder: Path, what: str) -> None:
     """Rows of lists and of batches in later epochs, against those of the first."""
     lists, objective = made(folder, what)
     data = TreeDataset(lists, objective)
@@ -92,17 +95,17 @@ def test_later_draws(folder: Path, what: str) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("what", KINDS)
-def test_seconds_by_cost(folder: Path, what: str) -> None:  # noqa: F811
+def test_seconds_by_cost(folder: Path, what: str) -> None:
     """Forward and backward passes of levelled batches, and of batches packed by rows alone."""
-    lists, objective = made(folder, what, 2 if DRY else 10)
-    model = ready_model()
+    lists, objective = made(folder, what)
+    lists, budget, model = lists[:TIMED], BUDGET // 2, ready_model()
     prices = costs.Costs.of(model)
     data = TreeDataset(lists, objective, prices=prices)
     clock = time.perf_counter if CUDA else time.thread_time
-    for name, plan in (("levelled", data.plans(BUDGET, 0)(0)), ("packed", data.plans(BUDGET, None)(0))):
+    for name, plan in (("levelled", data.plans(budget, 0)(0)), ("packed", data.plans(budget, None)(0))):
         seconds: list[list[float]] = [[] for _ in plan]
         batches = [data[0, batch].to(torch.device(DEVICE)) for batch in plan]
-        for _ in range(1 if DRY else 4):
+        for _ in range(1 if DRY else 3):
             for batch, own in zip(batches, seconds):
                 began = clock()
                 hidden = answer_hidden_states(model, batch.packed)
@@ -113,17 +116,16 @@ def test_seconds_by_cost(folder: Path, what: str) -> None:  # noqa: F811
                 own.append(clock() - began)
         took, cost = np.array([min(own) for own in seconds]), np.array([sum(data.costs[i] for i in b) for b in plan])
         alike = np.corrcoef(took, cost)[0, 1] if len(plan) > 2 else float("nan")
+        apart, deviation = np.ptp(took) / took.mean(), took.std() / took.mean()
         print(
-            f"{what}, {name}: {len(plan)} batches, costs {100 * spread(plan, np.array(data.costs)):.1f} % apart, seconds "
-            f"{100 * np.ptp(took) / took.mean():.1f} % apart ({100 * took.std() / took.mean():.1f} % of standard deviation); "
-            f"correlation {alike:.3f}"
+            f"{what}, {name}: {len(plan)} batches, costs {100 * spread(plan, np.array(data.costs)):.1f} % apart, "
+            f"seconds {100 * apart:.1f} % (standard deviation {100 * deviation:.1f} %), correlation {alike:.3f}"
         )
     for rate in (0.1, 0.3, 1.0):  # of attention, on another device
         other = prices._replace(pair=prices.pair * costs.ATTENTION_RATE / rate)
         true = np.array(TreeDataset(lists, objective, prices=other).costs)
-        print(
-            f"{what}: levelled at {costs.ATTENTION_RATE}, at {rate} {100 * spread(data.plans(BUDGET, 0)(0), true):.1f} % apart"
-        )
+        apart = spread(data.plans(budget, 0)(0), true)
+        print(f"{what}: levelled at {costs.ATTENTION_RATE}, at {rate} {100 * apart:.1f} % apart")
 
 
 @pytest.mark.parametrize("count", COUNTS)

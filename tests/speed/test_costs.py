@@ -76,6 +76,12 @@ def test_common_rows_count_once():
     assert Costs(1e6, 1e6, 0.0, (3, None)).of_lists(extents, np.arange(10)) == [28, 193]  # 1 + 2 + 8 * 3 pairs of them
 
 
+def test_costs_do_not_depend_on_the_device(model):
+    """So that a run goes on with its plan anywhere."""
+    here = Costs.of(model)
+    assert Costs.of(model.to("meta")) == here
+
+
 def test_a_head_that_is_trained_costs_more():
     frozen, trained = tiny_llama(97), tiny_llama(97)
     frozen.lm_head.requires_grad_(False)

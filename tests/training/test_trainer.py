@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import byte_tokenizer, random_lists, tiny_llama
@@ -10,12 +12,14 @@ from alro_fast.errors import AlroFastError
 from alro_fast.losses import reference
 from alro_fast.modeling.attention import answer_hidden_states
 from alro_fast.modeling.lm_head import head_of
+from alro_fast.modeling.planning import EpochPlans
 from alro_fast.objectives.base import build_objective
 from alro_fast.options import ObjectiveArguments, RankerTrainingArguments
 from alro_fast.prompts import PromptBuilder
+from alro_fast.training.batches import CURSOR, Cursor, PlannedBatches
 from alro_fast.training.plans import dataset
 from alro_fast.training.plans.dataset import TreeDataset, build_batch
-from alro_fast.training.trainer import RankerTrainer
+from alro_fast.training.trainer import RankerTrainer, _Progress
 
 TOKENIZER = byte_tokenizer()
 PROMPTS = PromptBuilder(TOKENIZER, "movies")
@@ -67,6 +71,24 @@ def test_plans_are_made_once_in_a_run(tmp_path, monkeypatch):
     assert trainer.planned_steps() == trainer.planned_steps()
     trainer.train()
     assert [len(sizes) for sizes, *_ in made] == [8, 3]
+
+
+def test_a_cursor_says_what_is_left_within_the_last_rounds(tmp_path):
+    """Of three processes: nothing while that is the plan, then the batches that are no longer its own."""
+    trainer = make_trainer(tmp_path)
+    batches = PlannedBatches(
+        EpochPlans([25] * 7, 50, 5), 0, 3
+    )  # four batches: two rounds, the last of one or two lists
+    trainer._batches, trainer._here, trainer._before = batches, 0, 0
+    trainer.current_gradient_accumulation_steps = 1
+    args = SimpleNamespace(world_size=3, gradient_accumulation_steps=1)
+    state = SimpleNamespace(stateful_callbacks={}, epoch=0.0)
+    left = batches.left(0)
+    assert left[:3] != batches.plans(0)[:3]
+    for trained, epoch in ((3, 0.5), (6, 1.0)):
+        _Progress(trainer).on_step_end(args, state, None)
+        cursor = Cursor(**state.stateful_callbacks[CURSOR])
+        assert (cursor.trained, cursor.rest, state.epoch) == (trained, left[trained:], epoch)
 
 
 def test_so_many_lists_a_batch(tmp_path):

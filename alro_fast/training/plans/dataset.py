@@ -26,9 +26,11 @@ class TreeDataset(Dataset[Batch]):
     """Ranking lists as packed batches, built when asked for: an index is (epoch, the lists of one batch).
 
     The first epoch's trees are built once at the start for their sizes; what is drawn later may differ from them by
-    a few tokens, never in the number of trees of a batch. `common`: tokens that all of them have alike, which a batch
-    takes once. share: as `packing.collate` takes it. prices: by which batches of training are levelled; None: they are
-    packed by tokens alone. An index without lists is a batch that counts nothing.
+    some percent, so that a batch may be a little over its budget, never in the number of trees of a batch.
+
+    common: tokens that all of them have alike, which a batch takes once. share: as `packing.collate` takes it.
+    prices: by which batches of training are levelled; None: they are packed by tokens alone. An index without lists is
+    a batch that counts nothing.
     """
 
     def __init__(
