@@ -197,10 +197,6 @@ class RankerTrainer(GuardedTrainer):
             totals = dict(zip(sorted(totals), summed))
         return batches, totals
 
-    @property
-    def sums(self) -> dict[str, torch.Tensor]:
-        return self.tally.parts
-
     def _total(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over processes."""
         return cast(torch.Tensor, self.accelerator.reduce(values, "sum")) if self.args.world_size > 1 else values

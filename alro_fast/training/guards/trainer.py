@@ -27,14 +27,18 @@ SKIPPED = "skipped_steps"
 
 
 class GuardedTrainer(Trainer):
-    """transformers.Trainer whose checkpoints are whole, which stops when asked to, and passes over bad steps."""
+    """transformers.Trainer whose checkpoints are whole, which stops when asked to, and passes over bad steps.
+
+    `_sums`: the loss's parts since the last log line, by their names, as a subclass adds them up.
+    """
 
     args: RankerTrainingArguments
     model: torch.nn.Module
 
     def __init__(self, *given: Any, **options: Any) -> None:
         self.stopping, self.finite = Stopping(), FiniteSteps()
-        self._parts: dict[str, Tensor] = {}  # `sums`, and the Trainer's own below, as the step at hand began
+        self._sums: dict[str, Tensor] = {}
+        self._parts: dict[str, Tensor] = {}  # `_sums`, and the Trainer's own below, as the step at hand began
         self._loss_before = torch.zeros(())
         self._aside = self._push = False
         super().__init__(*given, **options)
@@ -44,11 +48,6 @@ class GuardedTrainer(Trainer):
     @property
     def run_folder(self) -> Path:
         return Path(cast(str, self.args.output_dir))
-
-    @property
-    def sums(self) -> dict[str, Tensor]:
-        """The loss's parts since the last log line, by their names, as a subclass adds them up; changed in place."""
-        return {}
 
     # ---- from the first step to the last
 
@@ -140,8 +139,8 @@ class GuardedTrainer(Trainer):
         if not self.args.fp16:
             withhold(self.optimizer, bad, on_device)
         before = self._parts
-        parts = {name: total - before.get(name, 0.0) for name, total in self.sums.items()}
-        self.sums.update({n: torch.where(bad, before.get(n, torch.zeros_like(v)), v) for n, v in self.sums.items()})
+        parts = {name: total - before.get(name, 0.0) for name, total in self._sums.items()}
+        self._sums = {n: torch.where(bad, before.get(n, torch.zeros_like(v)), v) for n, v in self._sums.items()}
         self._tr_loss.copy_(torch.where(bad, self._loss_before, self._tr_loss))
         self.finite.judge(self.state.global_step + 1, bad, parts)
         if not on_device or len(self.finite.pending) >= LOOK:
@@ -236,7 +235,7 @@ class _AtSteps(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
-        trainer._parts, trainer._loss_before = dict(trainer.sums), trainer._tr_loss.clone()
+        trainer._parts, trainer._loss_before = dict(trainer._sums), trainer._tr_loss.clone()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, stopping = self.trainer, self.trainer.stopping

@@ -22,14 +22,11 @@ class Tally:
         meter: that of the run's forward passes.
         processes: how many there are.
         total: a tensor's sum over processes, called in every process at the same log lines, once each.
-
-    Attributes:
-        parts: of the loss, by name, [] on the device: sums over this process's batches since the last line.
     """
 
     def __init__(self, meter: Meter, processes: int, total: Callable[[Tensor], Tensor]) -> None:
         self.meter, self.processes, self.total = meter, processes, total
-        self.parts: dict[str, Tensor] = {}
+        self._parts: dict[str, Tensor] = {}
         self._counted = dict.fromkeys(COUNTED, 0)
         self.begin(0)
 
@@ -42,7 +39,7 @@ class Tally:
         """A batch, and its loss terms with their shares of the optimiser step, that of all processes."""
         for term in terms:
             value = term.value.detach() * share[term.name]
-            self.parts[term.name] = self.parts[term.name] + value if term.name in self.parts else value
+            self._parts[term.name] = self._parts[term.name] + value if term.name in self._parts else value
         packed = batch.packed
         counts = (
             batch.lists,
@@ -61,8 +58,8 @@ class Tally:
         if not steps:
             return {}
         seconds = self._lap()
-        names = sorted(self.parts)
-        *values, used = self._summed([*(self.parts[name] for name in names), *self._counted.values()], whole=False)
+        names = sorted(self._parts)
+        *values, used = self._summed([*(self._parts[name] for name in names), *self._counted.values()], whole=False)
         line = {name: value / steps for name, value in zip(names, values)}
         lists, unique, unshared, padded, head_rows = values[len(names) :]
         line["lists_per_second"] = round(lists / seconds, 2)
@@ -70,7 +67,7 @@ class Tally:
         line["sharing_ratio"] = round(unshared / unique, 3)
         line["padding_ratio"] = round(padded / unshared, 3)
         line["head_row_share"] = round(head_rows / unique, 4)
-        self.parts.clear()
+        self._parts.clear()
         self._counted = dict.fromkeys(COUNTED, 0)
         self._noted_step = step
         return line | self._utilisation(used)
