@@ -113,6 +113,7 @@ def test_statements_are_found_whole():
     assert command(heredoc) is command(piped) is None
     assert command(ours) == ("rank", ["a"])
     assert command("alro-fast train --seed 1  # again") == ("train", ["--seed", "1"])
+    assert command("torchrun --nproc_per_node 2 -m alro_fast.rank a --top_k 1") == ("rank", ["a", "--top_k", "1"])
     assert command("pytest bench") is None
     together = list(steps(Block("bash", "a=1\necho $a\npython -m alro_fast.report out\nls\n", (), None)))
     assert together == [("bash", "a=1\necho $a"), ("report", ["out"]), ("bash", "ls")]

@@ -8,6 +8,7 @@ process is left alone. The process group is accelerate's.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -48,7 +49,7 @@ def dealing(device: str | None = None) -> Iterator[str | None]:
 
     What one process raises in here, all raise, as soon as they wait for it; not beside others' collectives, those of a
     Trainer, where it is the launcher that ends the others. AlroFastError for a `device` of one process, such as cuda:1,
-    where there are several.
+    where there are several, and for more processes than devices.
     """
     if launched() == 1:
         yield device
@@ -64,6 +65,12 @@ def dealing(device: str | None = None) -> Iterator[str | None]:
         )
     ours = PartialState._shared_state == {}  # else it is the Trainer's
     cpu = kind == "cpu" or not torch.accelerator.is_available()
+    here, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
+    if ours and not cpu and here > devices:
+        raise AlroFastError(
+            f"{here} processes were launched, but there are {devices} devices for them; launch no more than that, or "
+            "add --device cpu"
+        )
     state = PartialState(cpu=cpu, timeout=AS_LONG_AS_IT_TAKES) if ours else PartialState()
     with _standing(Place(state.process_index, state.num_processes)):
         failure: Exception | None = None

@@ -67,6 +67,7 @@ class RankerTrainer(GuardedTrainer):
         **options: Any,
     ) -> None:
         self.objective, self.evaluate_ranking, self.save_extras = objective, evaluate_ranking, save_extras
+        self._sums: dict[str, torch.Tensor] = {}
         self.meter = Meter(model, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None)
         self.start = self.cursor = Cursor()
         try:
@@ -229,7 +230,7 @@ class RankerTrainer(GuardedTrainer):
         share = {term.name: counts[term.name] / totals[term.name] if totals[term.name] else 0.0 for term in terms}
         loss: Any = sum(term.weight * share[term.name] * term.value for term in terms)
         if model.training:
-            self.tally.note(inputs, terms, share)
+            self._note(inputs, terms, share)
         # gradients are averaged over processes, each of which divided by the counts of all
         loss = felt_by_all(loss) * self.args.world_size
         return (loss, terms) if return_outputs else loss
@@ -262,10 +263,17 @@ class RankerTrainer(GuardedTrainer):
 
     # ---- logs
 
+    def _note(self, batch: Batch, terms: list[LossTerm], share: dict[str, float]) -> None:
+        for term in terms:
+            value = term.value.detach() * share[term.name]
+            self._sums[term.name] = self._sums[term.name] + value if term.name in self._sums else value
+        self.tally.note(batch)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the loss's parts, throughput and sharing, of all processes, to the Trainer's line of a training step."""
         if "loss" in logs:
-            logs |= self.tally.line(self.state.global_step)
+            logs |= self.tally.line(self.state.global_step, self._sums)
+            self._sums.clear()
         if "train_runtime" in logs:
             logs |= self.tally.end(self.state.global_step)
         super().log(logs, start_time)

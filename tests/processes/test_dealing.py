@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alro_fast.errors import AlroFastError
 from alro_fast.processes import dealing, launch
 from alro_fast.processes.dealing import Place, dealt, place, shares, shares_in_step, told
 
@@ -37,6 +38,38 @@ def test_one_process_deals_nothing(monkeypatch):
         assert (device, place(), told(3)) == ("cpu", Place(0, 1), 3)
         assert dealt([1, 2, 3], [1, 1, 1], lambda job: 2 * job) == [2, 4, 6]
     assert not torch.distributed.is_initialized()
+
+
+def test_several_processes_take_a_device_each(monkeypatch):
+    """What cannot be is said before they look for each other."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("accelerate.PartialState._shared_state", {})
+    with pytest.raises(AlroFastError, match=r"--device cuda:1 is one device, and 2 processes .*; give cuda"):
+        dealing.dealing("cuda:1").__enter__()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    with pytest.raises(AlroFastError, match=r"2 processes were launched, but there are 1 devices .*--device cpu"):
+        dealing.dealing().__enter__()
+
+
+def test_of_shards_every_process_takes_part_in_every_pass(monkeypatch):
+    """Two processes and three jobs are two rounds; jobs of many passes are done by all."""
+    model = torch.nn.Linear(1, 1)
+    model.weight.ds_id = 0  # as ZeRO-3 marks it
+    monkeypatch.setattr(dealing, "_place", Place(1, 2))
+    done: list[int] = []
+
+    def compute(job: int) -> int:
+        done.append(job)
+        return 2 * job
+
+    theirs = ([3, 2, 1], {0: 0, 2: 4})
+    monkeypatch.setattr(dealing, "_exchanged", lambda failure, mine: [theirs, mine])
+    assert dealt([0, 1, 2], [3, 2, 1], compute, model=model) == [0, 2, 4]
+    assert done == [1, 2]
+    assert dealt([0, 1], [1, 1], compute, model=model, passes=True) == [0, 2]
+    assert done == [1, 2, 0, 1]
 
 
 @pytest.mark.parametrize(

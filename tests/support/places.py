@@ -68,11 +68,14 @@ def statements(script: str) -> Iterator[str]:
 
 
 def command(statement: str) -> tuple[str, list[str]] | None:
-    """(name, words) of a command of this package; None for another, or where the shell has more to do than run it."""
+    """(name, words) of a command of this package, launched in whichever way; None for another, or where the shell has
+    more to do than run it."""
     joined = statement.replace("\\\n", " ")
     if re.search(r"[|<>$;&]", joined):
         return None
     words = shlex.split(joined, comments=True)
+    if words[0] == "torchrun" and "-m" in words:  # as one process; tests/processes has several
+        words = ["python", *words[words.index("-m") :]]
     if words[:2] == ["python", "-m"] and words[2].startswith("alro_fast."):
         return words[2].removeprefix("alro_fast."), words[3:]
     return (words[1], words[2:]) if words[0] == "alro-fast" else None

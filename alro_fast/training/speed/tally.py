@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ...objectives.base import Batch, LossTerm
+from ...objectives.base import Batch
 from .meter import Meter
 
 COUNTED = ("lists", "unique_tokens", "unshared_tokens", "padded_tokens", "head_rows")
@@ -26,7 +26,6 @@ class Tally:
 
     def __init__(self, meter: Meter, processes: int, total: Callable[[Tensor], Tensor]) -> None:
         self.meter, self.processes, self.total = meter, processes, total
-        self._parts: dict[str, Tensor] = {}
         self._counted = dict.fromkeys(COUNTED, 0)
         self.begin(0)
 
@@ -35,11 +34,8 @@ class Tally:
         self._noted_step, self._since = step, time.perf_counter()
         self.meter.pause = 0.0
 
-    def note(self, batch: Batch, terms: Sequence[LossTerm], share: Mapping[str, float]) -> None:
-        """A batch, and its loss terms with their shares of the optimiser step, that of all processes."""
-        for term in terms:
-            value = term.value.detach() * share[term.name]
-            self._parts[term.name] = self._parts[term.name] + value if term.name in self._parts else value
+    def note(self, batch: Batch) -> None:
+        """A batch of this process."""
         packed = batch.packed
         counts = (
             batch.lists,
@@ -51,15 +47,15 @@ class Tally:
         for name, count in zip(COUNTED, counts, strict=True):
             self._counted[name] += count
 
-    def line(self, step: int) -> dict[str, float]:
+    def line(self, step: int, parts: Mapping[str, Tensor]) -> dict[str, float]:
         """Parts of the loss as means over steps, throughput, sharing and utilisation, up to this optimiser step; {}
-        where there was none since the last line."""
+        where there was none since the last line. parts: this process's sums of each, [] on the device."""
         steps = step - self._noted_step
         if not steps:
             return {}
         seconds = self._lap()
-        names = sorted(self._parts)
-        *values, used = self._summed([*(self._parts[name] for name in names), *self._counted.values()], whole=False)
+        names = sorted(parts)
+        *values, used = self._summed([*(parts[name] for name in names), *self._counted.values()], whole=False)
         line = {name: value / steps for name, value in zip(names, values)}
         lists, unique, unshared, padded, head_rows = values[len(names) :]
         line["lists_per_second"] = round(lists / seconds, 2)
@@ -67,7 +63,6 @@ class Tally:
         line["sharing_ratio"] = round(unshared / unique, 3)
         line["padding_ratio"] = round(padded / unshared, 3)
         line["head_row_share"] = round(head_rows / unique, 4)
-        self._parts.clear()
         self._counted = dict.fromkeys(COUNTED, 0)
         self._noted_step = step
         return line | self._utilisation(used)
