@@ -67,7 +67,6 @@ class RankerTrainer(GuardedTrainer):
         **options: Any,
     ) -> None:
         self.objective, self.evaluate_ranking, self.save_extras = objective, evaluate_ranking, save_extras
-        self._sums: dict[str, torch.Tensor] = {}
         self.meter = Meter(model, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None)
         self.start = self.cursor = Cursor()
         try:
