@@ -3,7 +3,7 @@ BIN ?= .venv/bin
 FUZZ_SECONDS ?= 60
 CPP = $(shell find csrc -name "*.cpp" -o -name "*.h")
 
-.PHONY: install style format types layers test bench docs wheel sanitize ci
+.PHONY: install style format types layers test bench docs wheel sanitize fuzz licences audit ci
 
 install: ## the environment: the package, the tests' packages, the tools of this file
 	test -x $(BIN)/python || python3 -m venv .venv
@@ -39,6 +39,16 @@ wheel: ## sdist and wheel in dist/; what they hold; the demo from the wheel, wit
 
 sanitize: ## csrc under AddressSanitizer and UndefinedBehaviorSanitizer, and fuzzed: make sanitize FUZZ_SECONDS=600
 	PATH="$(abspath $(BIN)):$$PATH" csrc/sanitize.sh $(FUZZ_SECONDS)
+
+fuzz: ## hostile files and answers of servers, for a time: make fuzz FUZZ_SECONDS=600 ARGS="--seed 1 --keep_going"
+	PYTHONPATH=.:tests/support HF_HUB_OFFLINE=1 $(BIN)/python tests/fuzz/fuzz_inputs.py --seconds $(FUZZ_SECONDS) $(ARGS)
+
+licences: ## of everything that is needed to run; an error for one that is not allowed
+	$(BIN)/python scripts/licences.py
+
+audit: ## known vulnerabilities of what is installed; needs the network
+	$(BIN)/pip install -q pip-audit
+	$(BIN)/pip-audit --skip-editable
 
 ci: ## all of it, in a fresh environment
 	.ci/run

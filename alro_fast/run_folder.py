@@ -155,7 +155,7 @@ def as_now_called(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def adapter_config(folder: str | Path) -> dict[str, Any]:
-    """What adapter_config.json holds; AlroFastError where it is damaged."""
+    """What adapter_config.json holds; AlroFastError where it is damaged, or has PEFT import a module of its choice."""
     path = Path(folder) / ADAPTER_CONFIG
     try:
         config = from_json(read_text(path), str(path))
@@ -163,4 +163,9 @@ def adapter_config(folder: str | Path) -> dict[str, Any]:
         config = None
     if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path"), str):
         raise AlroFastError(f"{path} is damaged: expected what PEFT wrote, with its base model; restore the file")
+    if config.get("megatron_config") is not None:
+        raise AlroFastError(
+            f"{path} has a megatron_config, for which PEFT imports the module {config.get('megatron_core')!s:.80}; "
+            "set it to null: adapters of Megatron are not read"
+        )
     return config

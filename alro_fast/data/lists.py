@@ -19,7 +19,8 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, overload
@@ -33,7 +34,7 @@ from ..run_folder import check_writable
 from ..texts import read_json
 from .records import Item, RankingList, Signal
 from .signal_table import SIGNALS
-from .sources.files import sha256_of
+from .sources.files import POLARS_ERRORS, sha256_of
 from .tables.checks import check_items, check_known, check_list_values, check_scale
 from .tables.schemas import (
     FILES,
@@ -161,13 +162,15 @@ class PreparedData:
         self.targets: pl.DataFrame | None = self._read("targets.parquet", TARGET_SCHEMA) if has_targets else None
         for split in SPLITS:  # now, not when work is done; the lists are read again when they are asked for
             for file in self._checked(f"lists-{split}.parquet", LIST_SCHEMA, SIGNAL_COLUMNS):
-                check_list_values(pl.scan_parquet(file, glob=False), len(self.items), str(file))
+                with _whole(file):
+                    check_list_values(pl.scan_parquet(file, glob=False), len(self.items), str(file))
         for name, schema, column in (
             ("targets.parquet", TARGET_SCHEMA, "item"),
             ("seen.parquet", SEEN_SCHEMA, "items"),
         ):
             for file in self._checked(name, schema) if stored_as(files, name) else ():
-                check_known(pl.scan_parquet(file, glob=False), column, len(self.items), str(file))
+                with _whole(file):
+                    check_known(pl.scan_parquet(file, glob=False), column, len(self.items), str(file))
         self._lists: dict[str, Lists] = {}
 
     def lists(self, split: str) -> Lists:
@@ -202,7 +205,9 @@ class PreparedData:
         return dict(zip(frame["user_id"].to_list(), np.split(items, offsets[1:-1])))
 
     def _read(self, name: str, schema: Mapping, optional: Mapping = MappingProxyType({})) -> pl.DataFrame:
-        return pl.concat([pl.read_parquet(file, glob=False) for file in self._checked(name, schema, optional)])
+        files = self._checked(name, schema, optional)
+        with _whole(self.path / name):
+            return pl.concat([pl.read_parquet(file, glob=False) for file in files])
 
     def _checked(self, name: str, schema: Mapping, optional: Mapping = MappingProxyType({})) -> list[Path]:
         """The paths of a table's files, which are those its manifest speaks of, with the columns it should have."""
@@ -220,13 +225,20 @@ class PreparedData:
         known = self.manifest["files"].get(name)
         if not isinstance(known, dict) or sha256_of(file) != known.get("sha256"):
             raise AlroFastError(f"{file} is not the file its manifest.json speaks of; prepare the data again")
-        try:
+        with _whole(file):
             columns = pl.read_parquet_schema(file)
-        except (pl.exceptions.PolarsError, OSError):
-            raise AlroFastError(f"{file} is no Parquet file; prepare the data again") from None
         if not fits(columns, schema, optional):
             raise AlroFastError(f"{file} has columns {list(columns)}; expected {list(schema)}: prepare the data again")
         return file
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[None]:
+    """A table that cannot be read is one line, whatever its manifest says of it."""
+    try:
+        yield
+    except POLARS_ERRORS:
+        raise AlroFastError(f"{file} is no Parquet file, or a damaged one; prepare the data again") from None
 
 
 def open_prepared(path: str | Path) -> PreparedData:

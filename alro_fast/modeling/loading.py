@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 LENGTH = 0.3  # of the smoothing in `order_embeddings`, where a scale reaches from -1 to 1
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 LOAD_ERRORS = (  # damaged or unfitting files, and pickles that would run code
-    OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, UnpicklingError,
+    OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, ImportError, SafetensorError,
+    UnpicklingError,
 )  # fmt: skip
 
 
@@ -191,7 +192,8 @@ def load_for_inference(
         raise AlroFastError(f"{folder}: neither adapter_config.json nor config.json found; expected a trained folder")
     tokenizer = load_tokenizer(str(folder), trust_remote_code, place=str(folder))
     if adapter.is_file():
-        base = base_model or recorded_base(folder)
+        recorded = recorded_base(folder)  # read even where it is replaced: a config that does harm is refused
+        base = base_model or recorded
         place = f"--base_model {base}" if base_model else f"{folder}: base model {base}"
         model: Any = load_base(base, dtype, trust_remote_code, place=place)
         rows = model.get_input_embeddings().weight.shape[0]

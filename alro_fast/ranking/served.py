@@ -298,7 +298,8 @@ def _reason(text: str) -> str:
     """What an error response says, on one line."""
     try:
         document = json.loads(text)
-        text = document.get("message") or document["error"]["message"]
+        said = document.get("message") or document["error"]["message"]
+        text = said if isinstance(said, str) else text
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     return " ".join(text.split())[:200]

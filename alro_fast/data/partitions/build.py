@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,20 @@ from .work import Work, write_json
 MOST_PARTITIONS = 10_000
 
 
-def prepare_partitions(files: FileOptions, options: ListOptions, partitions: int) -> None:
+Each = Callable[[Callable[[int], None], Sequence[int]], None]
+
+
+def in_turn(step: Callable[[int], None], parts: Sequence[int]) -> None:
+    """One part after the other."""
+    for part in parts:
+        step(part)
+
+
+def prepare_partitions(files: FileOptions, options: ListOptions, partitions: int, each: Each = in_turn) -> None:
     """As `prepare_lists`, one part of the users at a time: the same lists, in the order of PARTITION_RULE, in parts.
 
-    partitions: at least 1. Raises AlroFastError as `prepare_lists` does.
+    partitions: at least 1. each: calls a step with every partition, in any order or at once; `on_ray.on_ray` on a
+    cluster. Raises AlroFastError as `prepare_lists` does.
     """
     if not 1 <= partitions <= MOST_PARTITIONS:
         raise AlroFastError(f"--partitions {partitions}: expected 1 to {MOST_PARTITIONS:,}")
@@ -70,22 +80,23 @@ def prepare_partitions(files: FileOptions, options: ListOptions, partitions: int
             )
             size = "{ratings:,} ratings, {users:,} users, {items:,} items".format(**ids.counts)
             stage.done(f"read {size} of {len(raw.parts) or 1} files")
-            counts, time_unit = _deal(work, ids, files, path, raw, stage), raw.time_unit
+            counts, time_unit = _deal(work, ids, files, path, raw, stage, each), raw.time_unit
         for line in dropped_lines(counts):
             stage.notice(line)
         core, head = _head(work, ids, files, sources, time_unit, counts, stage)
-        _cut(work, head, core, partitions, options, files, recorded, stage)
+        _cut(work, head, core, partitions, options, files, recorded, stage, each)
         stage.done(f"wrote {files.output_dir}")
 
 
-def _deal(work: Work, ids: Ids, files: FileOptions, path: Path, raw: RawData, stage: Stages) -> dict[str, Any]:
+def _deal(
+    work: Work, ids: Ids, files: FileOptions, path: Path, raw: RawData, stage: Stages, each: Each
+) -> dict[str, Any]:
     """The steps `split` and `clean`; what reading found and dropped."""
     parts = range(len(ids.bounds) - 1)
     if not work.has("cleaned"):
         split(work, raw, path, ids)
         stage.done(f"dealt them out to {len(parts)} partitions")
-        for part in parts:
-            clean(work, part, ids, path, files.duplicates)
+        each(lambda part: clean(work, part, ids, path, files.duplicates), parts)
         with work.step("cleaned") as folder:
             write_json(folder / "counts.json", count_cleaned(work, ids, files.untitled, path))
         stage.done("made a table of each")
@@ -134,12 +145,12 @@ def _cut(
     files: FileOptions,
     recorded: dict[str, Any],
     stage: Stages,
+    each: Each,
 ) -> None:
     """The steps `sorted` and `lists`; then the folder."""
     item_hash = hash_ids(head.items["item_id"])
     if not all(work.has(f"sorted/{part:05}") for part in range(partitions)):
-        for part in range(partitions):
-            sort(work, part, head, item_hash, core, options)
+        each(lambda part: sort(work, part, head, item_hash, core, options), range(partitions))
         stage.done("brought each in the order of time")
     work.forget("clean")
     found = sorted_counts(work, partitions)
@@ -150,8 +161,7 @@ def _cut(
     say_skipped(counts["users_skipped"], users, most, options, stage.notice)
     count, mean = mean_of(*item_sums(work, partitions, head.items.height))
     items = head.items.with_columns(train_count=count, train_mean=mean)
-    for part in range(partitions):
-        cut_lists(work, part, items, item_hash, options)
+    each(lambda part: cut_lists(work, part, items, item_hash, options), range(partitions))
     records = ((part, work.at(f"lists/{part:05}") / "counts.json") for part in range(partitions))
     made = [(part, read_json(file)) for part, file in records if file.exists()]
     of_lists = _sums([one["counts"] for _, one in made])

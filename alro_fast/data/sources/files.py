@@ -20,6 +20,7 @@ from ...texts import packed_or_wide
 
 BLOCK_BYTES = 1 << 25
 LINE_BYTES = 1 << 24  # a longer line is no record of a rating
+POLARS_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)  # panics: of damaged Parquet files
 UNFOLDED_BYTES, UNFOLDED_TIMES = 1 << 28, 50  # an archive that holds more than both is no table of ratings
 
 
@@ -28,7 +29,7 @@ def polars_errors(path: Path) -> Iterator[None]:
     """A file polars cannot read becomes one line that names it."""
     try:
         yield
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except POLARS_ERRORS as error:
         first = str(error).strip().splitlines()[0]
         if "utf-8" in first.lower() or "utf8" in first.lower():
             raise AlroFastError(
