@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 
 from . import __version__
 from .errors import AlroFastError
+from .processes.elastic import end_with_launcher, tell_launcher
 from .texts import printable
 
 # Torch's threads read this once, when torch is imported. Beside other work, threads that spin while they wait slow the
@@ -122,6 +123,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     So does a lack of memory, of the machine's or of a device's.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    end_with_launcher()
     _open_closed()
     try:
         try:
@@ -201,7 +203,9 @@ class _Screen(io.TextIOBase):
 
 def _fail(reason: str) -> NoReturn:
     """The line of a mistake, and exit status 2."""
-    print(f"error: {printable(' '.join(reason.split()))}", file=sys.stderr)
+    line = printable(" ".join(reason.split()))
+    tell_launcher(line)
+    print(f"error: {line}", file=sys.stderr)
     raise SystemExit(2) from None
 
 

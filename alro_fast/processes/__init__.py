@@ -1,0 +1,1 @@
+"""The processes of one launch, and work dealt over them."""
