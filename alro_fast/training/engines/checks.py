@@ -63,8 +63,8 @@ def check_same_engine(checkpoint: Path, engine: str, processes: int) -> None:
     written = next((name for name, mark in MARKS.items() if any(checkpoint.glob(mark))), "plain or DDP")
     if written != engine:
         raise AlroFastError(
-            f"--resume_from_checkpoint: {checkpoint} was written by {written} training, this run is {engine}; launch it "
-            "as before"
+            f"--resume_from_checkpoint: {checkpoint} was written by {written} training, this run is {engine}; launch "
+            "it as before"
         )
     before = Cursor.of(str(checkpoint)).processes
     if engine == "DeepSpeed" and before not in (None, processes):

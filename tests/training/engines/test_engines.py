@@ -6,7 +6,7 @@ import importlib.util
 import json
 
 import pytest
-from engine_runs import launch
+from launched.engine_runs import launch
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, catalogue, random_lists, save_base
 

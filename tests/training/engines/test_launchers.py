@@ -10,8 +10,8 @@ import subprocess
 import sys
 import time
 
-import dead_rank
 import pytest
+from launched import dead_rank
 from places import ROOT
 
 from alro_fast.errors import AlroFastError
@@ -20,7 +20,11 @@ from alro_fast.training.batches import CURSOR, Cursor
 from alro_fast.training.engines.checks import SIZES, check_launch, check_same_engine
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}",
+}
 
 
 def test_a_mistake_is_the_last_word_of_torchruns_report(tmp_path):
