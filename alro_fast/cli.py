@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 
 from . import __version__
 from .errors import AlroFastError, Stopped
+from .processes.elastic import end_with_launcher, tell_launcher
 from .processes.launch import give_way, is_first
 from .texts import printable
 
@@ -124,6 +125,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     So does a lack of memory, of the machine's or of a device's. Of several processes only the first prints.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    end_with_launcher()
     _open_closed()
     try:
         try:
@@ -217,7 +219,9 @@ class _Screen(io.TextIOBase):
 def _fail(reason: str) -> NoReturn:
     """The line of a mistake, and exit status 2."""
     give_way()
-    print(f"error: {printable(' '.join(reason.split()))}", file=sys.stderr)
+    line = printable(" ".join(reason.split()))
+    tell_launcher(line)
+    print(f"error: {line}", file=sys.stderr)
     raise SystemExit(2) from None
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 
+import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -27,6 +29,8 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", DEPRECATED, FutureWarning)
+    if not torch.accelerator.is_available():  # where it is installed, DeepSpeed says on stdout that it found none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @contextlib.contextmanager

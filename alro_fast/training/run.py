@@ -50,7 +50,7 @@ from .checks.folders import begun, claim_folder, named_folder
 from .checks.rehearsal import check_hub, check_metric, rehearse
 from .config import Config
 from .console import counted, show_end, show_example, show_plan, show_results
-from .engines.checks import check_engine, check_loading, measured_later
+from .engines.checks import check_engine, check_launch, measured_later
 from .plans.dataset import TreeDataset
 from .signals import signal_vocabulary, signals_shown
 from .speed.costs import Costs
@@ -105,6 +105,7 @@ class Run:
     def build(self) -> None:
         """Everything up to the Trainer."""
         config = self.config
+        check_launch(self.training)
         with self.training.main_process_first(local=False):  # the others find the folder claimed and the data prepared
             self.folder = named_folder(config)
             self.keep()
@@ -133,7 +134,6 @@ class Run:
             check_hub(self.training, self.folder)
             self.training.push_to_hub = not self.training.dry_run  # which asks nothing of the hub
         check_metric(self.training, ["loss", *config.description.logs, *self.watched])
-        check_loading(self.training)
         self.model, self.tokenizer = self.build_model()
         self.objective = self.build_objective()
         show = not self.training.disable_tqdm and self.training.process_index == 0

@@ -21,6 +21,7 @@ NEEDS = {  # what a line `<!-- needs: NAME, NAME -->` before a block says that a
     "files": "files of the reader's own",
     "server": "an inference server",
     "minutes": "a long time",
+    "gpus": "several GPUs; tests run the same engines on the CPU",
 }
 
 

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def accept_work(model: nn.Module) -> None:
-    """Let the causal LM inside `model` be called by `within`, through the wrappers of PEFT and of engines."""
+    """Let the causal LM inside `model` be called by `within`, through PEFT's and the engines' wrappers."""
     causal: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     ordinary = causal.forward
     if hasattr(ordinary, "takes_work"):

@@ -15,7 +15,7 @@ from transformers.integrations import deepspeed
 def whole_weights() -> Iterator[None]:
     """Models loaded in here have all their weights, also where ZeRO-3 will shard them: they are looked at first.
 
-    transformers would have ZeRO-3 take every weight apart as it is read; no forward pass finds them before training.
+    transformers would have ZeRO-3 take every weight apart as it is read, and no forward pass before training finds it.
     """
     named = getattr(deepspeed, "_hf_deepspeed_config_weak_ref", None)
     config = None if named is None else named()

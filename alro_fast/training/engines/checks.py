@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from accelerate.utils import DistributedType
-
 from ...errors import AlroFastError
 from ..batches import Cursor
 
@@ -16,12 +14,19 @@ if TYPE_CHECKING:
 
     from ...options import RankerTrainingArguments
 
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # set by torchrun, or MPI
 # What an engine leaves in a checkpoint that no other does.
 MARKS = {"FSDP": "pytorch_model_fsdp*", "DeepSpeed": "global_step*"}
 
 
-def check_loading(training: RankerTrainingArguments) -> None:
-    """AlroFastError where FSDP would give a model to the first process alone: every process looks at its base first."""
+def check_launch(training: RankerTrainingArguments) -> None:
+    """AlroFastError where a launcher started fewer processes than it was asked for, or FSDP would give a model to the
+    first process alone: every process looks at its base first."""
+    if "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ and not any(map(os.environ.get, SIZES)):
+        raise AlroFastError(
+            "accelerate launch --cpu starts one process, whatever its --num_processes; give --multi_gpu in place of "
+            "--cpu, which serves the CPU as well, or launch with torchrun --nproc_per_node"
+        )
     if _asks_fsdp(training) and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
         raise AlroFastError(
             "FSDP with cpu_ram_efficient_loading leaves all processes but the first without weights to check; set "
@@ -34,14 +39,13 @@ def check_engine(trainer: Trainer, checkpoint: str | None) -> None:
     run, or go on from its checkpoint."""
     args: Any = trainer.args
     state: Any = trainer.accelerator.state
-    kind: Any = state.distributed_type
-    fsdp: Any = getattr(state, "fsdp_plugin", None)
-    if _asks_fsdp(args) and kind != DistributedType.FSDP:
+    engine = engine_of(trainer)
+    if _asks_fsdp(args) and engine != "FSDP":
         raise AlroFastError(
             f"FSDP shards over accelerators, and this run is on {args.device}, where accelerate trains whole models "
             "(DDP); leave --fsdp and use_fsdp out, or run on GPUs"
         )
-    if kind == DistributedType.FSDP and fsdp.fsdp_version != 2:
+    if engine == "FSDP" and state.fsdp_plugin.fsdp_version != 2:
         raise AlroFastError("FSDP version 1 keeps the LM head in parts; set fsdp_version: 2 (--fsdp_config version 2)")
     if shards_by_zero(trainer):
         zero = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
@@ -51,7 +55,7 @@ def check_engine(trainer: Trainer, checkpoint: str | None) -> None:
                 "(stage3_gather_16bit_weights_on_model_save in a file of --deepspeed)"
             )
     if checkpoint is not None:
-        check_same_engine(Path(checkpoint), engine_of(trainer), args.world_size)
+        check_same_engine(Path(checkpoint), engine, args.world_size)
 
 
 def check_same_engine(checkpoint: Path, engine: str, processes: int) -> None:
@@ -72,8 +76,8 @@ def check_same_engine(checkpoint: Path, engine: str, processes: int) -> None:
 
 def engine_of(trainer: Trainer) -> str:
     """FSDP, DeepSpeed, or plain or DDP, which write the same checkpoints."""
-    kind = trainer.accelerator.distributed_type
-    return {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}.get(kind, "plain or DDP")
+    kind = cast(Any, trainer.accelerator).distributed_type.value
+    return {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed"}.get(kind, "plain or DDP")
 
 
 def shards_weights(trainer: Trainer) -> bool:

@@ -6,7 +6,7 @@ import importlib.util
 import json
 
 import pytest
-from engine_runs import launch
+from launched.engine_runs import launch
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, catalogue, random_lists, save_base
 
@@ -68,7 +68,7 @@ def difference(one, other):
         pytest.param("zero3", 2, marks=NEEDS_DEEPSPEED),
     ],
 )
-def test_several_processes_train_what_one_does(folder, engine, processes, record_property):
+def test_several_processes_train_what_one_does(folder, engine, processes):
     here = folder / engine
     here.mkdir()
     jobs = [command(folder, engine, name, processes) for name in RUNS]
@@ -78,8 +78,7 @@ def test_several_processes_train_what_one_does(folder, engine, processes, record
     launch(engine, processes, jobs, here)
     found = {name: difference(here / name, folder / "one" / name) for name in RUNS}
     found["resumed"] = difference(here / "resumed", here / "lora")
-    for name, value in found.items():
-        record_property(f"{engine} {processes} {name}", value)
+    print(f"{engine}, {processes} processes:", ", ".join(f"{name} {value:.1e}" for name, value in found.items()))
     assert max(found[name] for name in RUNS) <= 1e-5, found
     assert found["resumed"] <= 1e-6, found
     one, several = (json.loads((at / "lora" / "results.json").read_text()) for at in (folder / "one", here))

@@ -1,7 +1,8 @@
 """Runs under the engines of `alro_fast/recipes/distributed`, on the CPU, in processes that share one import of torch.
 
-`launch(engine, processes, jobs, folder)` gives every process the environment that `accelerate launch --config_file` would
-give it. A job is a command line of `alro_fast.train`, or "marks": all of a sharded adapter comes back from a checkpoint.
+`launch(engine, processes, jobs, folder)` gives every process the environment that `accelerate launch --config_file`
+would give it. A job is a command line of `alro_fast.train`, or "marks": all of a sharded adapter comes back from a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ from pathlib import Path
 from places import ROOT
 
 RECIPES = ROOT / "alro_fast" / "recipes" / "distributed"
-PRELOAD = ["torch", "transformers", "accelerate", "peft", "alro_fast.train", "alro_fast.training.kinds", "engine_runs"]
+PRELOAD = [
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "alro_fast.train",
+    "alro_fast.training.kinds",
+    "launched.engine_runs",
+]
 SECONDS = 240  # after which processes that wait for each other are ended
 
 
