@@ -123,6 +123,15 @@ def test_planning_takes_time_by_the_number_of_trees():
     assert seconds[1] < 8 * seconds[0]
 
 
+def test_a_plan_is_kept_until_another_is_asked_for():
+    sizes = np.random.default_rng(0).integers(200, 900, 300)
+    plans = EpochPlans(sizes.tolist(), 4096, 3, costs=sizes.tolist())
+    first = plans(1)
+    assert plans(1) is first
+    assert plans(2) != first
+    assert plans(1) == first
+
+
 def test_of_lists_of_half_a_budget_and_more_no_batch_is_empty():
     """Where every tree has a batch of its own there are no more of them, however loose a plan may be."""
     sizes = np.random.default_rng(0).integers(60, 100, 30)

@@ -69,14 +69,17 @@ class EpochPlans:
             found = bisect.bisect_left(LOOSER, True, key=lambda more: self._levels(packed, more))
             self._deals = found < len(LOOSER)
             self.num_batches = self._loosened(packed, LOOSER[found]) if self._deals else packed
+        self._last: tuple[int, list[list[int]]] | None = None
         given = [token_budget, -1 if seed is None else seed, self.num_batches, *sizes]
         given += ([] if most is None else [-most]) + ([0, common] if common else []) + [*(costs or ())]
         self.fingerprint = hashlib.sha256(np.asarray(given, np.int64).tobytes()).hexdigest()[:16]
 
     def __call__(self, epoch: int) -> list[list[int]]:
         """Which trees go into which batch of an epoch: every tree once, `num_batches` batches within the budget, none
-        of them empty."""
-        return (self._deals and self._dealt(epoch)) or self.level(self._packed(epoch))
+        of them empty. The last one asked for is kept: samplers of a run ask for the same."""
+        if self._last is None or self._last[0] != epoch:
+            self._last = epoch, (self._deals and self._dealt(epoch)) or self.level(self._packed(epoch))
+        return self._last[1]
 
     def level(self, batches: list[list[int]]) -> list[list[int]]:
         """`levelled` by the costs, where there are any."""
