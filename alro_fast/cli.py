@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 from . import __version__
 from .errors import AlroFastError, Stopped
 from .processes.elastic import end_with_launcher, tell_launcher
-from .processes.launch import give_way, is_first
+from .processes.launch import is_first, speaks
 from .texts import printable
 
 # Torch's threads read this once, when torch is imported. Beside other work, threads that spin while they wait slow the
@@ -218,10 +218,10 @@ class _Screen(io.TextIOBase):
 
 def _fail(reason: str) -> NoReturn:
     """The line of a mistake, and exit status 2."""
-    give_way()
     line = printable(" ".join(reason.split()))
     tell_launcher(line)
-    print(f"error: {line}", file=sys.stderr)
+    if speaks():
+        print(f"error: {line}", file=sys.stderr)
     raise SystemExit(2) from None
 
 

@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..errors import AlroFastError
+from . import launch
 from .launch import launched
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Place(NamedTuple):
 
 ALONE = Place()
 _place = ALONE
-_failed = False  # whether one has, by the last exchange: all know of it
+_known: Exception | None = None  # the last that all processes raised
 
 
 def place() -> Place:
@@ -77,7 +78,8 @@ def dealing(device: str | None = None) -> Iterator[str | None]:
         try:
             yield str(state.device)
         except Exception as error:
-            if not ours or _failed:
+            launch.all_know = error is _known
+            if not ours or launch.all_know:
                 raise
             failure = error
         if ours:
@@ -166,15 +168,16 @@ def _exchanged(failure: Exception | None, value: Any = None) -> list[Any]:
     """What every process has, by their number; where one has failed, all raise that."""
     from accelerate.utils import gather_object
 
-    global _failed
+    global _known
     said = None if failure is None else str(failure)
     if failure is not None and not isinstance(failure, AlroFastError):
         said = f"process {place().number}: {type(failure).__name__}: {said}"
     gathered: list[tuple[str | None, Any]] = gather_object([(said, None if failure else value)])
     mistakes = [words for words, _ in gathered if words is not None]
-    _failed = bool(mistakes)
     if mistakes:
-        raise failure or AlroFastError(mistakes[0])
+        _known = failure or AlroFastError(mistakes[0])
+        launch.all_know = True
+        raise _known
     return [each for _, each in gathered]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 
-PATIENCE = 3.0  # seconds; a launcher ends the others sooner once one process has failed
+PATIENCE = 10.0  # seconds; a launcher ends the others sooner once one process has failed
+all_know = False  # of the mistake at hand, as `dealing` finds
 
 
 def launched() -> int:
@@ -19,8 +20,11 @@ def is_first() -> bool:
     return launched() == 1 or os.environ["RANK"] == "0"
 
 
-def give_way() -> None:
-    """Let the first process speak first: where all make one mistake, it says so, and its launcher ends the others
-    before they do."""
-    if not is_first():
-        time.sleep(PATIENCE)
+def speaks() -> bool:
+    """Whether this process prints the mistake that it ends with. The first does; another one waits first, because
+    the launcher ends all once one has ended: where all make one mistake, the first one says it meanwhile. What only
+    another one knows is said after that."""
+    if is_first():
+        return True
+    time.sleep(PATIENCE)
+    return not all_know

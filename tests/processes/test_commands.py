@@ -141,7 +141,7 @@ def test_a_mistake_in_one_process_is_one_line_and_ends_all(tmp_path):
     assert done.returncode == 1, done.stderr  # torchrun's own
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert said == ["error: there is no room in process 1"]
-    assert "exitcode  : 2" in done.stderr
+    assert "(exitcode: 2) local_rank: 0" in done.stderr  # the first process was told, and said it
     assert done.stdout.splitlines()[-2:] == [
         "all know: job 3 is bad",
         "all know: process 1: ZeroDivisionError: division by zero",
