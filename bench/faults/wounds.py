@@ -81,8 +81,8 @@ def at_step(step: int, place: str, act: Callable[[Any], None], rank: int = 0) ->
     Trainer._get_learning_rate = after
 
 
-def at_save(save: int, act: Callable[[Any], None]) -> None:
-    """Do something as a checkpoint begins to be written: the first, the second and so on."""
+def at_save(save: int, act: Callable[[Any], None], after: Callable[[], None] = lambda: None) -> None:
+    """Do something as a checkpoint begins to be written, and after it: the first, the second and so on."""
     write, count = GuardedTrainer._save_checkpoint, 0
 
     def struck(self: Any, *given: Any) -> None:
@@ -91,17 +91,23 @@ def at_save(save: int, act: Callable[[Any], None]) -> None:
         if count == save:
             act(self)
         write(self, *given)
+        if count == save:
+            after()
 
     GuardedTrainer._save_checkpoint = struck  # type: ignore[method-assign]
 
 
-def count_changes(folder: str, at: Callable[[int], None]) -> None:
-    """Call `at` with 1, 2, ... before each change to files below a folder that Python makes."""
-    count = 0
+def count_changes(folder: str, at: Callable[[int], None]) -> Callable[[], None]:
+    """Call `at` with 1, 2, ... before each change to files of a folder by Python, until the result is called."""
+    count, counting = 0, True
+
+    def stop() -> None:
+        nonlocal counting
+        counting = False
 
     def hook(event: str, given: tuple[Any, ...]) -> None:
         nonlocal count
-        if event not in CHANGES or not str(given[0]).startswith(folder):
+        if not counting or event not in CHANGES or not str(given[0]).startswith(folder):
             return
         if event == "open" and not (isinstance(given[2], int) and given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
             return
@@ -109,6 +115,7 @@ def count_changes(folder: str, at: Callable[[int], None]) -> None:
         at(count)
 
     sys.addaudithook(hook)
+    return stop
 
 
 def kill(*_: Any) -> None:
@@ -157,7 +164,9 @@ def _count(wound: Wound) -> None:
 
     file = os.open(wound["file"], os.O_WRONLY | os.O_CREAT)
     if "save" in wound:
-        at_save(wound["save"], lambda trainer: count_changes(str(trainer.run_folder), told))
+        stops: list[Callable[[], None]] = []
+        begin = lambda trainer: stops.append(count_changes(str(trainer.run_folder), told))  # noqa: E731
+        at_save(wound["save"], begin, lambda: stops[0]())
     else:
         count_changes(wound["folder"], told)
 
