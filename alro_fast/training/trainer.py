@@ -267,19 +267,12 @@ class RankerTrainer(Trainer):
     ) -> PlannedLoader:
         args = self.args
         workers = args.dataloader_num_workers
+        batches = PlannedBatches(
+            dataset.sizes, token_budget, seed, args.process_index, args.world_size, start, most, dataset.common, costs
+        )
         return PlannedLoader(
             dataset,
-            PlannedBatches(
-                dataset.sizes,
-                token_budget,
-                seed,
-                args.process_index,
-                args.world_size,
-                start,
-                most,
-                dataset.common,
-                costs,
-            ),
+            batches,
             num_workers=workers,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
             pin_memory=args.device.type == "cuda",  # `_prepare_inputs` copies without waiting
