@@ -21,7 +21,7 @@ EXTRAS = {  # folder -> the extras its files may import from, beside the depende
     "scripts": set(),
     "tests": {"test"},
 }
-OWN = {"alro_fast", "bench", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+OWN = {"alro_fast", "bench", "launched", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
 
 
 def imported(path: Path) -> set[str]:

@@ -18,6 +18,7 @@ NEEDS_DEEPSPEED = pytest.mark.skipif(
 )
 STEPS, BATCHES = 10, 4  # batches a step, over processes and accumulation
 LORA = ["--lora_r", 4, "--save_strategy", "steps", "--save_steps", 5, "--eval_strategy", "steps", "--eval_steps", 5]
+LORA += ["--baselines", "none"]
 QUIET = ["--eval_strategy", "no", "--save_strategy", "no"]
 RUNS = {  # name: what a run adds to COMMON
     "lora": ["--max_steps", STEPS, *LORA],
