@@ -55,6 +55,7 @@ from .plans.dataset import TreeDataset
 from .signals import signal_vocabulary, signals_shown
 from .speed.costs import Costs
 from .stages import merge_adapter, stack_adapters, write_merged_base
+from .tracking import Closing, check_pushed, model_card, push_results, read_results
 from .trainer import RankerTrainer
 
 VALIDATED = ("ndcg@1", "ndcg@3", "ndcg@5", "ndcg@10")
@@ -106,6 +107,8 @@ class Run:
         """Everything up to the Trainer."""
         config = self.config
         check_launch(self.training)
+        if self.training.push_to_hub:
+            check_pushed(config)
         with self.training.main_process_first(local=False):  # the others find the folder claimed and the data prepared
             self.folder = named_folder(config)
             self.keep()
@@ -142,6 +145,7 @@ class Run:
             name: TreeDataset(self.asked(name), self.objective, show, self.training.share, prices)
             for name in ("train", "valid")
         }
+        self.closing = Closing()
         self.trainer = RankerTrainer(
             self.model,
             self.training,
@@ -150,6 +154,7 @@ class Run:
             self.datasets["valid"],
             evaluate_ranking=self.validate if len(self.lists["valid"]) else None,
             save_extras=self.save_extras,
+            callbacks=[self.closing],
             processing_class=self.tokenizer,
         )
         check_engine(self.trainer, self.checkpoint)
@@ -370,7 +375,11 @@ class Run:
         self.end(started, following, report)
 
     def end(self, started: float, following: str, report: str = "") -> None:
-        """The last lines; `started` of perf_counter, `following` the command to go on with."""
+        """Card, trackers, hub, last lines; `started` of perf_counter, `following` the command to go on with."""
+        self.save_card(self.folder, read_results(self.folder))
+        self.closing.share(self.folder)
+        if self.training.push_to_hub:
+            push_results(self.trainer, self.folder)
         show_end(str(self.folder), time.perf_counter() - started, following, self.training.log_json, report)
 
     @property
@@ -434,7 +443,12 @@ class Run:
             json.dumps(self.prepared.manifest, indent=2) + "\n", encoding="utf-8"
         )
         self.save_config(folder)
-        (folder / "README.md").write_text(model_card(self.config, self.prepared, self.answers), encoding="utf-8")
+        self.save_card(folder)
+
+    def save_card(self, folder: Path, results: dict[str, Any] | None = None) -> None:
+        """README.md, which the hub shows; with `results` once there are some."""
+        card = model_card(self.config, self.prepared, self.answers, results)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
     def save_config(self, folder: Path) -> None:
         options = self.config.to_dict()
@@ -477,22 +491,3 @@ def draw(lists: Sequence[RankingList], limit: int | None, seed: int) -> Sequence
         return lists
     chosen = torch.randperm(len(lists), generator=torch.Generator().manual_seed(seed))[:limit].sort().values
     return [lists[i] for i in chosen.tolist()]
-
-
-def model_card(config: Config, prepared: PreparedData, answers: str) -> str:
-    """README.md of the output folder, with the front matter the Hub reads."""
-    front = {"library_name": "peft" if config.model.use_peft else "transformers", "tags": ["recommendation", "ranking"]}
-    front |= {"base_model": config.model.model_name_or_path} if Path(config.model.model_name_or_path).parts[1:] else {}
-    signals = config.data.identifiers == "signals"
-    prompt = "signal_tokens.json" if signals else "prompt_template.yaml and the JSON file beside it"
-    lines = [
-        f"---\n{yaml.safe_dump(front)}---\n",
-        f"# A ranker tuned with alro_fast {__version__}\n",
-        f"Objective `{config.description.title}` on `{prepared.manifest.get('dataset', 'unnamed')}`, answers as "
-        f"{answers}, candidates named by `{config.data.identifiers}`. Options: config.yaml; data: "
-        f"data_manifest.json; prompt: {prompt}; figures: results.json.\n",
-        "Rank with it: `python -m alro_fast.rank --adapter <this folder> lists.json`.\n"
-        if prepared.items
-        else "Measure it: `python -m alro_fast.evaluate --adapter <this folder> --preferences FILE`.\n",
-    ]
-    return "\n".join(lines)

@@ -336,6 +336,9 @@ class RankerTrainer(GuardedTrainer):
                 self._save(output_dir, state_dict=weights)
         super().save_model(output_dir, _internal_call)
 
+    def create_model_card(self, *_: Any, **__: Any) -> None:  # in a push
+        """None but the run's own, which `save_extras` wrote."""
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         token, self.args.hub_token = self.args.hub_token, None  # it is in no file, not even for a moment
         try:
@@ -344,9 +347,7 @@ class RankerTrainer(GuardedTrainer):
             self.args.hub_token = token
         folder = Path(cast(str, output_dir or self.args.output_dir))
         share(folder)
-        (folder / TRAINING_ARGS_NAME).unlink(
-            missing_ok=True
-        )  # a pickle that nothing reads; config.yaml has the options
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle; config.yaml has the options
         if self.save_extras is not None and self.args.should_save:
             self.save_extras(folder)
 
