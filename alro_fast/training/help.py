@@ -61,7 +61,7 @@ def groups() -> dict[str, tuple[str, list[dataclasses.Field[Any]]]]:
         "data": ("ranking lists, preferences and prompts", shared),
     }
     named |= {name: (f"what --objective {name} reads", entries) for name, entries in sorted(found.items())}
-    own = [entry for name, entry in training.items() if name in ours]
+    own = [entry for name, entry in training.items() if name in ours and name not in WITHOUT_MEANING]
     theirs = [entry for name, entry in training.items() if name not in ours and name not in WITHOUT_MEANING]
     named["training"] = ("the objective, batches, stages and the output", common + own)
     named["transformers"] = ("as in transformers.TrainingArguments", theirs)
