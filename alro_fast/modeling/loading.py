@@ -58,7 +58,9 @@ def base_path(name: str) -> str:
 def load_tokenizer(name: str, trust_remote_code: bool = False, place: str | None = None) -> PreTrainedTokenizerBase:
     """The base model's tokenizer; AlroFastError, naming `place`, when the folder or hub id has none."""
     try:
-        return AutoTokenizer.from_pretrained(base_path(name), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(base_path(name), trust_remote_code=trust_remote_code)
+        tokenizer("a")  # settings of the wrong type are met when a text is read
+        return tokenizer
     except Exception as error:  # the tokenizers library raises nothing narrower for a file that is damaged
         place = place or f"--model_name_or_path {name}"
         raise AlroFastError(f"{place}: no tokenizer could be loaded ({_first_line(error)})") from error

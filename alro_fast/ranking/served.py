@@ -94,6 +94,7 @@ class RankingClient:
             )
         try:  # never a folder's code, nor an offer to run it
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer("a")  # settings of the wrong type are met when a text is read
         except Exception as error:  # the tokenizers library raises nothing narrower for a file that is damaged
             raise AlroFastError(f"{folder}: no tokenizer could be loaded ({_reason(str(error))})") from None
         return cls(url, model, PromptBuilder.load(folder, tokenizer), **options)

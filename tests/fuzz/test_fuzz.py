@@ -18,6 +18,7 @@ from alro_fast.ranking.ranker import Ranker
 
 CASES = {"run": 6, "chat": 3}  # slow ones: a model is loaded, a process is forked
 FOUND = [  # what longer runs have found
+    ("run", 1032),  # a tokenizer whose longest text is a list
     ("run", 90),  # an adapter whose configuration names a module for PEFT to import
     ("prepared", 5),  # tables that a manifest vouches for and no reader of Parquet can read
     ("prepared", 143),
