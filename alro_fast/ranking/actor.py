@@ -4,7 +4,7 @@
         RankLines, fn_constructor_args=["out/demo"], compute=ray.data.ActorPoolStrategy(size=2), batch_size=64
     ).write_json("ranked")
 
-It knows nothing of Ray. docs/running/large.md has this as a program.
+It knows nothing of Ray.
 """
 
 from __future__ import annotations
