@@ -64,6 +64,7 @@ TARGET_SCHEMA: dict[str, Any] = {
 }
 SEEN_SCHEMA = {"user_id": pl.String, "items": pl.List(pl.UInt32)}  # one row per user
 FILES = ("items.parquet", *(f"lists-{split}.parquet" for split in SPLITS), "manifest.json")
+UNDER_WAY = ".replacing"  # in a folder whose lists are being replaced: ours, though without a manifest
 OPTIONAL_FILES = ("targets.parquet", "seen.parquet", "sampling.png")
 ROW_GROUP = 1 << 16
 
@@ -318,10 +319,12 @@ def write_prepared(
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         (Path(work) / "manifest.json").write_text(text, encoding="utf-8")
         path.mkdir(exist_ok=True)
+        (path / UNDER_WAY).touch()
         for name in ("manifest.json", *OPTIONAL_FILES):
             (path / name).unlink(missing_ok=True)
         for name in (*tables, "manifest.json"):
             shutil.move(Path(work) / name, path / name)
+        (path / UNDER_WAY).unlink()
 
 
 def seen_frame(user: np.ndarray, item: np.ndarray, user_ids: pl.Series) -> pl.DataFrame:
@@ -337,9 +340,9 @@ def check_output_folder(path: Path) -> None:
     """AlroFastError unless `path` can be written and is new, empty, or a prepared folder and nothing else."""
     for folder in (path, path.absolute().parent):  # new lists are written beside the old, then take their place
         check_writable(folder)
-    found = {p.name for p in path.iterdir()} if path.exists() else set()
-    foreign = sorted(found - {*FILES, *OPTIONAL_FILES})
-    if not foreign and found and read_manifest(path) is None:
+    found = {p.name for p in path.iterdir() if not p.match(".alro_fast-*")} if path.exists() else set()
+    foreign = sorted(found - {*FILES, *OPTIONAL_FILES, UNDER_WAY})
+    if not foreign and found and UNDER_WAY not in found and read_manifest(path) is None:
         foreign = sorted(found)
     if foreign:
         names = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
