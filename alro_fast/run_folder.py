@@ -19,7 +19,7 @@ ASIDE = ".saving"  # where a checkpoint is written before it has its name
 RESULTS, READY = ".results", ".results-ready"  # the same for what is measured, and when all of it is written
 ADAPTER, ADAPTER_CONFIG, MERGED_BASE = "adapter_model.safetensors", "adapter_config.json", "merged_base"
 LEFT_BY_A_RUN = (  # what --overwrite_output_dir may remove
-    ASIDE, RESULTS, READY,
+    ASIDE, RESULTS, READY, ".alro_fast-*",
     "checkpoint-*", "runs", "data", "plots", "tables", "comparison", "profile", "evaluation", "[1-9]-*",
     "merged_base", "base", "references*", "config.yaml", "*.json", "*.jsonl", "log.part", "*.safetensors", "*.trec",
     "README.md", "report.html", "prompt_template.yaml", "training_args.bin", "tokenizer*", "chat_template.jinja",

@@ -48,6 +48,7 @@ from .tables.schemas import (
     SIGNAL_COLUMNS,
     SPLITS,
     TARGET_SCHEMA,
+    UNDER_WAY,
     UNFINISHED,
     fits,
     stored_as,
@@ -305,10 +306,12 @@ def write_prepared(
             written[name] = write_table(Path(work) / name, frame)
         (Path(work) / "manifest.json").write_text(manifest_text(written, manifest_extra or {}), encoding="utf-8")
         path.mkdir(exist_ok=True)
+        (path / UNDER_WAY).touch()
         clear(path)
         shutil.rmtree(path / UNFINISHED, ignore_errors=True)
         for name in (*tables, "manifest.json"):
             shutil.move(Path(work) / name, path / name)
+        (path / UNDER_WAY).unlink()
 
 
 def write_table(file: Path, frame: pl.DataFrame) -> dict[str, Any]:
@@ -344,10 +347,10 @@ def check_output_folder(path: Path) -> None:
     """AlroFastError unless `path` can be written and is new, empty, or a prepared folder and nothing else."""
     for folder in (path, path.absolute().parent):  # new lists are written beside the old, then take their place
         check_writable(folder)
-    found = {p.name for p in path.iterdir()} if path.exists() else set()
+    found = {p.name for p in path.iterdir() if not p.match(".alro_fast-*")} if path.exists() else set()
     parts = {name.removesuffix(".parquet") for name in IN_PARTS if (path / name.removesuffix(".parquet")).is_dir()}
-    foreign = sorted(found - {*FILES, *OPTIONAL_FILES, *parts, UNFINISHED})
-    if not foreign and found and UNFINISHED not in found and read_manifest(path) is None:
+    foreign = sorted(found - {*FILES, *OPTIONAL_FILES, *parts, UNFINISHED, UNDER_WAY})
+    if not foreign and found and not found & {UNFINISHED, UNDER_WAY} and read_manifest(path) is None:
         foreign = sorted(found)
     if foreign:
         names = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")

@@ -231,7 +231,7 @@ class RankerTrainer(GuardedTrainer):
         if model.training:
             self._note(inputs, terms, share)
         # gradients are averaged over processes, each of which divided by the counts of all
-        loss = felt_by_all(loss) * self.args.world_size
+        loss = felt_by_all(cast(torch.Tensor, loss)) * self.args.world_size
         return (loss, terms) if return_outputs else loss
 
     def loss_terms(self, model: torch.nn.Module, batch: Batch) -> list[LossTerm]:

@@ -44,6 +44,7 @@ SEEN_SCHEMA = {"user_id": pl.String, "items": pl.List(pl.UInt32)}  # one row per
 FILES = ("items.parquet", *(f"lists-{split}.parquet" for split in SPLITS), "manifest.json")
 OPTIONAL_FILES = ("targets.parquet", "seen.parquet", "sampling.png")
 IN_PARTS = (*(f"lists-{split}.parquet" for split in SPLITS), "seen.parquet")  # may be folders of numbered files
+UNDER_WAY = ".replacing"  # in a folder whose lists are being replaced: ours, though without a manifest
 UNFINISHED = "unfinished"  # a folder: what `prepare --partitions` has done so far
 
 
