@@ -118,7 +118,7 @@ def dealt(
         AlroFastError: in every process, what one of them raised; or processes have different jobs.
     """
     index, count = place()
-    together = count > 1 and model is not None and sharded(model)
+    together = count > 1 and model is not None and is_sharded(model)
     if count == 1 or (together and passes):
         return [compute(job) for job in jobs]
     mine: dict[int, R] = {}
@@ -157,11 +157,9 @@ def shares_in_step(costs: Sequence[int], count: int) -> list[list[int]]:
     return [order[index::count] for index in range(count)]
 
 
-def sharded(model: nn.Module) -> bool:
-    """Whether weights are shards, of FSDP2 (DTensor) or of ZeRO-3."""
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(each, DTensor) or hasattr(each, "ds_id") for each in model.parameters())
+def is_sharded(model: nn.Module) -> bool:
+    """Whether an engine holds weights of `model` in parts (FSDP2: DTensors, ZeRO-3: their data elsewhere)."""
+    return any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def _exchanged(failure: Exception | None, value: Any = None) -> list[Any]:

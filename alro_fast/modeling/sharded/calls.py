@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from ...processes.dealing import is_sharded
 from ..attention import trunk_of
 from ..lm_head import Head, head_of
 
@@ -72,11 +73,6 @@ def with_head(model: Any, hidden: Tensor, work: Callable[[Tensor, Head], T]) -> 
         else:
             module.forward = own
     return result
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether an engine holds weights of `model` in parts (FSDP2: DTensors, ZeRO-3: their data elsewhere)."""
-    return any(hasattr(p, "full_tensor") or hasattr(p, "ds_tensor") for p in model.parameters())
 
 
 @torch.no_grad()

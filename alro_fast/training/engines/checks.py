@@ -40,6 +40,8 @@ def check_engine(trainer: Trainer, checkpoint: str | None) -> None:
     args: Any = trainer.args
     state: Any = trainer.accelerator.state
     engine = engine_of(trainer)
+    if _asks_fsdp(args) and args.world_size == 1:
+        raise AlroFastError("FSDP shards over processes, and one was launched; leave it out, or launch more")
     if _asks_fsdp(args) and engine != "FSDP":
         raise AlroFastError(
             f"FSDP shards over accelerators, and this run is on {args.device}, where accelerate trains whole models "

@@ -12,7 +12,8 @@ from torch import nn
 
 from alro_fast.modeling.attention import answer_hidden_states
 from alro_fast.modeling.packing import Branch, Tree, collate
-from alro_fast.modeling.sharded import accept_work, is_sharded, together, whole_weights, with_head, within
+from alro_fast.modeling.sharded import accept_work, together, whole_weights, with_head, within
+from alro_fast.processes.dealing import is_sharded
 from alro_fast.prompts import PromptBuilder
 from alro_fast.ranking.ranker import Ranker
 

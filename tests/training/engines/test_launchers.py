@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -13,11 +12,6 @@ import time
 import pytest
 from launched import dead_rank
 from places import ROOT
-
-from alro_fast.errors import AlroFastError
-from alro_fast.options import RankerTrainingArguments
-from alro_fast.training.batches import CURSOR, Cursor
-from alro_fast.training.engines.checks import SIZES, check_launch, check_same_engine
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ENVIRONMENT = os.environ | {
@@ -71,40 +65,3 @@ def test_a_launchers_death_ends_its_workers():
         process.send_signal(signal.SIGKILL)
         assert process.stdout.read() == b""  # ends when the worker does, which holds it too
     assert process.returncode == -signal.SIGKILL
-
-
-def test_a_launch_of_one_process_in_place_of_several_is_refused(monkeypatch, tmp_path):
-    """What `accelerate launch --cpu --num_processes 2` sets for the one process it starts."""
-    for name, value in {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
-        monkeypatch.setenv(name, value)
-    for name in SIZES:
-        monkeypatch.delenv(name, raising=False)
-    training = RankerTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
-    with pytest.raises(AlroFastError, match=r"--cpu starts one process, .* give --multi_gpu in place of --cpu"):
-        check_launch(training)
-    monkeypatch.setenv("PMI_SIZE", "2")
-    check_launch(training)
-
-
-@pytest.mark.parametrize(
-    ("left", "engine", "processes", "said"),
-    [
-        ("pytorch_model_fsdp_0", "plain or DDP", 2, "was written by FSDP training, this run is plain or DDP"),
-        ("optimizer.pt", "FSDP", 2, "was written by plain or DDP training, this run is FSDP"),
-        ("global_step5", "FSDP", 2, "was written by DeepSpeed training, this run is FSDP"),
-        ("global_step5", "DeepSpeed", 4, "DeepSpeed kept .* in 2 parts, and 4 processes were launched; launch 2"),
-        ("global_step5", "DeepSpeed", 2, None),
-        ("pytorch_model_fsdp_0", "FSDP", 4, None),
-        ("optimizer.pt", "plain or DDP", 1, None),
-    ],
-)
-def test_a_checkpoint_goes_on_under_the_engine_that_wrote_it(tmp_path, left, engine, processes, said):
-    (tmp_path / left).mkdir()
-    cursor = Cursor(processes=2, accumulation=1).to_dict()
-    state = {"global_step": 5, "stateful_callbacks": {CURSOR: cursor}}
-    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
-    if said is None:
-        check_same_engine(tmp_path, engine, processes)
-        return
-    with pytest.raises(AlroFastError, match=said):
-        check_same_engine(tmp_path, engine, processes)
