@@ -14,7 +14,7 @@ from places import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = {  # folder -> the extras its files may import from, beside the dependencies of everyone
-    "alro_fast": {"baselines", "recranker", "plots", "study", "cuda"},
+    "alro_fast": {"baselines", "recranker", "plots", "study", "trackers", "cuda"},
     "kernels": set(),
     "bench": {"bench"},
     "scripts": set(),

@@ -93,7 +93,7 @@ def _tensorboard(args: Any) -> Callable[[Measured], None]:
     folder = os.environ.get("TENSORBOARD_LOGGING_DIR") or max(begun, key=lambda path: path.stat().st_mtime)
 
     def send(measured: Measured) -> None:
-        writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        writer: Any = SummaryWriter(str(folder))
         for name, value in measured.means.items():
             writer.add_scalar(name, value, 0)
         for name, table in measured.tables.items():
