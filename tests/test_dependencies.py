@@ -15,7 +15,7 @@ from places import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = {  # folder -> the extras its files may import from, beside the dependencies of everyone
-    "alro_fast": {"baselines", "recranker", "plots", "study", "ray", "cuda"},
+    "alro_fast": {"baselines", "recranker", "plots", "study", "ray", "trackers", "cuda"},
     "kernels": set(),
     "bench": {"bench"},
     "scripts": set(),

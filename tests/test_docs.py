@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from places import PAGES, ROOT, blocks, steps
 
-MORE = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / ".github").rglob("*.md"))]
+MORE = [ROOT / "AGENTS.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / ".github").rglob("*.md"))]
 
 
 def python_of(page: Path) -> list[str]:

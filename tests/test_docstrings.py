@@ -104,7 +104,8 @@ def _within(module: str, rest: list[str]) -> bool:
 
 @cache
 def headings(document: str) -> list[str]:
-    text = (ROOT / "docs" / f"{document}.md").read_text(encoding="utf-8")
+    (page,) = (ROOT / "docs").rglob(f"{document}.md")
+    text = page.read_text(encoding="utf-8")
     return [line.lstrip("# ") for line in re.findall(r"^#+ .*$", text, flags=re.M)]
 
 
@@ -115,7 +116,7 @@ def broken_documents(text: str) -> list[str]:
             continue
         if (ROOT / f"{document}.md").is_file():
             continue
-        if not (ROOT / "docs" / f"{document}.md").is_file():
+        if not any((ROOT / "docs").rglob(f"{document}.md")):
             broken.append(f"docs/{document}.md")
             continue
         there = {re.match(rf"({NUMBER})\.? ", line)[1] for line in headings(document) if re.match(NUMBER, line)}

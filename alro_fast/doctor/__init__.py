@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> None:
     quiet_libraries()
     found = machine()
     if options.model_name_or_path is not None:
-        from .model import fused_parts
+        from .fused import fused_parts
 
         found["model"] = fused_parts(options.model_name_or_path, options.trust_remote_code)
     wrong = problems(found)

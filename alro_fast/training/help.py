@@ -70,7 +70,7 @@ def groups() -> dict[str, tuple[str, list[dataclasses.Field[Any]]]]:
 
 def _group(name: str, title: str, entries: list[dataclasses.Field[Any]]) -> str:
     if name == "transformers":
-        return "\n".join([f"{name}: {title}", *(f"  --{entry.name} {_values(entry)}" for entry in entries)])
+        return "\n".join([f"{name}: {title}", *(f"  --{entry.name} {values_of(entry)}" for entry in entries)])
     reads: dict[str, Where | None] = {}
     for one in descriptions().values():
         reads |= one.reads if name in (one.name, one.stands_for) else {}
@@ -80,8 +80,8 @@ def _group(name: str, title: str, entries: list[dataclasses.Field[Any]]) -> str:
 
 def _lines(entry: dataclasses.Field[Any], read: Where | None) -> Iterator[str]:
     """One option: its name and values, what it is, where it is read, its default."""
-    head = f"--{entry.name} {_values(entry)}"
-    said = [str(entry.metadata["help"]), f"Read {read.said}." if read else "", _default(entry)]
+    head = f"--{entry.name} {values_of(entry)}"
+    said = [str(entry.metadata["help"]), f"Read {read.said}." if read else "", default_of(entry)]
     wrapped = textwrap.wrap(" ".join(filter(None, said)), WIDTH - COLUMN)
     first = f"  {head}"
     if len(first) > COLUMN - 2:
@@ -91,7 +91,7 @@ def _lines(entry: dataclasses.Field[Any], read: Where | None) -> Iterator[str]:
         yield f"{first if number == 0 else '':<{COLUMN}}{line}"
 
 
-def _values(entry: dataclasses.Field[Any]) -> str:
+def values_of(entry: dataclasses.Field[Any]) -> str:
     """Its choices, or the type of its value."""
     if entry.metadata.get("choices"):
         return "{" + ",".join(entry.metadata["choices"]) + "}"
@@ -102,7 +102,8 @@ def _values(entry: dataclasses.Field[Any]) -> str:
     return "|".join(dict.fromkeys(names)).upper() + (" ..." if listed else "")
 
 
-def _default(entry: dataclasses.Field[Any]) -> str:
+def default_of(entry: dataclasses.Field[Any]) -> str:
+    """Its default in brackets; nothing where it has none."""
     value: Any = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
     if value in (None, "", []):
         return ""

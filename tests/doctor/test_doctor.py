@@ -14,7 +14,7 @@ from transformers import GPT2Config, GptOssConfig, LlamaConfig, MambaConfig
 
 from alro_fast import doctor
 from alro_fast.doctor import machine
-from alro_fast.doctor.model import fused_parts, small
+from alro_fast.doctor.fused import fused_parts, small
 from alro_fast.errors import AlroFastError
 
 

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
 
@@ -93,7 +93,7 @@ def _tensorboard(args: Any) -> Callable[[Measured], None]:
     folder = os.environ.get("TENSORBOARD_LOGGING_DIR") or max(begun, key=lambda path: path.stat().st_mtime)
 
     def send(measured: Measured) -> None:
-        writer: Any = cast(Any, SummaryWriter)(str(folder))
+        writer: Any = SummaryWriter(str(folder))
         for name, value in measured.means.items():
             writer.add_scalar(name, value, 0)
         for name, table in measured.tables.items():
