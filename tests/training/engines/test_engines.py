@@ -45,6 +45,8 @@ def command(folder, engine, name, processes=1, output=None):
     words = ["--model_name_or_path", folder / "base", "--data_dir", folder / "data", "--disable_tqdm", "true"]
     words += ["--tokens_per_batch", 900, "--learning_rate", 0.003, "--logging_steps", 1]
     words += ["--gradient_accumulation_steps", BATCHES // processes]
+    if engine == "ddp":  # which then fails where a trained weight had no part in a step
+        words += ["--ddp_find_unused_parameters", "false"]
     return [*words, *RUNS[name], "--output_dir", folder / engine / (output or name)]
 
 
