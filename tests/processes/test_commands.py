@@ -91,11 +91,11 @@ def runs(folder: Path, out: Path, accumulation: int) -> list[tuple[str, list[str
         "--model_name_or_path": folder / "base", "--data_dir": folder / "few", "--tokens_per_batch": 1200,
         "--gradient_accumulation_steps": accumulation, "--max_steps": 3, "--lora_r": 4, "--use_cpu": True,
         "--disable_tqdm": True, "--logging_steps": 1, "--save_strategy": "steps", "--save_steps": 1,
-        "--save_total_limit": 3, "--baselines": "none",
+        "--save_total_limit": 3,
     }  # fmt: skip
     same = [word for pair in words.items() for word in pair]
     of = {
-        "alro": ["--objective", "alro", "--eval_strategy", "steps", "--eval_steps", 1],
+        "alro": ["--objective", "alro", "--baselines", "none", "--eval_strategy", "steps", "--eval_steps", 1],
         "references": ["--objective", "dmpo", "--precompute_ref_log_probs", True],
         "hardest": ["--objective", "dmpo", "--negatives", "hardest"],
     }
