@@ -95,7 +95,7 @@ def runs(folder: Path, out: Path, accumulation: int) -> list[tuple[str, list[str
     }  # fmt: skip
     same = [word for pair in words.items() for word in pair]
     of = {
-        "alro": ["--objective", "alro", "--eval_strategy", "steps", "--eval_steps", 1],
+        "alro": ["--objective", "alro", "--baselines", "none", "--eval_strategy", "steps", "--eval_steps", 1],
         "references": ["--objective", "dmpo", "--precompute_ref_log_probs", True],
         "hardest": ["--objective", "dmpo", "--negatives", "hardest"],
     }

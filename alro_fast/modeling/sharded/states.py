@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers.integrations import deepspeed
 
@@ -35,3 +35,11 @@ def trained_weights(model: nn.Module) -> dict[str, Any]:
     adapter = hasattr(model, "peft_config")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter)
     return get_model_state_dict(model, options=options)
+
+
+def held(weight: Tensor) -> Tensor:
+    """What this process holds of a weight: under FSDP2 and ZeRO-3 its shard, else all of it."""
+    sharded = cast(Any, weight)
+    if hasattr(sharded, "ds_tensor"):
+        return cast(Tensor, sharded.ds_tensor)
+    return cast(Tensor, sharded.to_local()) if hasattr(sharded, "to_local") else weight

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...modeling.sharded import held
+
 LOOK = 16  # steps
 MOST_NAMED = 5  # lists
 
@@ -132,6 +134,6 @@ def withhold(optimizer: Any, bad: Tensor, on_device: bool) -> None:
 
 
 def all_finite(model: torch.nn.Module) -> bool:
-    """Whether every trained weight is a number."""
+    """Whether every trained weight is a number; of weights in shards, those that this process holds."""
     with torch.no_grad():
-        return all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
+        return all(bool(held(p).isfinite().all()) for p in model.parameters() if p.requires_grad)

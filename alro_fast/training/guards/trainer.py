@@ -131,6 +131,7 @@ class GuardedTrainer(Trainer):
         With --fp16 the scaler leaves out steps by itself, at first to find its scale: there the loss decides.
         """
         norm = cast(Any, super())._get_grad_norm(model, grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2's is of shards
         loss = self._tr_loss - self._loss_before
         bad = ~(loss if self.args.fp16 else torch.as_tensor(norm, device=self.args.device)).isfinite()
         if self.args.fp16 and self.args.world_size > 1:

@@ -12,10 +12,11 @@ from torch import nn
 
 from alro_fast.modeling.attention import answer_hidden_states
 from alro_fast.modeling.packing import Branch, Tree, collate
-from alro_fast.modeling.sharded import accept_work, together, whole_weights, with_head, within
+from alro_fast.modeling.sharded import accept_work, held, together, whole_weights, with_head, within
 from alro_fast.processes.dealing import is_sharded
 from alro_fast.prompts import PromptBuilder
 from alro_fast.ranking.ranker import Ranker
+from alro_fast.training.guards.finite import all_finite
 
 TREE = Tree([Branch([3, 5, 7, 9, 11], 3), Branch([3, 5, 7, 13], 3)], name="of a test")
 
@@ -114,3 +115,15 @@ def test_models_are_loaded_whole_where_zero3_is_to_shard_them():
         assert deepspeed._hf_deepspeed_config_weak_ref() is config
     finally:
         deepspeed.unset_hf_deepspeed_config()
+
+
+def test_a_process_looks_at_what_it_holds(one_process):
+    """FSDP2's shards, and ZeRO-3's, where the weight itself is empty."""
+    model = sharded(tiny_llama(40), one_process)
+    assert all_finite(model)
+    assert type(held(model.lm_head.weight)) is torch.Tensor
+    held(model.lm_head.weight).data[3, 2] = torch.nan
+    assert not all_finite(model)
+    zero = nn.Linear(1, 1, bias=False)
+    zero.weight.ds_tensor, zero.weight.data = torch.tensor([torch.inf]), torch.empty(0)
+    assert not all_finite(zero)

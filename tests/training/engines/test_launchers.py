@@ -10,7 +10,6 @@ import sys
 import time
 
 import pytest
-from launched import dead_rank
 from places import ROOT
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -46,7 +45,11 @@ def test_a_dead_process_ends_all_and_its_error_comes_first(tmp_path):
     """The other waits for its gradients in a collective that nobody will finish."""
     started = time.monotonic()
     done = subprocess.run(
-        [*TORCHRUN, dead_rank.__file__, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT
+        [*TORCHRUN, str(ROOT / "tests" / "support" / "launched" / "dead_rank.py"), str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
     )
     assert time.monotonic() - started < 60
     assert done.returncode == 1
