@@ -139,7 +139,7 @@ CASES = [
 --accelerator_config {"a":1} | unexpected keyword argument 'a'
 --fsdp full_shard | launch several with torchrun
 --fsdp full_shard --fsdp_config nowhere | --fsdp_config nowhere: no such file
---deepspeed nowhere.json | needs the package deepspeed
+--deepspeed nowhere.json | --deepspeed nowhere.json: no such file
 --save_strategy best | goes by evaluations; give --eval_strategy
 --save_strategy best --eval_strategy epoch | needs --metric_for_best_model; expected one of loss,
 --save_strategy best --eval_strategy epoch --metric_for_best_model x | --metric_for_best_model x is not measured

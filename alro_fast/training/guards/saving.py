@@ -64,6 +64,8 @@ def _reason(error: Exception, folder: Path) -> str:
         return "Permission denied"
     if shutil.disk_usage(folder).free < 2**20:
         return os.strerror(28)  # no space left on device
+    if isinstance(error, RuntimeError) and _WRITER.search(str(error)):
+        return "the file was written in part"
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
