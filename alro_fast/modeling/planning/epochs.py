@@ -87,9 +87,10 @@ class EpochPlans:
     def _choose(self, packed: int) -> bool:
         """Settle `num_batches`; whether trees are dealt to so many, rather than packed."""
         apart: dict[int, float] = {}
-        for self.num_batches in self._numbers(packed):
-            apart[self.num_batches] = self._apart()
-            if apart[self.num_batches] <= SPREAD:
+        for number in self._numbers(packed):
+            self.num_batches = number
+            apart[number] = self._apart()
+            if apart[number] <= SPREAD:
                 return True
         self.num_batches, least = packed, min(apart.values())
         if math.isinf(least) or spread(self.level(self._packed(0)), cast(np.ndarray, self.costs)) <= least:
