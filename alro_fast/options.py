@@ -357,6 +357,11 @@ class RankerTrainingArguments(TrainingArguments):
                 "--bf16 true needs a GPU that computes in bfloat16, and there is none here; leave it out, "
                 "or add --use_cpu true to train in it on the CPU"
             )
+        if self.fp16 and (self.use_cpu or not torch.cuda.is_available()):
+            raise AlroFastError(
+                "--fp16 true needs a GPU, and this run has none: on the CPU it would train in float32; leave it out, "
+                "or give --bf16 true --use_cpu true"
+            )
         super().__post_init__()
         if processes != self.world_size:
             raise AlroFastError(

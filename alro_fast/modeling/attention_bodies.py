@@ -96,9 +96,9 @@ def _masks(layout: Segments, window: int | None, like: Tensor, answers: bool) ->
         if cells > MOST_MASKED:
             raise AlroFastError(
                 f"a batch with masks of {cells:,} entries ({layout.num_rows:,} rows, {layout.longest:,} tokens in its "
-                f"longest branch) is over the {MOST_MASKED:,} that attention by masks serves (heads over 256 wide, "
-                "or of keys and values that differ, on CUDA; windows or soft caps in other types than float32 on the "
-                "CPU): lower --max_length or --tokens_per_batch"
+                f"longest branch) is over the {MOST_MASKED:,} that attention by masks serves (heads of keys and "
+                "values that differ, or over 256 wide on CUDA; windows or soft caps in float64, or without the C++ "
+                "kernels, on the CPU): lower --max_length or --tokens_per_batch"
             )
         rows = layout.distinct_rows if answers else torch.arange(layout.num_rows, device=like.device)
         masks: list[tuple[Tensor | slice, Tensor]] = []

@@ -8,7 +8,6 @@ nothing but the attention (`alro_fast.modeling.attention`) knows that branches l
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -101,8 +100,8 @@ class Extent(NamedTuple):
     pairs: int  # visible (query, key), over all layers
 
 
-def visible_pairs(positions: np.ndarray, answering: np.ndarray, windows: Sequence[int | None]) -> int:
-    """Visible (query, key) of a stream, over all layers; in the last one the answer rows alone are queries.
+def pairs_of_layers(positions: np.ndarray, answering: np.ndarray, windows: Sequence[int | None]) -> list[int]:
+    """Visible (query, key) of a stream in each layer; in the last one the answer rows alone are queries.
 
     positions: of all rows, and `answering` of the answer rows. windows: of every layer, first to last, how many keys
     back its queries see, themselves included; None: all of their branch.
@@ -111,8 +110,13 @@ def visible_pairs(positions: np.ndarray, answering: np.ndarray, windows: Sequenc
     def seen(places: np.ndarray, window: int | None) -> int:
         return int((places + 1 if window is None else np.minimum(places + 1, window)).sum())
 
-    deep = Counter(windows[:-1])
-    return sum(count * seen(positions, window) for window, count in deep.items()) + seen(answering, windows[-1])
+    deep = {window: seen(positions, window) for window in set(windows[:-1])}
+    return [*(deep[window] for window in windows[:-1]), seen(answering, windows[-1])]
+
+
+def visible_pairs(positions: np.ndarray, answering: np.ndarray, windows: Sequence[int | None]) -> int:
+    """`pairs_of_layers`, over all of them."""
+    return sum(pairs_of_layers(positions, answering, windows))
 
 
 @dataclass(frozen=True, eq=False)

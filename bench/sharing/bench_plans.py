@@ -37,7 +37,7 @@ __all__ = ["folder"]  # a fixture
 USERS, BUDGET, EPOCHS = (2, 16_384, 2) if DRY else (40, 8192, 5)
 KINDS = [name for name in TRAINING if not name.startswith("dmpo")]
 TIMED = 4 if DRY else 64
-COUNTS = (200,) if DRY else (8000, 80_000, 400_000)
+COUNTS = (200,) if DRY else (500, 8000, 80_000, 400_000)
 
 
 def made(where: Path, what: str, users: int = USERS) -> tuple[list[Any], Any]:
@@ -129,15 +129,16 @@ def test_seconds_by_cost(folder: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_planning(count: int) -> None:
+@pytest.mark.parametrize(("mean", "budget"), [(930, 4096), (1073, 4096), (1073, 8192)])
+def test_planning(count: int, mean: int, budget: int) -> None:
     draw = np.random.default_rng(0)
-    sizes = np.clip(draw.normal(930, 160, count), 300, 1800).astype(int)
+    sizes = np.clip(draw.normal(mean, 160, count), 300, 1800).astype(int)
     prices = sizes * 1000 + sizes**2 // 4
     began = time.process_time()
-    plans = EpochPlans(sizes.tolist(), 4096, 3, common=120, costs=prices.tolist())
+    plans = EpochPlans(sizes.tolist(), budget, 3, common=120, costs=prices.tolist())
     built = time.process_time()
     plan = plans(7)
     print(
-        f"{count:,} lists: {built - began:.2f} s, another epoch {time.process_time() - built:.2f} s, "
-        f"costs {100 * spread(plan, prices):.2f} % apart"
+        f"{count:,} lists of {mean}, batches of {budget}: {built - began:.2f} s, another epoch "
+        f"{time.process_time() - built:.2f} s, costs {100 * spread(plan, prices):.2f} % apart"
     )

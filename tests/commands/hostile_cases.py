@@ -147,6 +147,7 @@ CASES = [
 --load_best_model_at_end true --eval_strategy epoch --save_strategy steps | requires the save and eval strategy to match
 --push_to_hub true --hub_model_id a/b/c | --hub_model_id a/b/c is no name of a repository
 --report_to wandb | --report_to wandb is unknown, or not installed
+--fp16 true --use_cpu true | --fp16 true needs a GPU, and this run has none
 --debug nonsense | invalid DebugOption value
 --tf32 true | --tf32 requires Ampere
 --eval_strategy steps --eval_steps -1 | --eval_steps is -1

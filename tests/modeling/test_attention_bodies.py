@@ -25,7 +25,7 @@ from tree_models import (
 )
 
 from alro_fast.errors import AlroFastError
-from alro_fast.modeling import attention, attention_bodies, trie
+from alro_fast.modeling import attention, attention_bodies, cpp_attention, trie
 from alro_fast.modeling.attention import tree_attention, tree_hidden_states, use_tree_attention
 from alro_fast.modeling.attention_bodies import dense_attention, trie_attention, varlen_attention
 from alro_fast.modeling.packing import Branch, Tree, collate
@@ -396,6 +396,26 @@ def test_masks_are_made_where_the_queries_are_and_refused_above_a_size(monkeypat
     monkeypatch.setattr(attention_bodies, "MOST_MASKED", 10)
     with pytest.raises(AlroFastError, match="lower --max_length"):
         attention_bodies._masks(layout, None, torch.empty(1, device="meta"), answers=False)
+
+
+@pytest.mark.skipif(cpp_attention._cpp is None, reason="the C++ extension is not installed")
+def test_masks_that_are_too_large_name_what_makes_them(monkeypatch):
+    """On the CPU float64, and a machine without the kernels: half precision makes none."""
+    monkeypatch.setattr(attention_bodies, "MOST_MASKED", 10)
+    layout = collate(make_trees(), range(5)).segments
+
+    def attend(dtype):
+        rows = torch.randn(1, 2, layout.num_rows, 8, dtype=dtype)
+        return tree_attention(torch.nn.Module(), rows, rows, rows, None, sliding_window=3, alro_segments=layout)
+
+    attend(torch.bfloat16)
+    with pytest.raises(
+        AlroFastError, match="windows or soft caps in float64, or without the C\\+\\+ kernels, on the CPU"
+    ):
+        attend(torch.float64)
+    monkeypatch.setattr(cpp_attention, "_cpp", None)
+    with pytest.raises(AlroFastError, match="without the C\\+\\+ kernels, on the CPU"):
+        attend(torch.bfloat16)
 
 
 def test_a_torch_that_names_no_current_kernel_is_served(monkeypatch):

@@ -4,6 +4,7 @@ import time
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -108,6 +109,36 @@ def test_epochs_of_training_are_level_and_change_neighbours():
         assert spread(epochs[0], costs) <= SPREAD
         neighbours = [{frozenset(batch) for batch in plan} for plan in epochs]
         assert all(len(a & b) < 0.05 * len(a) for a, b in pairwise(neighbours))
+
+
+def normal_lists(count, mean=930, deviation=120, seed=1):
+    """Rows and costs, as of real lists; costs grow faster than rows."""
+    sizes = np.clip(np.random.default_rng(seed).normal(mean, deviation, count), 300, 1500).astype(int)
+    return sizes, (sizes * (1 + sizes / 4000)).astype(int)
+
+
+@pytest.mark.parametrize("count", [800, 1500])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_number_of_batches_that_levels_is_found_though_more_may_not_level(count, seed):
+    """Four lists a batch: with as many in each of them plans are level, with a few batches more they are not."""
+    sizes, costs = normal_lists(count, seed=seed)
+    plans = EpochPlans(sizes.tolist(), 4096, 0, common=20, costs=costs.tolist())
+    assert plans.num_batches == count // 4
+    assert plans.num_batches <= 1.1 * len(plan_batches(sizes.tolist(), 4096, 0, common=20))
+    assert all(spread(plans(epoch), costs) <= SPREAD for epoch in range(3))
+
+
+@pytest.mark.parametrize(("mean", "dealt"), [(1300, True), (1400, False)])
+def test_where_nothing_is_level_the_most_level_plan_is_taken(mean, dealt):
+    """Lists of a third of the budget and more: dealt they are nearer to each other than packed where they find room."""
+    sizes, costs = normal_lists(300, mean, 60)
+    packed = plan_batches(sizes.tolist(), 4096, 0)
+    least = spread(levelled(packed, costs, sizes, 4096), costs)
+    plans = EpochPlans(sizes.tolist(), 4096, 0, costs=costs.tolist())
+    apart = spread(plans(0), costs)
+    assert apart > SPREAD
+    assert apart < 0.99 * least if dealt else apart == least
+    assert dealt or plans.num_batches == len(packed)
 
 
 def test_planning_takes_time_by_the_number_of_trees():

@@ -99,7 +99,7 @@ def test_pairs_are_those_of_the_mask():
             near = layer == 0 or window is None or position[row] - position[key] < window
             visible = key <= row < until[key] and near
             pairs += visible and (layer < 2 or row in answering)
-        assert Work.of(BATCH, config).pairs == pairs
+        assert sum(Work.of(BATCH, config).pairs) == pairs
 
 
 def test_passes_without_gradients_are_a_third_of_attention_and_half_of_the_head():
@@ -118,8 +118,9 @@ def test_passes_without_gradients_are_a_third_of_attention_and_half_of_the_head(
 def test_checkpointed_layers_count_once(reentrant):
     """With reentry layers run without gradients first, and are seen when they run again, in the backward pass."""
     model = adapted()
-    model.enable_input_require_grads()  # as checkpointing does
     expected = measured(model).flops()
+    model.enable_input_require_grads()  # as checkpointing does
+    assert measured(model).flops() == pytest.approx(expected)  # nobody needs the gradients of frozen embeddings
     model.train()
     model.base_model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.zero_grad()
@@ -128,6 +129,22 @@ def test_checkpointed_layers_count_once(reentrant):
     with meter.forward(BATCH):  # the next step is counted by the first
         tree_hidden_states(model, BATCH).sum().backward()
     assert meter.flops() == pytest.approx(Flops(*(2 * part for part in expected)))
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize(("which", "factors"), [(1, (1, 3, 3)), (2, (1, 1, 3))])
+def test_layers_below_what_is_trained_have_no_gradients(which, factors, reentrant):
+    """LoRA in one layer of three: attention forward below it, thrice from there; the last one has few queries."""
+    lora = LoraConfig(target_modules=["q_proj", "down_proj"], r=R, layers_to_transform=[which])
+    model = get_peft_model(tiny_llama(V, num_hidden_layers=3), lora)
+    if reentrant is not None:
+        model.train()
+        model.base_model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    positions = BATCH.position_ids + 1
+    pairs = [int(positions.sum())] * 2 + [int(positions[BATCH.segments.distinct_rows].sum())]
+    expected = 4 * D * HEADS * sum(factor * each for factor, each in zip(factors, pairs))
+    assert measured(model).flops().attention == expected
 
 
 def test_a_trained_head_has_a_product_more():

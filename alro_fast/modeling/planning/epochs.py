@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import math
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ LOOSER = (1.0, 1.02, 1.04, 1.06, 1.08, 1.1)  # times the fewest batches: full on
 PROBED = 3  # epochs
 DEALS = 4  # draws of an epoch, of which the most level is taken
 MANY = 10_000  # trees, of which one draw is as level as another
+SOME = 3000  # trees, by which the number of batches of more is found
 COST_CLASSES = 8  # trees are dealt class after class, the dearest first
 
 
@@ -29,10 +29,11 @@ class EpochPlans:
     suffices, because `num_batches` is no less than best-fit-decreasing over all trees needs, whatever their order.
 
     With costs, long and short trees meet, where packing puts like with like: a draw of the trees is dealt class after
-    class of costs, each tree to the batch that costs least so far, and levelled. `num_batches` is the first of LOOSER,
-    by bisection, at which every tree finds room and the first PROBED epochs are no further than SPREAD apart; where
-    none of them does it, the packed plans are levelled as far as they can be. The time is that of sorting: some
-    microseconds a tree.
+    class of costs, each tree to the batch that costs least so far, and levelled. `num_batches` is the least of LOOSER,
+    and of what gives every batch as many trees, at which every tree finds room and the first PROBED epochs are no
+    further than SPREAD apart. More batches are not always more level, so each number is tried; where none does it, the
+    most level of these plans and of the packed ones, levelled too, is taken. Of more than SOME trees so many show which
+    number it is. The time is that of sorting: some microseconds a tree.
 
     Args:
         sizes: rows of each tree.
@@ -64,11 +65,7 @@ class EpochPlans:
         self.lengths, self.token_budget = of_their_own(np.asarray(sizes, dtype=np.int64), token_budget, common)
         self.seed, self.most, self.costs = seed, most, None if costs is None else np.asarray(costs, dtype=np.int64)
         self.num_batches = packed = max(len(first), len(densest))
-        self._deals = self.costs is not None and seed is not None
-        if self._deals:
-            found = bisect.bisect_left(LOOSER, True, key=lambda more: self._levels(packed, more))
-            self._deals = found < len(LOOSER)
-            self.num_batches = self._loosened(packed, LOOSER[found]) if self._deals else packed
+        self._deals = self.costs is not None and seed is not None and self._choose(packed)
         self._last: tuple[int, list[list[int]]] | None = None
         given = [token_budget, -1 if seed is None else seed, self.num_batches, *sizes]
         given += ([] if most is None else [-most]) + ([0, common] if common else []) + [*(costs or ())]
@@ -87,15 +84,42 @@ class EpochPlans:
             return batches
         return levelled(batches, self.costs, self.lengths, self.token_budget, self.most)
 
-    def _loosened(self, packed: int, more: float) -> int:
-        return min(math.ceil(packed * more), len(self.lengths))
+    def _choose(self, packed: int) -> bool:
+        """Settle `num_batches`; whether trees are dealt to so many, rather than packed."""
+        apart: dict[int, float] = {}
+        for number in self._numbers(packed):
+            self.num_batches = number
+            apart[number] = self._apart()
+            if apart[number] <= SPREAD:
+                return True
+        self.num_batches, least = packed, min(apart.values())
+        if math.isinf(least) or spread(self.level(self._packed(0)), cast(np.ndarray, self.costs)) <= least:
+            return False
+        self.num_batches = min(apart, key=apart.__getitem__)
+        return True
 
-    def _levels(self, packed: int, more: float) -> bool:
-        """Whether so many times the packed batches make level plans."""
-        self.num_batches = self._loosened(packed, more)
-        probed = 1 if len(self.lengths) > MANY else PROBED
-        plans = (self._dealt(epoch) for epoch in range(probed))
-        return all(plan is not None and spread(plan, cast(np.ndarray, self.costs)) <= SPREAD for plan in plans)
+    def _numbers(self, packed: int) -> list[int]:
+        """Of batches to try, fewest first: LOOSER, and what gives every batch as many trees as the others. Of more than
+        SOME trees the one that so many of them, drawn, take."""
+        trees = len(self.lengths)
+        if trees > SOME:
+            some = np.random.default_rng(self.seed).permutation(trees)[:SOME]
+            own, costs = (of_trees[some].tolist() for of_trees in (self.lengths, cast(np.ndarray, self.costs)))
+            few = EpochPlans(own, self.token_budget, self.seed, self.most, costs=costs)
+            return [max(packed, math.ceil(few.num_batches * trees / SOME))]
+        tried = {min(math.ceil(packed * more), trees) for more in LOOSER}
+        alike = math.ceil(trees / max(trees // max(packed, 1), 1))
+        return sorted(tried | {alike} if alike <= max(tried) else tried)
+
+    def _apart(self) -> float:
+        """`spread` of the first of the probed plans that is not level, or of the least level; infinite for none."""
+        costs, apart = cast(np.ndarray, self.costs), 0.0
+        for epoch in range(1 if len(self.lengths) > MANY else PROBED):
+            plan = self._dealt(epoch)
+            apart = max(apart, math.inf if plan is None else spread(plan, costs))
+            if apart > SPREAD:
+                break
+        return apart
 
     def _dealt(self, epoch: int) -> list[list[int]] | None:
         """The most level of a few draws, up to the first that is within SPREAD; None where trees find no room."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...modeling.attention import trunk_of
-from ...modeling.packing import PackedBatch, visible_pairs
+from ...modeling.packing import PackedBatch, pairs_of_layers
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +37,18 @@ class Work(NamedTuple):
 
     stream_rows: int = 0  # distinct tokens
     answer_rows: int = 0  # those that predict an answer's token
-    pairs: int = 0  # visible (query, key), over all layers
+    pairs: tuple[int, ...] = ()  # visible (query, key), of each layer
 
     @classmethod
     def of(cls, packed: PackedBatch, config: Any) -> Work:
         """Of one packed batch on the CPU, for the trunk of a model with this configuration."""
         positions, answering = packed.position_ids.numpy(), packed.segments.distinct_rows.numpy()
-        pairs = visible_pairs(positions, positions[answering], windows_of(config))
-        return cls(len(positions), len(answering), pairs)
+        pairs = pairs_of_layers(positions, positions[answering], windows_of(config))
+        return cls(len(positions), len(answering), tuple(pairs))
 
     def __add__(self, other: Work) -> Work:  # type: ignore[override]
-        return Work(*(mine + others for mine, others in zip(self, other)))
+        pairs = (mine + others for mine, others in zip_longest(self.pairs, other.pairs, fillvalue=0))
+        return Work(self.stream_rows + other.stream_rows, self.answer_rows + other.answer_rows, tuple(pairs))
 
 
 class Flops(NamedTuple):
@@ -72,13 +74,13 @@ class Prices(NamedTuple):
 
     stream_rows: float  # in the trunk
     answer_rows: float  # in the trunk's last layer
-    pairs: float
+    pairs: tuple[float, ...]  # of each layer
     head_rows: float  # of an answer row in the head
 
     def of(self, work: Work) -> Flops:
         return Flops(
             self.stream_rows * work.stream_rows + self.answer_rows * work.answer_rows,
-            self.pairs * work.pairs,
+            sum(price * pairs for price, pairs in zip(self.pairs, work.pairs)),
             self.head_rows * work.answer_rows,
         )
 
@@ -94,7 +96,7 @@ class Observer:
         self.trunk = trunk_of(model)
         self.head: Any = model.get_output_embeddings()  # type: ignore[operator]
         self.layers = layers_of(self.trunk)
-        self.linears = [linear for layer in linears_of_layers(self.trunk) for linear in layer]
+        self.linears = {linear: n for n, layer in enumerate(linears_of_layers(self.trunk)) for linear in layer}
         self.calls: list[_Call] = []
         of_linears = {id(weight) for linear in self.linears for weight in linear.parameters()}
         others = [
@@ -113,7 +115,10 @@ class Observer:
         pass, and is seen there, up to `end`.
         """
         stream, answers = len(packed.input_ids), len(packed.segments.distinct_rows)
-        self._handles = [linear.register_forward_hook(self._seen(stream, answers)) for linear in self.linears]
+        before = _trained_before(self.trunk, self.layers)
+        self._handles = [
+            linear.register_forward_hook(self._seen(stream, answers, before[n])) for linear, n in self.linears.items()
+        ]
         try:
             yield
         finally:
@@ -126,7 +131,7 @@ class Observer:
             handle.remove()
         self._handles.clear()
 
-    def _seen(self, stream: int, answers: int) -> Any:
+    def _seen(self, stream: int, answers: int, before: bool) -> Any:
         def hook(linear: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if not torch.is_grad_enabled():
                 self._again = True
@@ -134,7 +139,8 @@ class Observer:
             rows = output.numel() // output.shape[-1]
             if rows not in (stream, answers):
                 self.unknown = f"a {type(linear).__name__} takes {rows} of {stream} rows"
-            call = _Call(linear, rows == stream, bool(args[0].requires_grad), bool(output.requires_grad))
+            needs, trains = (x.requires_grad and (before or _of_parameters(x)) for x in (args[0], output))
+            call = _Call(linear, rows == stream, needs, trains, bool(output.requires_grad))
             if output.requires_grad:
                 output.register_hook(call.reach)  # type: ignore[no-untyped-call]
             self.calls.append(call)
@@ -149,21 +155,26 @@ class Observer:
                 of_rows[call.whole_stream] += linear_flops(call.linear, call.input_needs, gradients)
         config: Any = self.trunk.config
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        trained = {id(call.linear) for call in self.calls if call.output_needs}
-        deep = sum(any(id(linear) in trained for linear in _linears(layer)) for layer in self.layers)
-        pairs = 4.0 * width * config.num_attention_heads
-        pairs *= 1 + 2 * deep / len(self.layers) if gradients else 1
+        trained = {id(call.linear) for call in self.calls if call.trains}
+        pairs = tuple(
+            4.0 * width * config.num_attention_heads
+            * (3 if gradients and any(id(linear) in trained for linear in _linears(layer)) else 1)
+            for layer in self.layers
+        )  # fmt: skip
         weight = self.head.weight
         products = 2 + weight.requires_grad if gradients else 1
         return Prices(of_rows[True], of_rows[False], pairs, 2.0 * products * weight.numel())
 
 
 class _Call:
-    """One call of a linear layer, and whether anything depends on what it gave."""
+    """One call of a linear layer: whether its input depends on what is trained, and its output, and whether anything
+    depends on what it gave."""
 
-    def __init__(self, linear: nn.Module, whole_stream: bool, input_needs: bool, output_needs: bool) -> None:
+    def __init__(
+        self, linear: nn.Module, whole_stream: bool, input_needs: bool, trains: bool, output_needs: bool
+    ) -> None:
         self.linear, self.whole_stream = linear, whole_stream
-        self.input_needs, self.output_needs, self.reached = input_needs, output_needs, False
+        self.input_needs, self.trains, self.output_needs, self.reached = input_needs, trains, output_needs, False
 
     def reach(self, grad: Tensor) -> None:
         self.reached = True
@@ -172,6 +183,32 @@ class _Call:
     def wanted(self) -> bool:
         """Where gradients tell, by them: the last layer's first pass has queries that nobody reads."""
         return self.reached or not self.output_needs
+
+
+def _trained_before(trunk: nn.Module, layers: list[nn.Module]) -> list[bool]:
+    """Of each layer, whether any weight before it is trained; weights are registered in their order."""
+    first = {id(next(layer.parameters())): n for n, layer in enumerate(layers)}
+    found, trained = [False] * len(layers), False
+    for weight in trunk.parameters():
+        if id(weight) in first:
+            found[first[id(weight)]] = trained
+        trained = trained or weight.requires_grad
+    return found
+
+
+def _of_parameters(result: Tensor) -> bool:
+    """Whether a weight is among what a tensor was computed from. Checkpointing has embeddings require gradients, and
+    with reentry what layers take, that are no weights."""
+    todo: list[Any] = [result.grad_fn]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        if isinstance(getattr(node, "variable", None), nn.Parameter):
+            return True
+        following = {each for each, _ in getattr(node, "next_functions", ()) if each is not None} - seen
+        seen |= following
+        todo += following
+    return False
 
 
 def layers_of(trunk: nn.Module) -> list[nn.Module]:
