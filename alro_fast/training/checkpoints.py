@@ -34,7 +34,7 @@ RESUMABLE = {  # options that may differ between a checkpoint and the run that r
     "output_dir", "dry_run", "overwrite_output_dir", "report_to", "disable_tqdm", "log_json", "logging_steps",
     "save_total_limit", "resume_from_checkpoint", "data_dir", "raw_dir", "save_steps", "save_strategy",
     "max_test_lists", "baselines", "fuse", "logging_nan_inf_filter", "gradient_accumulation_steps",
-    "max_nonfinite_steps",
+    "max_nonfinite_steps", "use_cpu",
 }  # fmt: skip
 
 

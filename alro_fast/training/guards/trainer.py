@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
+import signal
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,13 +66,25 @@ class GuardedTrainer(Trainer):
                 if wanted is None:
                     raise
                 raise AlroFastError(self._too_large(wanted)) from error
-            if self.stopping.agreed is None:  # in the last step it came too late to be agreed upon
-                self.stopping.agree_now(self.accelerator)
             self._look()
             self._check_weights()
             if self.stopping.agreed is not None:
                 self._stop()
+        if self.stopping.heard is not None:  # when all had agreed to end: as if nobody had listened
+            signal.raise_signal(self.stopping.heard)
         return done
+
+    def _finalize_training(self, *given: Any) -> TrainOutput:
+        """As the Trainer's; a run that stops keeps its own weights and checkpoint, whichever is best."""
+        if self.stopping.agreed is None:  # in the last step it came too late to be agreed upon
+            self.stopping.agree_now(self.accelerator)
+        state, best = self.state, self.state.best_model_checkpoint
+        if self.stopping.agreed is not None:
+            state.best_model_checkpoint = None
+        try:
+            return cast(TrainOutput, cast(Any, super())._finalize_training(*given))
+        finally:
+            state.best_model_checkpoint = best
 
     def _stop(self) -> None:
         """Raise Stopped, with a checkpoint of the step."""
