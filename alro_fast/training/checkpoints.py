@@ -16,7 +16,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers.trainer_pt_utils import safe_globals
 
 from ..errors import AlroFastError
-from ..run_folder import run_options
+from ..run_folder import contents, run_options
 from ..texts import read_json
 from .batches import Cursor
 from .config import RECORDED, defaults
@@ -71,7 +71,7 @@ def settle_auto(config: Config, folder: Path | None) -> None:
     if training.resume_from_checkpoint != "auto":
         return
     training.resume_from_checkpoint = None
-    if folder is None or not folder.is_dir() or not any(folder.iterdir()):
+    if folder is None or not contents(folder):
         return
     if any(damage(path) is None for path in _numbered(folder)):
         training.resume_from_checkpoint = cast(str, True)  # as transformers has it: a path, or True
