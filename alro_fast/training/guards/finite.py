@@ -51,6 +51,11 @@ class Row:
         lists = (name for batch in step.batches if not batch.loss.isfinite() for name in batch.lists)
         self.lists = list(dict.fromkeys([*self.lists, *lists]))
 
+    def joined(self, rows: Sequence[Row]) -> Row:
+        """The same steps with what each process found of them."""
+        parts, lists = ([name for row in rows for name in getattr(row, key)] for key in ("parts", "lists"))
+        return Row(self.first, self.last, list(dict.fromkeys(parts)), list(dict.fromkeys(lists)))
+
     def described(self) -> str:
         """Which lists, and which part of the loss."""
         if not self.parts and not self.lists:

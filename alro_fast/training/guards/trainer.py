@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -167,6 +168,7 @@ class GuardedTrainer(Trainer):
         most = 1 if self.is_deepspeed_enabled else args.max_nonfinite_steps
         if row is None or row.last - row.first + 1 < most:
             return
+        row = row.joined(gather_object([row]))  # all raise here: the norm is the same in all
         steps = f"step {row.first:,} has" if row.last == row.first else f"steps {row.first:,} to {row.last:,} have"
         dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
         mixed = ", --bf16 true" if args.bf16 else ", --fp16 true" if args.fp16 else ""

@@ -130,6 +130,15 @@ def test_a_gradient_that_is_none_is_told_apart(tmp_path, monkeypatch):
         long_run.train(tmp_path, **SMALL, max_nonfinite_steps=1)
 
 
+def test_what_another_process_found_is_told_too(tmp_path, monkeypatch):
+    """Its loss is no number, and here only the gradient, which all share, is none."""
+    breaking(monkeypatch, {1: "gradient"})
+    others = [finite.Row(1, 1, ["sft"], ["l-7"])]
+    monkeypatch.setattr(guarded, "gather_object", lambda mine: [*mine, *others])
+    with pytest.raises(AlroFastError, match=r"step 1 has no finite .*\(not finite: sft, on lists l-7;"):
+        long_run.train(tmp_path, **SMALL, max_nonfinite_steps=1)
+
+
 def test_weights_without_numbers_are_never_saved(tmp_path, monkeypatch):
     step = torch.optim.AdamW.step
 
