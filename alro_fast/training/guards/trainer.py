@@ -123,7 +123,7 @@ class GuardedTrainer(Trainer):
         """As the Trainer's, of the steps that counted; a run that stops says nothing of its end."""
         if "loss" in logs:
             self._look()
-            self.finite.logged(logs, list(self._parts))
+            self.finite.logged(logs)
         if "train_runtime" in logs and self.stopping.agreed is not None:
             return
         super().log(logs, start_time)
