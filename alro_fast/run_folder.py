@@ -18,8 +18,9 @@ from .texts import from_json, from_yaml, read_text
 ASIDE = ".saving"  # where a checkpoint is written before it has its name
 RESULTS, READY = ".results", ".results-ready"  # the same for what is measured, and when all of it is written
 ADAPTER, ADAPTER_CONFIG, MERGED_BASE = "adapter_model.safetensors", "adapter_config.json", "merged_base"
+LEFT_BY_A_KILL = (".alro_fast-*", ".data-*")  # of `check_writable` and of lists prepared into a run's folder
 LEFT_BY_A_RUN = (  # what --overwrite_output_dir may remove
-    ASIDE, RESULTS, READY, ".alro_fast-*",
+    *LEFT_BY_A_KILL, ASIDE, RESULTS, READY,
     "checkpoint-*", "runs", "data", "plots", "tables", "comparison", "profile", "evaluation", "[1-9]-*",
     "merged_base", "base", "references*", "config.yaml", "*.json", "*.jsonl", "log.part", "*.safetensors", "*.trec",
     "README.md", "report.html", "prompt_template.yaml", "training_args.bin", "tokenizer*", "chat_template.jinja",
@@ -43,6 +44,12 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise AlroFastError(f"output folder {folder} cannot be written ({error.strerror}); choose another") from None
+
+
+def contents(folder: Path) -> set[str]:
+    """Names in a folder, none where there is none; without folders that were to vanish, and that a kill left."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return {path.name for path in paths if not any(map(path.match, LEFT_BY_A_KILL))}
 
 
 @contextlib.contextmanager

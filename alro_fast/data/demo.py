@@ -140,7 +140,8 @@ def make_demo(
     built = build_lists(ratings, options)
     oracle = pl.concat([_expected(world, ratings, built.lists[split]) for split in SPLITS])
     if (read_manifest(path) or {}).get("dataset") == "demo":
-        (path / ORACLE_FILE).unlink(missing_ok=True)
+        for name in (ORACLE_FILE, f".{ORACLE_FILE}"):  # the second is of one that was killed while it wrote
+            (path / name).unlink(missing_ok=True)
     check_output_folder(path)
     manifest = {
         "dataset": "demo",

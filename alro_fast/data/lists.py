@@ -30,19 +30,21 @@ import polars as pl
 
 from .. import __version__
 from ..errors import AlroFastError
-from ..run_folder import check_writable
+from ..run_folder import check_writable, contents
 from ..texts import read_json
 from .records import Item, RankingList, Signal
 from .signal_table import SIGNALS
 from .sources.files import POLARS_ERRORS, sha256_of
 from .tables.checks import check_items, check_known, check_list_values, check_scale
 from .tables.schemas import (
+    BEGUN,
     FILES,
     FORMAT,
     FORMAT_VERSION,
     IN_PARTS,
     ITEM_SCHEMA,
     LIST_SCHEMA,
+    MAKING,
     OPTIONAL_FILES,
     SEEN_SCHEMA,
     SIGNAL_COLUMNS,
@@ -308,7 +310,8 @@ def write_prepared(
         path.mkdir(exist_ok=True)
         (path / UNDER_WAY).touch()
         clear(path)
-        shutil.rmtree(path / UNFINISHED, ignore_errors=True)
+        for name in (UNFINISHED, MAKING):
+            shutil.rmtree(path / name, ignore_errors=True)
         for name in (*tables, "manifest.json"):
             shutil.move(Path(work) / name, path / name)
         (path / UNDER_WAY).unlink()
@@ -347,10 +350,10 @@ def check_output_folder(path: Path) -> None:
     """AlroFastError unless `path` can be written and is new, empty, or a prepared folder and nothing else."""
     for folder in (path, path.absolute().parent):  # new lists are written beside the old, then take their place
         check_writable(folder)
-    found = {p.name for p in path.iterdir() if not p.match(".alro_fast-*")} if path.exists() else set()
+    found = contents(path)
     parts = {name.removesuffix(".parquet") for name in IN_PARTS if (path / name.removesuffix(".parquet")).is_dir()}
-    foreign = sorted(found - {*FILES, *OPTIONAL_FILES, *parts, UNFINISHED, UNDER_WAY})
-    if not foreign and found and not found & {UNFINISHED, UNDER_WAY} and read_manifest(path) is None:
+    foreign = sorted(found - {*FILES, *OPTIONAL_FILES, *parts, *BEGUN})
+    if not foreign and found and found.isdisjoint(BEGUN) and read_manifest(path) is None:
         foreign = sorted(found)
     if foreign:
         names = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")

@@ -138,6 +138,28 @@ def dealt(
     return [found[number] for number in range(len(jobs))]
 
 
+def after_the_first(work: Callable[[], None]) -> None:
+    """Do `work` in the first process, then in the others, with the process group that stands, the Trainer's.
+
+    Raises:
+        AlroFastError: in every process, what the first raised, before the others begin; or what one of them did.
+    """
+    from accelerate import PartialState
+
+    state = PartialState()
+    if state.num_processes == 1:
+        work()
+        return
+    for ours in (state.process_index == 0, state.process_index != 0):
+        failure: AlroFastError | None = None
+        try:
+            if ours:
+                work()
+        except AlroFastError as error:
+            failure = error
+        _exchanged(failure)
+
+
 def shares(costs: Sequence[int], count: int) -> list[list[int]]:
     """Numbers of the jobs of each process: the dearest first, each to the process that has least (Graham 1969: at most
     a third more than the best)."""

@@ -10,7 +10,9 @@ from ..errors import AlroFastError
 from .saved import SavedPrompts
 from .template import outside
 
-OF_DATASET = {"ml-": "movies", "demo": "movies", "amazon-": "products", "book-crossing": "books"}  # by how names begin
+OF_DATASET = {  # by how names begin; the first that a kind of prompts has. The demo's model knows no other words
+    "demo": ("demo", "movies"), "ml-": ("movies",), "amazon-": ("products",), "book-crossing": ("books",),
+}  # fmt: skip
 OF_ANYTHING, OF_CLICKS = "items", "clicks"
 
 
@@ -19,11 +21,12 @@ def default_template(manifest: Mapping[str, Any], prompts: type[SavedPrompts]) -
     of the data set; for what is not known, and where a kind of prompts has no such template, the one of any items."""
     values = manifest.get("rating_values")
     if isinstance(values, list) and len(values) == 1:
-        wanted = OF_CLICKS
+        wanted: tuple[str, ...] = (OF_CLICKS,)
     else:
         dataset = str(manifest.get("dataset"))
-        wanted = next((name for start, name in OF_DATASET.items() if dataset.startswith(start)), OF_ANYTHING)
-    return wanted if wanted in prompts.ready_templates() else OF_ANYTHING
+        wanted = next((names for start, names in OF_DATASET.items() if dataset.startswith(start)), ())
+    ready = prompts.ready_templates()
+    return next((name for name in wanted if name in ready), OF_ANYTHING)
 
 
 def fitted_template(

@@ -119,7 +119,7 @@ def _json(text: str, place: str) -> Any:
 
 def parse_list(document: Any, number: int) -> RankingList:
     """One JSON object -> a ranking list without labels; AlroFastError naming the list and the place."""
-    place = f"list {number}"
+    place = place_of(document, number)
     if not isinstance(document, dict):
         raise AlroFastError(f'{place}: expected an object with "history" and "candidates", found {_kind(document)}')
     _check_keys(document, LIST_KEYS, place)
@@ -151,6 +151,13 @@ def parse_list(document: Any, number: int) -> RankingList:
         raise AlroFastError(f'{place}: "list_id" is {_kind(name)}; expected a text or a number')
     name = str(name)
     return RankingList(name, name, tuple(past), tuple(ratings), tuple(shown), unknown, hints, signals)
+
+
+def place_of(document: Any, number: int) -> str:
+    """What a message calls the list at a place, counted from 1: by its own list_id too, where that is another."""
+    name = document.get("list_id") if isinstance(document, dict) else None
+    other = isinstance(name, str | int) and not isinstance(name, bool) and str(name) != str(number)
+    return f"list {number} (list_id {name!r:.80})" if other else f"list {number}"
 
 
 def keys_of(document: dict[str, Any]) -> set[str]:

@@ -24,7 +24,7 @@ import numpy as np
 
 from ..errors import AlroFastError
 from ..texts import read_json
-from .documents import keys_of, parse_list
+from .documents import keys_of, parse_list, place_of
 from .orders import Ranking
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Fusion:
     def parse_list(self, document: Any, number: int) -> RankingList:
         """As documents.parse_list; AlroFastError for a list without a signal that is weighed."""
         entry = parse_list(document, number)
-        check_signals(self, keys_of(document), f"list {number}")
+        check_signals(self, keys_of(document), place_of(document, number))
         return entry
 
     def rank_all(self, lists: Sequence[RankingList], rankings: Iterable[Ranking]) -> list[Ranking]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import AlroFastError
-from ..run_folder import check_writable, run_options
+from ..run_folder import check_writable, contents, run_options
 from .plan import PlannedRun, Study, told_apart
 
 RESULTS = {True: "results.json", False: "preference_results.json"}  # written last, by whether the run ranks lists
@@ -33,7 +33,7 @@ class Job:
 def check_folder(study: Study) -> None:
     """AlroFastError where the study's folder holds something else, or a run with other options than planned."""
     check_writable(study.folder)
-    if study.folder.is_dir() and any(study.folder.iterdir()) and not (study.folder / PLAN).is_file():
+    if contents(study.folder) and not (study.folder / PLAN).is_file():
         raise AlroFastError(f"--output_dir {study.folder} holds something else than a study; give another folder")
     for run in study.runs:
         for folder, planned in run.stages.items():

@@ -16,7 +16,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers.trainer_pt_utils import safe_globals
 
 from ..errors import AlroFastError
-from ..run_folder import run_options
+from ..run_folder import contents, run_options
 from ..texts import read_json
 from .batches import Cursor
 from .config import RECORDED, defaults
@@ -34,7 +34,7 @@ RESUMABLE = {  # options that may differ between a checkpoint and the run that r
     "output_dir", "dry_run", "overwrite_output_dir", "report_to", "disable_tqdm", "log_json", "logging_steps",
     "save_total_limit", "resume_from_checkpoint", "data_dir", "raw_dir", "save_steps", "save_strategy",
     "max_test_lists", "baselines", "fuse", "logging_nan_inf_filter", "gradient_accumulation_steps",
-    "max_nonfinite_steps",
+    "max_nonfinite_steps", "use_cpu",
 }  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def settle_auto(config: Config, folder: Path | None) -> None:
     if training.resume_from_checkpoint != "auto":
         return
     training.resume_from_checkpoint = None
-    if folder is None or not folder.is_dir() or not any(folder.iterdir()):
+    if folder is None or not contents(folder):
         return
     if any(damage(path) is None for path in _numbered(folder)):
         training.resume_from_checkpoint = cast(str, True)  # as transformers has it: a path, or True

@@ -39,6 +39,7 @@ from ..modeling.loading import (
 from ..modeling.sharded import together
 from ..objectives.alro import Scoring
 from ..objectives.base import Objective, build_objective, learned_answers
+from ..processes.dealing import after_the_first
 from ..prompts import SignalPrompts, add_item_tokens, add_signal_tokens
 from ..prompts.scale import fitted_template
 from ..ranking.fusion import Fusion, check_fittable, fused_signals
@@ -109,13 +110,7 @@ class Run:
         check_launch(self.training)
         if self.training.push_to_hub:
             check_pushed(config)
-        with self.training.main_process_first(local=False):  # the others find the folder claimed and the data prepared
-            self.folder = named_folder(config)
-            self.keep()
-            settle_auto(config, self.folder)
-            claim_folder(config, self.folder)
-            self.checkpoint = find_checkpoint(config, self.folder)
-            self.prepared = self.prepare()
+        after_the_first(self.claim)  # the others find the folder claimed and the data prepared
         check_same_data(self.checkpoint, self.prepared)
         set_seed(self.training.seed)
         limits = {
@@ -159,6 +154,15 @@ class Run:
         )
         check_engine(self.trainer, self.checkpoint)
         rehearse(self.trainer, self.trainer.planned_steps())
+
+    def claim(self) -> None:
+        """The folder, the checkpoint to go on from, and the data."""
+        self.folder = named_folder(self.config)
+        self.keep()
+        settle_auto(self.config, self.folder)
+        claim_folder(self.config, self.folder)
+        self.checkpoint = find_checkpoint(self.config, self.folder)
+        self.prepared = self.prepare()
 
     @property
     def watched(self) -> Sequence[str]:

@@ -193,8 +193,10 @@ class Faults:
         wound = {"kind": "kill at change", "folder": str(out), "change": at}
         ended = self.lab.run("prepare", [*words, "--output_dir", out, "--overwrite_output_dir"], wound)
         again = self.lab.run("prepare", [*words, "--output_dir", out, "--overwrite_output_dir"])
-        one, other = (json.loads((f / "manifest.json").read_text())["files"] for f in (out, expected))
-        wrong = older.said if older.status else again.said if again.status else "" if one == other else "other lists"
+        wrong = older.said if older.status else again.said if again.status else ""
+        if not wrong:
+            one, other = (json.loads((f / "manifest.json").read_text())["files"] for f in (out, expected))
+            wrong = "" if one == other else "other lists"
         wrong = wrong or ("" if ended.status == 137 else f"ended with {ended.status}")
         return Outcome("SIGKILL in prepare", ended, wrong=wrong)
 

@@ -70,6 +70,7 @@ class TestCatalogue:
     def test_made_again_in_place(self, tmp_path):
         make_demo(tmp_path / "a", seed=3, users=12, items=90)
         before = files_of(tmp_path / "a")
+        (tmp_path / "a" / ".oracle.parquet").touch()  # of one that was killed as it wrote
         make_demo(tmp_path / "a", seed=3, users=12, items=90)
         assert files_of(tmp_path / "a") == before
 

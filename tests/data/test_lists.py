@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -22,12 +24,14 @@ from alro_fast.data.lists import (
     TARGET_SCHEMA,
     check_output_folder,
     open_prepared,
+    read_manifest,
     seen_frame,
     write_prepared,
 )
 from alro_fast.data.records import Item, RankingList
 from alro_fast.errors import AlroFastError
 from alro_fast.ranking.orders import unlabelled
+from alro_fast.run_folder import contents
 
 NAN = float("nan")
 ITEMS = [Item(i, f"id-{i}", f"Film {i} <é>, The", "Drama" if i % 2 else "") for i in range(6)]
@@ -119,6 +123,47 @@ def test_an_interrupted_replacement_cannot_be_opened(tmp_path, monkeypatch):
         write_prepared(tmp_path, ITEMS, LISTS)
     with pytest.raises(AlroFastError, match="not a prepared data folder"):
         open_prepared(tmp_path)
+
+
+class Killed(BaseException):
+    """Raised at a change to a file, and at every one after it, as nothing cleans up behind a kill."""
+
+    changes, last, folder = 0, 0, ""
+
+    @classmethod
+    def hook(cls, event: str, given: tuple) -> None:
+        known = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree") or (
+            event == "open" and isinstance(given[2], int) and given[2] & os.O_CREAT
+        )
+        if cls.last and known and str(given[0]).startswith(cls.folder):
+            cls.changes += 1
+            if cls.changes >= cls.last:
+                raise cls
+
+
+def test_a_replacement_that_is_killed_anywhere_is_made_anew(tmp_path):
+    """Without a list of both; and what is left beside the folder is in nobody's way."""
+    fewer = {"train": LISTS["train"]}
+    write_prepared(tmp_path / "new", ITEMS, LISTS)
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
+    sys.addaudithook(Killed.hook)
+    for number in range(1, 99):
+        out = tmp_path / str(number) / "data"
+        write_prepared(out, ITEMS, fewer)
+        Killed.changes, Killed.last, Killed.folder = 0, number, str(out.parent)
+        try:
+            write_prepared(out, ITEMS, LISTS)
+            break
+        except Killed:
+            pass
+        finally:
+            Killed.last = 0
+        if read_manifest(out) is not None:
+            assert len(open_prepared(out).lists("test")) in (0, 1)
+        write_prepared(out, ITEMS, LISTS)
+        assert {name: (out / name).read_bytes() for name in contents(out)} == expected
+        assert contents(out.parent) == {"data"}
+    assert number > 12
 
 
 def test_folder_with_something_else_is_refused(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 
 from alro_fast import prepare
 from alro_fast.data.lists import SPLITS, open_prepared
-from alro_fast.data.partitions import build
+from alro_fast.data.partitions import build, work
 from alro_fast.errors import AlroFastError
 
 USERS, ITEMS, PARTS = 300, 120, 7
@@ -125,6 +125,19 @@ def test_a_run_that_ended_goes_on(ended_in, ratings, tmp_path, monkeypatch, caps
     assert not done, "the ratings were read again"
     assert "going on with what" in capsys.readouterr().out
     assert files_of(tmp_path / "ended") == files_of(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("more", [("--partitions", "2"), ()])
+def test_a_run_that_was_killed_before_its_first_file_begins_anew(more, ratings, tmp_path, monkeypatch):
+    prepare.main(words(ratings, tmp_path / "alone", *more))
+    monkeypatch.setattr(work, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare.main(words(ratings, tmp_path / "killed", "--partitions", "2"))
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == [".unfinished-making"]
+    monkeypatch.undo()
+    prepare.main(words(ratings, tmp_path / "killed", *more))
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "alone")
+    assert not list((tmp_path / "killed").glob(".*"))
 
 
 def test_a_killed_run_goes_on(ratings, tmp_path):

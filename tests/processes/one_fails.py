@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from alro_fast.cli import run
 from alro_fast.errors import AlroFastError
-from alro_fast.processes.dealing import dealing, dealt, place, told
+from alro_fast.processes.dealing import after_the_first, dealing, dealt, place, told
 
 
 def job(number: int) -> int:
@@ -33,6 +33,13 @@ def main(_) -> None:
             dealt([1, 0], [2, 1], odd)  # the second has the second
         except (AlroFastError, ZeroDivisionError) as error:
             print(f"all know: {error}")
+        done: list[int] = []
+        try:
+            after_the_first(lambda: done.append(place().number))
+            after_the_first(lambda: done.append(job(3) if place().number == 0 else 9))
+        except AlroFastError as error:
+            assert done == [place().number]  # the second process did not begin
+            print(f"all know, before they begin: {error}")
         if place().number == 1:
             raise AlroFastError("there is no room in process 1")
         dealt([1, 2], [1, 1], job)

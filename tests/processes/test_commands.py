@@ -142,7 +142,8 @@ def test_a_mistake_in_one_process_is_one_line_and_ends_all(tmp_path):
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert said == ["error: there is no room in process 1"]
     assert "(exitcode: 2) local_rank: 0" in done.stderr  # the first process was told, and said it
-    assert done.stdout.splitlines()[-2:] == [
+    assert done.stdout.splitlines()[-3:] == [
         "all know: job 3 is bad",
         "all know: process 1: ZeroDivisionError: division by zero",
+        "all know, before they begin: job 3 is bad",
     ]

@@ -23,7 +23,7 @@ HALVES = [rating / 2 for rating in range(1, 11)]
     ("manifest", "ranking", "tasks"),
     [
         ({"dataset": "ml-1m", "rating_values": [1.0, 5.0]}, "movies", "movies"),
-        ({"dataset": "demo"}, "movies", "movies"),
+        ({"dataset": "demo"}, "demo", "movies"),
         ({"dataset": "amazon-2023"}, "products", "products"),
         ({"dataset": "book-crossing"}, "books", "books"),
         ({"dataset": "csv", "rating_values": {"min": 1.0, "max": 90.0}}, "items", "items"),

@@ -70,6 +70,9 @@ MANY = [{"id": "a", "title": "One"}, {"title": "Two"}, {"id": "a", "title": "Thr
         ('{"candidates": "A"}', "list 1: the text 'A' as \"candidates\""),
         ('{"candidates": [{"title": "A"}], "history": {}}', 'list 1: an object as "history"'),
         ('{"candidates": ["A"]}', "list 1, candidate 1: expected an object"),
+        ('{"list_id": 1, "candidates": []}', "list 1: no candidates"),
+        ('{"list_id": 70, "candidates": []}', "list 1 (list_id 70): no candidates"),
+        ('{"list_id": "u-\\ud800", "candidates": []}', "list 1 (list_id 'u-\\ud800'): '\\ud800' is half"),
         (
             '{"candidates": [{"title": " "}]}',
             'candidate 1: expected a "title" that is a non-empty text, found',

@@ -50,9 +50,11 @@ def _options(folder: Path) -> None:
 
 def train(
     folder: Path, *, lists=400, epochs=3, stop=0, resume=None, dropout=0.0, budget=600, accumulation=4, device="cpu",
-    objective="sft", backend="auto", strike=0, **options,
+    objective="sft", backend="auto", strike=0, judged=0, **options,
 ):  # fmt: skip
     """Train to the end, or to optimiser step `stop`, where a checkpoint is left as after every 20 steps.
+
+    judged: how many lists to validate on.
 
     Returns the trainer, and [(epoch, list_id)] of what this process trained, in order.
     """
@@ -70,8 +72,9 @@ def train(
         tokens_per_batch=budget, gradient_accumulation_steps=accumulation, report_to=[], **options,
     )  # fmt: skip
     data = TreeDataset(random_lists(lists, range(2, 6), seed=3, history=0), objective)
+    valid = TreeDataset(random_lists(judged, range(2, 6), seed=4, history=0), objective) if judged else None
     trainer = RankerTrainer(
-        model, args, objective, data, callbacks=[_StopAt(stop), _StrikeAt(strike)], save_extras=_options
+        model, args, objective, data, valid, callbacks=[_StopAt(stop), _StrikeAt(strike)], save_extras=_options
     )
     seen, compute = [], trainer.compute_loss
 

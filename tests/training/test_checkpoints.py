@@ -187,6 +187,14 @@ def test_a_checkpoint_of_the_version_before_is_resumed_from(run):
         find_checkpoint(config(run), run)
 
 
+def test_fewer_processes_go_on_on_the_cpu(run):
+    """Several set --use_cpu by themselves where there is no GPU; one finds the CPU without it."""
+    edit(run / "checkpoint-12" / "config.yaml", use_cpu=True)
+    asked = config(run)
+    asked.training.use_cpu = False
+    assert find_checkpoint(asked, run) == str(run / "checkpoint-12")
+
+
 def test_what_a_checkpoint_does_not_record_was_at_its_default(run):
     edit(run / "checkpoint-12" / "config.yaml", weight_decay=0.3)
     with pytest.raises(AlroFastError, match=r"was trained with weight_decay=0\.3, this run has 0\.0;"):

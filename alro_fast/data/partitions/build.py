@@ -31,7 +31,7 @@ from ..prepared import FileOptions, Stages, check_output, manifest_of, raw_files
 from ..seeds import hash_ids
 from ..sources.columns import RawData
 from ..sources.interactions import Interactions, dropped_lines, opened, sources_of
-from ..tables.schemas import FILES, IN_PARTS, SPLITS, UNFINISHED, part_name
+from ..tables.schemas import FILES, IN_PARTS, SPLITS, UNDER_WAY, UNFINISHED, part_name
 from ..windows import ORDER_RULE, TIE_RULE, ListOptions, say_empty, say_skipped
 from .core import Core, streamed_core
 from .cut import cut_lists, item_sums, sort, sorted_counts, values_of
@@ -200,6 +200,7 @@ def _put(work: Work, path: Path, items: pl.DataFrame, made: list[tuple[int, dict
     new = work.folder / "manifest.json"
     new.write_text(manifest_text(written, manifest), encoding="utf-8")
     new.replace(path / new.name)
+    (path / UNDER_WAY).unlink(missing_ok=True)  # of lists at once that were killed here before
     shutil.rmtree(work.folder)
 
 

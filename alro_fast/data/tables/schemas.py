@@ -46,6 +46,8 @@ OPTIONAL_FILES = ("targets.parquet", "seen.parquet", "sampling.png")
 IN_PARTS = (*(f"lists-{split}.parquet" for split in SPLITS), "seen.parquet")  # may be folders of numbered files
 UNDER_WAY = ".replacing"  # in a folder whose lists are being replaced: ours, though without a manifest
 UNFINISHED = "unfinished"  # a folder: what `prepare --partitions` has done so far
+MAKING = f".{UNFINISHED}-making"  # the same before its first file is whole
+BEGUN = (UNDER_WAY, UNFINISHED, MAKING)
 
 
 def part_name(table: str, part: int) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import AlroFastError
-from ...run_folder import BEFORE_THE_FIRST_CHECKPOINT, LEFT_BY_A_RUN
+from ...run_folder import BEFORE_THE_FIRST_CHECKPOINT, LEFT_BY_A_RUN, contents
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -27,7 +27,7 @@ def claim_folder(config: Config, folder: Path) -> None:
     training = config.training
     if training.process_index:
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    if contents(folder):
         recorded = [folder / "config.yaml", *folder.glob("checkpoint-*/config.yaml")]  # the first may be cut short
         if not any(path.is_file() and b"alro_fast_version" in path.read_bytes() for path in recorded):
             raise AlroFastError(
@@ -47,7 +47,7 @@ def claim_folder(config: Config, folder: Path) -> None:
 
 def begun(folder: Path) -> bool:
     """Whether `folder` holds more than a run that ended before its first checkpoint leaves."""
-    return folder.is_dir() and not {path.name for path in folder.iterdir()} <= BEFORE_THE_FIRST_CHECKPOINT
+    return not contents(folder) <= BEFORE_THE_FIRST_CHECKPOINT
 
 
 def next_folder(config: Config) -> Path:

@@ -53,6 +53,11 @@ class Row:
         lists = (name for batch in step.batches if not batch.loss.isfinite() for name in batch.lists)
         self.lists = list(dict.fromkeys([*self.lists, *lists]))
 
+    def joined(self, rows: Sequence[Row]) -> Row:
+        """The same steps with what each process found of them."""
+        parts, lists = ([name for row in rows for name in getattr(row, key)] for key in ("parts", "lists"))
+        return Row(self.first, self.last, list(dict.fromkeys(parts)), list(dict.fromkeys(lists)))
+
     def described(self) -> str:
         """Which lists, and which part of the loss."""
         if not self.parts and not self.lists:
@@ -65,17 +70,19 @@ class FiniteSteps:
     """Looks at every step of a run.
 
     skipped: steps left out so far. since_log, of_them_bad: steps since the last log line. row: the steps without a
-    number up to now, None after a good one.
+    number up to now, None after a good one. names: of the loss's parts.
     """
 
     def __init__(self) -> None:
         self.skipped = self.since_log = self.of_them_bad = 0
         self.row: Row | None = None
+        self.names: set[str] = set()
         self.batches: list[Batch] = []
         self.pending: list[Step] = []
 
     def judge(self, number: int, bad: Tensor, parts: Mapping[str, Tensor]) -> None:
         """Note an optimiser step of the batches seen since the last one."""
+        self.names.update(parts)
         self.pending.append(Step(number, bad.detach(), dict(parts), self.batches))
         self.batches = []
 
@@ -94,10 +101,10 @@ class FiniteSteps:
             self.row.add(step)
         self.pending = []
 
-    def logged(self, logs: dict[str, float], parts: Sequence[str]) -> None:
+    def logged(self, logs: dict[str, float]) -> None:
         """Make the sums of a log line means over the steps that counted, and say how many steps were left out."""
         counted = self.since_log - self.of_them_bad
-        for name in ("loss", *parts) if self.of_them_bad else ():
+        for name in {"loss", *self.names} & logs.keys() if self.of_them_bad else ():
             if counted:
                 logs[name] *= self.since_log / counted
             else:

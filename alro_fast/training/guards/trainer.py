@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
+import signal
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -65,13 +67,25 @@ class GuardedTrainer(Trainer):
                 if wanted is None:
                     raise
                 raise AlroFastError(self._too_large(wanted)) from error
-            if self.stopping.agreed is None:  # in the last step it came too late to be agreed upon
-                self.stopping.agree_now(self.accelerator)
             self._look()
             self._check_weights()
             if self.stopping.agreed is not None:
                 self._stop()
+        if self.stopping.heard is not None:  # when all had agreed to end: as if nobody had listened
+            signal.raise_signal(self.stopping.heard)
         return done
+
+    def _finalize_training(self, *given: Any) -> TrainOutput:
+        """As the Trainer's; a run that stops keeps its own weights and checkpoint, whichever is best."""
+        if self.stopping.agreed is None:  # in the last step it came too late to be agreed upon
+            self.stopping.agree_now(self.accelerator)
+        state, best = self.state, self.state.best_model_checkpoint
+        if self.stopping.agreed is not None:
+            state.best_model_checkpoint = None
+        try:
+            return cast(TrainOutput, cast(Any, super())._finalize_training(*given))
+        finally:
+            state.best_model_checkpoint = best
 
     def _stop(self) -> None:
         """Raise Stopped, with a checkpoint of the step."""
@@ -109,7 +123,7 @@ class GuardedTrainer(Trainer):
         """As the Trainer's, of the steps that counted; a run that stops says nothing of its end."""
         if "loss" in logs:
             self._look()
-            self.finite.logged(logs, list(self._parts))
+            self.finite.logged(logs)
         if "train_runtime" in logs and self.stopping.agreed is not None:
             return
         super().log(logs, start_time)
@@ -155,6 +169,7 @@ class GuardedTrainer(Trainer):
         most = 1 if self.is_deepspeed_enabled else args.max_nonfinite_steps
         if row is None or row.last - row.first + 1 < most:
             return
+        row = row.joined(gather_object([row]))  # all raise here: the norm is the same in all
         steps = f"step {row.first:,} has" if row.last == row.first else f"steps {row.first:,} to {row.last:,} have"
         dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
         mixed = ", --bf16 true" if args.bf16 else ", --fp16 true" if args.fp16 else ""

@@ -106,6 +106,15 @@ def test_the_log_is_of_the_steps_that_counted(tmp_path, monkeypatch):
     assert once.finite.skipped == 0
 
 
+def test_a_line_of_a_step_that_did_not_count_has_no_loss(tmp_path, monkeypatch):
+    breaking(monkeypatch, {2: "loss"})
+    long_run.train(tmp_path, **SMALL | {"logging_steps": 1}, max_steps=3)
+    first, second, third, _ = logged(tmp_path)
+    assert second["skipped_steps"] == 1
+    assert not {"loss", "sft", "grad_norm"} & second.keys()
+    assert {"loss", "sft", "grad_norm"} <= first.keys() & third.keys()
+
+
 @pytest.mark.parametrize("on_device", [False, True])
 def test_too_many_in_a_row_end_the_run_with_a_diagnosis(tmp_path, monkeypatch, on_device):
     monkeypatch.setattr(guarded, "told_on_device", lambda *_: on_device)
@@ -127,6 +136,15 @@ def test_a_gradient_that_is_none_is_told_apart(tmp_path, monkeypatch):
     with pytest.raises(
         AlroFastError, match=r"step 1 has no finite .*\(the loss was finite, its gradient was not;.*yet$"
     ):
+        long_run.train(tmp_path, **SMALL, max_nonfinite_steps=1)
+
+
+def test_what_another_process_found_is_told_too(tmp_path, monkeypatch):
+    """Its loss is no number, and here only the gradient, which all share, is none."""
+    breaking(monkeypatch, {1: "gradient"})
+    others = [finite.Row(1, 1, ["sft"], ["l-7"])]
+    monkeypatch.setattr(guarded, "gather_object", lambda mine: [*mine, *others])
+    with pytest.raises(AlroFastError, match=r"step 1 has no finite .*\(not finite: sft, on lists l-7;"):
         long_run.train(tmp_path, **SMALL, max_nonfinite_steps=1)
 
 

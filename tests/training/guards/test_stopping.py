@@ -13,6 +13,7 @@ import long_run
 import pytest
 import torch
 from places import ROOT
+from safetensors.torch import load_file
 
 from alro_fast import cli
 from alro_fast.errors import Stopped
@@ -63,6 +64,39 @@ def test_a_signal_leaves_a_checkpoint_and_loses_nothing(whole, tmp_path, monkeyp
     torch.testing.assert_close(long_run.weights(trainer), weights, rtol=0, atol=1e-6)
     steps, expected_steps = ([line["step"] for line in history(one)] for one in (tmp_path, folder))
     assert steps == sorted([*expected_steps, *{step} - set(expected_steps)])
+
+
+@pytest.mark.parametrize("step", [12, 23])  # where it is also saved, and where it is not
+def test_a_stop_saves_the_steps_own_weights_and_not_the_best(whole, tmp_path, monkeypatch, step):
+    _, weights, expected = whole
+    monkeypatch.setattr(long_run.RankerTrainer, "evaluate", lambda self, *_, **__: judged(self))
+
+    def judged(trainer):  # the first is the best
+        metrics = {"eval_loss": float(trainer.state.global_step)}
+        trainer.log(metrics)
+        return metrics
+
+    best = {"load_best_model_at_end": True, "save_total_limit": 1, "eval_strategy": "steps", "eval_steps": 4}
+    best |= {"save_steps": 4, "judged": 4}
+    signalled(monkeypatch, step, signal.SIGTERM)
+    with pytest.raises(Stopped, match=f"checkpoint-{step};"):
+        long_run.train(tmp_path, **SMALL | best)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{step}", "checkpoint-4"]
+    saved = {path.parent.name: load_file(path) for path in tmp_path.glob("checkpoint-*/adapter_model.safetensors")}
+    assert any(not torch.equal(saved["checkpoint-4"][name], w) for name, w in saved[f"checkpoint-{step}"].items())
+    if step == 12:
+        undone = long_run.train(tmp_path, **SMALL, resume=tmp_path / "checkpoint-12")
+        assert undone[1] == expected[len(expected) - len(undone[1]) :]
+        torch.testing.assert_close(long_run.weights(undone[0]), weights, rtol=0, atol=1e-6)
+
+
+def test_a_signal_after_all_agreed_to_end_is_not_lost(tmp_path, monkeypatch):
+    def struck(self, *_, **__):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(long_run._StopAt, "on_train_end", struck)
+    with pytest.raises(KeyboardInterrupt):
+        long_run.train(tmp_path, **SMALL | {"max_steps": 3})
 
 
 def history(folder):
