@@ -142,16 +142,19 @@ def test_where_nothing_is_level_the_most_level_plan_is_taken(mean, dealt):
 
 
 def test_planning_takes_time_by_the_number_of_trees():
-    """Four times the trees, about four times the seconds; the quadratic part would make it sixteen times."""
-    draw, seconds = np.random.default_rng(0), []
-    for count in (5000, 20_000):
-        sizes = draw.integers(700, 1200, count)
-        started = time.process_time()
-        plans = EpochPlans(sizes.tolist(), 4096, 3, costs=(sizes * 1000 + sizes**2).tolist())
-        plan = plans(1)
-        seconds.append(time.process_time() - started)
+    """Eight times the trees, about eight times the seconds; the quadratic part would make it sixty-four times."""
+    seconds = []
+    for count in (5000, 40_000):
+        sizes = np.random.default_rng(0).integers(700, 1200, count)
+        taken = []
+        for _ in range(2):
+            started = time.process_time()
+            plans = EpochPlans(sizes.tolist(), 4096, 3, costs=(sizes * 1000 + sizes**2).tolist())
+            plan = plans(1)
+            taken.append(time.process_time() - started)
+        seconds.append(min(taken))
         assert spread(plan, sizes * 1000 + sizes**2) <= SPREAD
-    assert seconds[1] < 8 * seconds[0]
+    assert seconds[1] < 25 * seconds[0]
 
 
 def test_a_plan_is_kept_until_another_is_asked_for():

@@ -45,7 +45,7 @@ def test_a_list_without_a_name_is_ranked_alike_in_any_batch(run, lines):
 
 def test_a_bad_line_stops_or_is_answered_with_its_error(run, lines):
     bad = ["{", '{"list_id": "b", "candidates": []}', '{"list_id": ["x"], "candidates": [{"title": "A"}]}']
-    with pytest.raises(AlroFastError, match="list 2: no candidates"):
+    with pytest.raises(AlroFastError, match=r"list 2 \(list_id 'b'\): no candidates"):
         RankLines(run)({"text": [lines[0], bad[1]]})
     found = [json.loads(line) for line in RankLines(run, on_error="skip")({"text": [*bad, lines[0]]})["text"]]
     assert [one["list_id"] for one in found[:3]] == [None, "b", None]

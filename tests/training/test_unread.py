@@ -181,7 +181,14 @@ BESIDE = {  # what an option needs beside it
     "hub_revision": ["--push_to_hub", "true"],
     "dataloader_prefetch_factor": ["--dataloader_num_workers", "1"],
 }
-MACHINE = ("tf32", "ddp_backend", "fsdp", "deepspeed", "parallelism_config")  # refused where there is nothing for it
+MACHINE = (
+    "tf32",
+    "fp16",
+    "ddp_backend",
+    "fsdp",
+    "deepspeed",
+    "parallelism_config",
+)  # refused where there is nothing for it
 UNRECORDED = (
     "output_dir",
     "use_cpu",
