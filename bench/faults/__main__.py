@@ -2,7 +2,7 @@
 
     python -m bench.faults [--only step,save] [--times N] [--seed S] [--folder DIR] [--table FILE]
 
-Exit status 1 where anything was lost. Some ten minutes on two idle cores.
+Exit status 1 where anything was lost. Some four minutes on two cores.
 """
 
 from __future__ import annotations
